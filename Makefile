@@ -1,0 +1,75 @@
+# make setup      a virtual environment with what the library, its tests and its plots need; at once when nothing changed
+# make test       lint, format check and the tests
+# make reproduce  the headline table and plot on the bundled model
+# make lint | format | clean
+#
+# PYTHON  the interpreter that the environment is made with, 3.11 or newer         make setup PYTHON=python3.12
+# VENV    the folder of the environment
+# PARITY  what the tests against torch and transformers need:  auto  install it unless torch would bring CUDA along
+#                                                              1     install it in any case, or fail
+#                                                              0     do without; those tests are skipped
+PYTHON ?= python3
+VENV ?= .venv
+PARITY ?= auto
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit("alisa-jax needs Python 3.11 or newer, and " + \
+  sys.executable + " is " + sys.version.split()[0] + "; name another one: make setup PYTHON=python3.12 VENV=.venv-new")
+
+.PHONY: setup parity test reproduce lint format clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.setup
+
+$(VENV)/.setup: pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  command -v "$(PYTHON)" >/dev/null || \
+	    { echo "$(PYTHON) is not here; name a Python 3.11 or newer: make setup PYTHON=python3.12" >&2; exit 1; }; \
+	  "$(PYTHON)" -c '$(NEW_ENOUGH)' && echo "making $(VENV)" && "$(PYTHON)" -m venv "$(VENV)"; }
+	@$(BIN)/python -c '$(NEW_ENOUGH)'
+	@echo "installing into $(VENV), a few minutes the first time"
+	@$(PIP) install --quiet -c constraints.txt -e '.[dev,plots]'
+	@touch $@
+
+parity: $(VENV)/.parity-$(PARITY)
+
+# In each of these files stands why the packages are missing, or nothing.
+$(VENV)/.parity-0: $(VENV)/.setup
+	@echo "PARITY=0" > $@
+
+$(VENV)/.parity-1: $(VENV)/.setup
+	@echo "installing torch and transformers for the parity tests (PARITY=0 does without)"
+	@$(PIP) install --quiet -c constraints.txt -e '.[parity]'
+	@: > $@
+
+$(VENV)/.parity-auto: $(VENV)/.setup
+	@if ! plan=$$($(PIP) install --dry-run -c constraints.txt -e '.[parity]' 2>&1); then \
+	  echo "torch and transformers in the pinned versions cannot be installed here" > $@; \
+	elif echo "$$plan" | grep -q 'Would install.*nvidia'; then \
+	  echo "torch would bring several GB of CUDA packages (PARITY=1 installs them)" > $@; \
+	else \
+	  echo "installing torch and transformers for the parity tests (PARITY=0 does without)"; \
+	  $(PIP) install --quiet -c constraints.txt -e '.[parity]' && : > $@; \
+	fi
+
+test: setup parity lint
+	@if [ -s $(VENV)/.parity-$(PARITY) ]; then \
+	  echo "the tests against torch and transformers may be skipped: $$(cat $(VENV)/.parity-$(PARITY))"; fi
+	$(BIN)/python -m pytest -q $(ARGS)
+
+reproduce: setup
+	$(BIN)/python -m eval.reproduce $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Leaves the environments and the results alone.
+clean:
+	rm -rf build dist *.egg-info .cache .hypothesis .pytest_cache .ruff_cache
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,291 @@
+"""Where policy, codec and state meet: attention of new tokens over what is stored.
+
+One decode step of one layer, on each of the three routes that give equal results:
+
+    working_set   append -> attend the working set -> observe -> exchange (the set for the next step)
+    indexed       append -> select -> read those rows of the store -> attend -> observe
+    masked        append -> attend every token under the boolean mask of `select` -> observe: the reference
+
+A prompt is attended densely (`prefill`); the policy is seeded from its last rows. `score_masked` runs a whole text in one
+pass as if it were decoded token by token, row i under the selection that its own earlier rows lead to.
+
+Shapes: q [B, N, H] or [B, T, N, H], unscaled; query head i reads kv head i // G, G = N / K. Logits, softmax statistics and
+attention mass are float32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from alisa_jax.kv.state import LayerState, Store, WorkingSet, bias_of
+from alisa_jax.policies.base import Dims, Policy, column, positions, settle
+from pallas_kernels import prefill as prefill_kernels
+from pallas_kernels.partial import Partial, merge
+
+ROUTES = ("working_set", "indexed", "masked")
+_PAGE_TOKENS = 32  # tokens of the store that a refresh attends at once
+
+
+class Taps(NamedTuple):
+    """What a decode step looked at, for analysis; unused leaves cost nothing under jit."""
+
+    mass: jax.Array  # [B, P, M] float32: attention paid to each slot, summed over the heads that share it
+    pos: jax.Array  # [B, P, M] int32: the token in each slot, -1 where none was attended
+    attended: jax.Array  # [B] float32: attended tokens, itself included, mean over selection heads
+    loads: jax.Array  # [B] int32: rows copied from the store for the next step
+
+
+def check(policy: Policy, codec, route: str, context: int, n_heads: int, n_kv_heads: int) -> None:
+    """Refuse in one sentence what cannot run together, before anything is loaded. Raises ValueError."""
+    del codec  # every codec serves every policy and route
+    if route not in ROUTES:
+        raise ValueError(f"route must be auto or one of {', '.join(ROUTES)}; got {route!r}")
+    if route not in policy.routes:
+        raise ValueError(f"{policy} runs on {', '.join(policy.routes)}; got route {route!r}")
+    if n_heads % n_kv_heads:
+        raise ValueError(f"query heads must be a multiple of kv heads; got {n_heads} and {n_kv_heads}")
+    policy.validate(context)
+
+
+def dims_of(policy: Policy, route: str, B: int, N: int, K: int, S: int) -> Dims:
+    """Sizes of the state of one layer for a context bucket of S tokens."""
+    return Dims(B, N, K, S, policy.capacity(S) if route == "working_set" else S)
+
+
+def init(policy: Policy, codec, route: str, dims: Dims, H: int) -> LayerState:
+    """The state of a layer that has seen nothing."""
+    B, _, K, S, M = dims
+    P = policy.selection_heads(K)
+    ws = None if route == "indexed" else WorkingSet.empty(codec, B, K, M, H, P)
+    keeps_store = route == "indexed" or (route == "working_set" and not policy.evicts)
+    store = Store.empty(codec, B, S, K, H) if keeps_store else None
+    length = jnp.zeros((B,), jnp.int32)
+    return LayerState(ws, store, policy.init(dims), length, policy, codec, route, S)
+
+
+def grow(state: LayerState, S: int) -> LayerState:
+    """The same state with room for S tokens."""
+    M = state.policy.capacity(S) if state.route == "working_set" else S
+    return state.replace(
+        ws=None if state.ws is None else state.ws.grow(state.codec, M),
+        store=None if state.store is None else state.store.grow(state.codec, S),
+        stats=state.policy.grow(state.stats, S, M),
+        context=S,
+    )
+
+
+def decode(state: LayerState, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerState, Taps]:
+    """One new token per sequence: q [B, N, H], k and v [B, K, H]. Returns out [B, N, H] in q's dtype."""
+    step = {"working_set": _decode_working_set, "indexed": _decode_indexed, "masked": _decode_masked}[state.route]
+    q_heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [B, K, G, H]
+    part, state, taps = step(state, q_heads, k, v)
+    return part.out.reshape(q.shape).astype(q.dtype), state.replace(length=state.length + 1), taps
+
+
+def attend(codec, q, k, v, bias) -> tuple[Partial, jax.Array]:
+    """Dense attention over head-major packed rows with a bias per slot.
+
+    q [B, K, G, H]; k, v packed [B, K, M, H]; bias [B, P, M] float32. Returns Partial(out [B, K, G, H], lse [B, K, G]) and
+    the mass [B, P, M]: softmax weights summed over the heads that share the selection.
+    """
+    H, P = q.shape[-1], bias.shape[1]
+    z = codec.logits(q.astype(jnp.float32) * jnp.float32(H**-0.5), k) + bias[:, :, None, :]
+    top = jnp.max(z, axis=-1, keepdims=True)
+    e = jnp.exp(z - jnp.where(top == -jnp.inf, jnp.float32(0.0), top))
+    total = jnp.sum(e, axis=-1, keepdims=True)
+    p = e / jnp.where(total == 0, jnp.float32(1.0), total)
+    part = Partial(codec.mix(p, v), (top + jnp.log(total))[..., 0])
+    return part, jnp.sum(p, axis=(1, 2))[:, None] if P == 1 else jnp.sum(p, axis=2)
+
+
+def _taps(mass, pos, bias, loads=None) -> Taps:
+    active = bias > -jnp.inf
+    attended = jnp.mean(jnp.sum(active, axis=-1, dtype=jnp.float32), axis=-1)
+    if loads is None:
+        loads = jnp.zeros(pos.shape[:1], jnp.int32)
+    return Taps(mass, jnp.where(active, pos, -1), attended, loads)
+
+
+def _decode_working_set(state: LayerState, q, k, v):
+    policy, codec, S, length = state.policy, state.codec, state.context, state.length
+    store = None if state.store is None else state.store.append(codec, k, v, length)
+    ws, slot = state.ws.append(codec, k, v, length)
+    part, mass = attend(codec, q, ws.k, ws.v, ws.bias)
+    taps, dense = _taps(mass, ws.pos, ws.bias), None
+    which = policy.refresh(length)
+    if which is not None:
+        part, row = _refreshed(store, codec, q, length, which, part, ws.pos.shape[1])
+        dense = (which, row)
+        taps = taps._replace(attended=jnp.where(which, (length + 1).astype(jnp.float32), taps.attended))
+    stats = policy.observe(state.stats, mass, ws.pos, slot, length, dense)
+    stats, ws, loads = _exchange(policy, codec, store, stats, ws, length + 1, S)
+    return part, state.replace(ws=ws, store=store, stats=stats), taps._replace(loads=loads)
+
+
+def _exchange(policy, codec, store, stats, ws: WorkingSet, length, S):
+    """Let the policy change the working set and copy in the rows it asks for, until it asks for no more."""
+
+    def once(stats, ws, loads):
+        stats, ex = policy.exchange(stats, ws.pos, ws.bias, length, S)
+        ws = ws.replace(pos=ex.pos, bias=ex.bias)
+        if ex.load_pos.shape[-1]:
+            ws = ws.load(codec, store, ex.load_slot, ex.load_pos)
+            loads = loads + jnp.sum(ex.load_pos >= 0, axis=(1, 2), dtype=jnp.int32)
+        return stats, ws, loads, ex.more
+
+    loads = jnp.zeros(length.shape, jnp.int32)
+    if policy.evicts:
+        stats, ws, loads, _ = once(stats, ws, loads)
+        return stats, ws, loads
+    start = (stats, ws, loads, jnp.ones((), jnp.bool_))
+    return jax.lax.while_loop(lambda c: c[3], lambda c: once(*c[:3]), start)[:3]
+
+
+def _refreshed(store: Store, codec, q, length, which, part: Partial, P: int):
+    """Replace `part` by dense attention over the store where `which` [B]; also the dense row [B, P, S]."""
+    S = store.k.shape[1]
+
+    def dense(part):
+        seen = positions(S) <= column(length)
+        full, pages = _stream(store, codec, q, jnp.where(seen, jnp.float32(0.0), -jnp.inf))
+        row = jnp.sum(pages, axis=(1, 2))[:, None] if P == 1 else jnp.sum(pages, axis=2)
+        chosen = jax.tree.map(lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), full, part)
+        return chosen, row
+
+    def skip(part):
+        return part, jnp.zeros((q.shape[0], P, S), jnp.float32)
+
+    return jax.lax.cond(jnp.any(which), dense, skip, part)
+
+
+def _stream(store: Store, codec, q, bias):
+    """Attention over a token-major store, page by page through `merge`; weights [B, K, G, S] are formed at the end."""
+    S, size = bias.shape[-1], _PAGE_TOKENS
+    scaled = q.astype(jnp.float32) * jnp.float32(q.shape[-1] ** -0.5)
+
+    def page(carry, i):
+        start = i * size
+        here = jax.lax.dynamic_slice_in_dim(bias, start, size, axis=2)
+        k = codec.slice_tokens(store.k, start, size)
+        v = codec.slice_tokens(store.v, start, size)
+        part, _ = attend(codec, q, k, v, here)
+        return merge(carry, part), codec.logits(scaled, k) + here[:, :, None, :]
+
+    zero = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32))
+    full, z = jax.lax.scan(page, zero, jnp.arange(S // size, dtype=jnp.int32))
+    z = jnp.moveaxis(z, 0, 3).reshape(*q.shape[:-1], S)
+    return full, jnp.exp(z - full.lse[..., None])
+
+
+def _decode_indexed(state: LayerState, q, k, v):
+    policy, codec, S, length = state.policy, state.codec, state.context, state.length
+    store = state.store.append(codec, k, v, length)
+    keep = _kept(policy, state.stats, length, S, q)
+    M = S if policy.refresh(length) is not None else min(S, policy.capacity(S))
+    pos = settle(keep, M)
+    part, mass = attend(codec, q, codec.take(store.k, pos), codec.take(store.v, pos), bias_of(pos))
+    at = jnp.where(pos >= 0, pos, S)
+    b, p = (jax.lax.broadcasted_iota(jnp.int32, at.shape, i) for i in (0, 1))
+    row = jnp.zeros(keep.shape, jnp.float32).at[b, p, at].set(mass, mode="drop")
+    seen = jnp.where(positions(S) <= column(length), positions(S), -1)
+    stats = _observe_row(policy, state.stats, row, jnp.broadcast_to(seen, keep.shape), length)
+    return part, state.replace(store=store, stats=stats), _taps(mass, pos, bias_of(pos))
+
+
+def _decode_masked(state: LayerState, q, k, v):
+    policy, codec, ws, length = state.policy, state.codec, state.ws, state.length
+    slot = jnp.broadcast_to(length[:, None], ws.pos.shape[:2])
+    k, v = codec.write_slot(ws.k, k, slot), codec.write_slot(ws.v, v, slot)
+    part, stats, pos, taps = _masked_row(policy, codec, state.stats, ws.pos, q, k, v, length)
+    return part, state.replace(ws=WorkingSet(k, v, pos, bias_of(pos)), stats=stats), taps
+
+
+def _masked_row(policy: Policy, codec, stats, pos, q, k, v, length):
+    """One query of the reference: slot = position, every token's K and V at hand, the selection as a mask.
+
+    pos [B, P, S]: -1 for tokens that are still to come or that an evicting policy has dropped.
+    """
+    S = pos.shape[-1]
+    pos = jnp.where(positions(S) == column(length), positions(S), pos)
+    keep = pos >= 0 if policy.evicts else _kept(policy, stats, length, S, q)
+    bias = jnp.where(keep, jnp.float32(0.0), -jnp.inf)
+    part, mass = attend(codec, q, k, v, bias)
+    stats = _observe_row(policy, stats, mass, pos, length)
+    taps = _taps(mass, pos, bias)
+    if policy.evicts:
+        stats, ex = policy.exchange(stats, pos, bias, length + 1, S)
+        pos = ex.pos
+    return part, stats, pos, taps
+
+
+def _observe_row(policy: Policy, stats, row, pos, length):
+    """`observe` on the routes where slot = position."""
+    slot = jnp.broadcast_to(length[:, None], row.shape[:2])
+    return policy.observe(stats, row, pos, slot, length, (jnp.ones(length.shape, jnp.bool_), row))
+
+
+def _kept(policy: Policy, stats, length, S: int, q):
+    """[B, P, S] bool: what the query at `length` attends, itself included."""
+    keep = policy.select(stats, length, S, q if policy.needs_query else None)
+    which = policy.refresh(length)
+    if which is not None:
+        keep = keep | (column(which) & (positions(S) < column(length)))
+    keep = keep | (positions(S) == column(length))
+    return jnp.broadcast_to(keep, (length.shape[0], *keep.shape[1:]))
+
+
+def prefill(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState]:
+    """Dense causal attention over a batch of prompts; `state` is empty and `length` [B] tells how much of T is prompt.
+
+    q [B, T, N, H], k and v [B, T, K, H], T <= context; prompts are aligned at position 0 and padded behind. Returns
+    out [B, T, N, H] (padding rows hold nothing of use) and the state after the prompts.
+    """
+    policy, codec, S = state.policy, state.codec, state.context
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    dims = dims_of(policy, state.route, B, N, K, S)
+    out, total = prefill_kernels.attend(q, k, v, length, policy.selection_heads(K), policy.seed_kind == "sum")
+    rows = None
+    if policy.seed_kind == "rows":
+        rows = prefill_kernels.last_rows(q, k, length, policy.selection_heads(K), policy.seed_rows(S), S)
+    elif policy.seed_kind == "sum":
+        rows = jnp.pad(total, ((0, 0), (0, 0), (0, S - T)))
+    stats, pos = policy.seed(state.stats, rows, length, dims)
+    pad = ((0, 0), (0, S - T), (0, 0), (0, 0))
+    empty = Store.empty(codec, B, S, K, H)
+    store = Store(codec.fill(empty.k, jnp.pad(k, pad), "tokens"), codec.fill(empty.v, jnp.pad(v, pad), "tokens"))
+    ws = state.ws
+    if ws is not None:
+        if state.route == "masked" and not policy.evicts:
+            pos = jnp.where(positions(S) < column(length), positions(S), -1)
+            pos = jnp.broadcast_to(pos, ws.pos.shape)
+        slot = jnp.where(pos >= 0, jax.lax.broadcasted_iota(jnp.int32, pos.shape, 2), -1)
+        ws = ws.load(codec, store, slot, pos).replace(pos=pos, bias=bias_of(pos))
+    return out, state.replace(ws=ws, store=None if state.store is None else store, stats=stats, length=length)
+
+
+def score_masked(policy: Policy, codec, q, k, v) -> tuple[jax.Array, jax.Array]:
+    """Whole texts in one pass, row i under the mask that decoding token by token would have had.
+
+    q [B, T, N, H], k and v [B, T, K, H]. Returns out [B, T, N, H] and the number of attended tokens [B, T] float32.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    P = policy.selection_heads(K)
+    stats = policy.init(dims_of(policy, "masked", B, N, K, T))
+    empty = codec.empty((B, K, T, H), "slots")
+    k, v = (codec.fill(empty, jnp.swapaxes(x, 1, 2), "slots") for x in (k, v))
+    by_step = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 0)
+
+    def row(carry, item):
+        stats, pos = carry
+        q_row, n = item
+        part, stats, pos, taps = _masked_row(policy, codec, stats, pos, q_row, k, v, jnp.full((B,), n, jnp.int32))
+        return (stats, pos), (part.out.reshape(B, N, H).astype(q.dtype), taps.attended)
+
+    start = (stats, jnp.full((B, P, T), -1, jnp.int32))
+    _, (out, attended) = jax.lax.scan(row, start, (by_step, jnp.arange(T, dtype=jnp.int32)))
+    return jnp.moveaxis(out, 0, 1), jnp.moveaxis(attended, 0, 1)

@@ -1,0 +1,51 @@
+"""Ragged batches: sequences of different lengths, aligned at position 0 and padded behind.
+
+Position p of a sequence is its p-th token, whatever its neighbours are, so a batch gives what its sequences give one
+by one. Padding is never attended and never counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences: `tokens` [B, T] int32, `length` [B] int32 with 1 <= length <= T; tokens behind the length are 0."""
+
+    tokens: np.ndarray
+    length: np.ndarray
+
+    @staticmethod
+    def from_lists(sequences: Sequence[Sequence[int]]) -> Batch:
+        """A batch of token id lists. Raises ValueError for no sequence or an empty one."""
+        if not len(sequences):
+            raise ValueError("a batch needs at least one sequence; got none")
+        length = np.array([len(s) for s in sequences], np.int32)
+        if length.min() < 1:
+            raise ValueError(f"every sequence needs at least one token; number {int(length.argmin())} has none")
+        tokens = np.zeros((len(sequences), int(length.max())), np.int32)
+        for row, sequence in zip(tokens, sequences, strict=True):
+            row[: len(sequence)] = sequence
+        return Batch(tokens, length)
+
+    @staticmethod
+    def from_padded(tokens: np.ndarray, mask: np.ndarray) -> Batch:
+        """A batch from `tokens` [B, T] whose padding, left or right, is where `mask` [B, T] is 0.
+
+        Raises ValueError where the shapes differ or a row's tokens are not in one piece.
+        """
+        tokens, mask = np.asarray(tokens), np.asarray(mask).astype(bool)
+        if tokens.ndim != 2 or tokens.shape != mask.shape:
+            raise ValueError(f"tokens and mask must have one shape [B, T]; got {tokens.shape} and {mask.shape}")
+        pieces = (np.diff(mask.astype(np.int8), axis=1, prepend=0) == 1).sum(axis=1)
+        if (pieces > 1).any():
+            raise ValueError(f"padding must be at one side; row {int((pieces > 1).argmax())} has gaps")
+        return Batch.from_lists([row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)])
+
+    def padded(self, T: int) -> np.ndarray:
+        """`tokens` with T columns in all."""
+        return np.pad(self.tokens, ((0, 0), (0, T - self.tokens.shape[1])))

@@ -1,0 +1,185 @@
+"""The pure functions that an engine jits: prompt, decode chunks, scoring. No decision is taken here.
+
+A chunk runs many decode steps inside one compiled loop; the number of steps is a traced number, so the last and shorter
+chunk needs no program of its own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from alisa_jax import attention
+from alisa_jax.kv.state import KVState, LayerState
+from alisa_jax.models.decoder import Decoder
+
+CHUNK_STEPS = 64
+
+
+class Layer(NamedTuple):
+    """How one layer keeps its past."""
+
+    policy: object
+    codec: object
+    route: str
+
+
+def init(decoder: Decoder, layers: tuple[Layer, ...], B: int, S: int) -> KVState:
+    """States of all layers for B sequences and a context bucket of S tokens."""
+    c = decoder.config
+    return tuple(
+        attention.init(p, codec, r, attention.dims_of(p, r, B, c.n_heads, c.n_kv_heads, S), c.head_dim)
+        for p, codec, r in layers
+    )
+
+
+def prefill(decoder: Decoder, layers, params, tokens, length) -> tuple[jax.Array, KVState]:
+    """tokens [B, S], length [B] -> logits [B, V] of the last token of each prompt, and the states (bucket S)."""
+    B, S = tokens.shape
+    kv, x, at = list(init(decoder, layers, B, S)), *_embed(decoder, params, tokens)
+
+    for layer, state in enumerate(kv):
+
+        def attend(q, k, v, state=state):
+            return attention.prefill(state, q, k, v, length)
+
+        x, kv[layer] = decoder.block(params, layer, x, at, attend)
+    last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
+    return decoder.unembed(params, last)[:, 0], tuple(kv)
+
+
+def decode(decoder: Decoder, params, kv: KVState, token) -> tuple[jax.Array, KVState, list[attention.Taps]]:
+    """One step: token [B] int32 -> logits [B, V], new states, taps of each layer."""
+    at = kv[0].length[:, None]
+    x = decoder.embed(params, token[:, None], at)
+    states, taps = [], []
+    for layer, state in enumerate(kv):
+
+        def attend(q, k, v, state=state):
+            out, state, tap = attention.decode(state, q[:, 0], k[:, 0], v[:, 0])
+            return out[:, None], (state, tap)
+
+        x, (state, tap) = decoder.block(params, layer, x, at, attend)
+        states.append(state)
+        taps.append(tap)
+    return decoder.unembed(params, x)[:, 0], tuple(states), taps
+
+
+class Greedy(NamedTuple):
+    """A chunk of greedy generation; columns from `steps` on hold nothing."""
+
+    tokens: jax.Array  # [B, CHUNK_STEPS] int32
+    margins: jax.Array  # [B, CHUNK_STEPS] float32: best logit minus second best
+    token: jax.Array  # [B] int32, to be fed next
+    done: jax.Array  # [B] bool: a stop token has been produced
+    steps: jax.Array  # [] int32, steps taken
+
+
+def pick(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Greedy token [B] int32 (ties to the lowest id) and its margin over the second best logit [B]."""
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    rest = jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == token[:, None], -jnp.inf, logits)
+    return token, jnp.max(logits, axis=-1) - jnp.max(rest, axis=-1)
+
+
+def is_stop(token: jax.Array, eos: jax.Array) -> jax.Array:
+    """[B] bool: `token` [B] is one of `eos` [E]."""
+    return jnp.any(token[:, None] == eos[None], axis=-1)
+
+
+def greedy_chunk(decoder: Decoder, params, kv: KVState, token, done, eos, n) -> tuple[Greedy, KVState]:
+    """Up to n <= CHUNK_STEPS greedy steps from `token` [B]; ends early when every sequence is done."""
+    B = token.shape[0]
+    out = Greedy(
+        jnp.zeros((B, CHUNK_STEPS), jnp.int32), jnp.zeros((B, CHUNK_STEPS)), token, done, jnp.zeros((), jnp.int32)
+    )
+
+    def body(carry):
+        out, kv = carry
+        logits, kv, _ = decode(decoder, params, kv, out.token)
+        token, margin = pick(logits)
+        return Greedy(
+            jax.lax.dynamic_update_slice(out.tokens, token[:, None], (0, out.steps)),
+            jax.lax.dynamic_update_slice(out.margins, margin[:, None], (0, out.steps)),
+            token,
+            out.done | is_stop(token, eos),
+            out.steps + 1,
+        ), kv
+
+    return jax.lax.while_loop(lambda c: (c[0].steps < n) & ~jnp.all(c[0].done), body, (out, kv))
+
+
+class Scored(NamedTuple):
+    """A chunk of teacher-forced decoding."""
+
+    logprobs: jax.Array  # [B, CHUNK_STEPS] float32, nats
+    correct: jax.Array  # [B, CHUNK_STEPS] bool: the greedy token is the target
+    attended: jax.Array  # [L] float32: sum over steps and sequences of the share of the context that was attended
+    loads: jax.Array  # [L] int32: rows copied from the stores
+
+
+def score_chunk(decoder: Decoder, params, kv: KVState, tokens, targets, valid, n) -> tuple[Scored, KVState]:
+    """n <= CHUNK_STEPS steps: tokens, targets [B, CHUNK_STEPS] int32, valid [B, CHUNK_STEPS] bool (what is counted)."""
+    L = len(kv)
+    zero = Scored(
+        jnp.zeros(tokens.shape), jnp.zeros(tokens.shape, jnp.bool_), jnp.zeros((L,)), jnp.zeros((L,), jnp.int32)
+    )
+
+    def body(i, carry):
+        out, kv = carry
+        token, target, counts = (jax.lax.dynamic_slice_in_dim(x, i, 1, 1)[:, 0] for x in (tokens, targets, valid))
+        length = kv[0].length
+        logits, kv, taps = decode(decoder, params, kv, token)
+        logprob, correct = judge(logits, target)
+        share = jnp.stack([t.attended / (length + 1).astype(jnp.float32) for t in taps])
+        loads = jnp.stack([t.loads for t in taps])
+        return Scored(
+            jax.lax.dynamic_update_slice(out.logprobs, logprob[:, None], (0, i)),
+            jax.lax.dynamic_update_slice(out.correct, correct[:, None], (0, i)),
+            out.attended + jnp.sum(jnp.where(counts[None], share, jnp.float32(0.0)), axis=1),
+            out.loads + jnp.sum(jnp.where(counts[None], loads, 0), axis=1, dtype=jnp.int32),
+        ), kv
+
+    return jax.lax.fori_loop(0, n, body, (zero, kv))
+
+
+def judge(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """logits [..., V], target [...] -> log-probability of the target in nats, and whether it is the greedy token."""
+    chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
+
+
+def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):
+    """Protocol `prefill_mask`: tokens, targets [B, T] int32, valid [B, T] bool, T a multiple of 32.
+
+    Returns log-probabilities and hits [B, T], and the sum [L] over valid tokens of the share that was attended.
+    """
+    x, at = _embed(decoder, params, tokens)
+    shares = []
+    for layer, (policy, codec, _) in enumerate(layers):
+
+        def attend(q, k, v, policy=policy, codec=codec):
+            return attention.score_masked(policy, codec, q, k, v)
+
+        x, attended = decoder.block(params, layer, x, at, attend)
+        share = attended / (at + 1).astype(jnp.float32)
+        shares.append(jnp.sum(jnp.where(valid, share, jnp.float32(0.0))))
+    B, T, D = x.shape
+    size = 32  # the logits of so many positions are held at once
+    blocks = jnp.moveaxis(x.reshape(B, T // size, size, D), 1, 0)
+    wanted = jnp.moveaxis(targets.reshape(B, T // size, size), 1, 0)
+    logprobs, correct = jax.lax.map(lambda b: judge(decoder.unembed(params, b[0]), b[1]), (blocks, wanted))
+    flat = (jnp.moveaxis(y, 0, 1).reshape(B, T) for y in (logprobs, correct))
+    return *flat, jnp.stack(shares)
+
+
+def grow(state: LayerState, S: int) -> LayerState:
+    """One layer's state for the bucket S."""
+    return attention.grow(state, S)
+
+
+def _embed(decoder: Decoder, params, tokens):
+    at = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    return decoder.embed(params, tokens, at), at

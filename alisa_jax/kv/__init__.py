@@ -1,0 +1,1 @@
+"""What is stored of the past: codecs, the store, the working set and the state of one layer."""

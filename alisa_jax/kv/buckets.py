@@ -1,0 +1,25 @@
+"""Context buckets: the sizes in tokens for which programs are compiled.
+
+Sizes are multiples of 32 that grow by 1.25, so a run of n tokens meets O(log n) of them, and at most a fifth of a
+large bucket is still empty when the run moves into it.
+"""
+
+from __future__ import annotations
+
+STEP_TOKENS = 32
+GROWTH = 1.25
+
+
+def next_bucket(size: int) -> int:
+    """The bucket after `size` tokens: 1.25 times, rounded up to a multiple of 32, at least 32 more."""
+    return max(-(-int(size * GROWTH) // STEP_TOKENS) * STEP_TOKENS, size + STEP_TOKENS)
+
+
+def bucket(tokens: int) -> int:
+    """The smallest bucket that holds `tokens` tokens. Raises ValueError below 1."""
+    if tokens < 1:
+        raise ValueError(f"a context needs at least 1 token; got {tokens}")
+    size = STEP_TOKENS
+    while size < tokens:
+        size = next_bucket(size)
+    return size

@@ -1,0 +1,66 @@
+"""Moving rows of tokens in and out of arrays, in the two layouts that the library knows.
+
+    head-major   x [B, K, M, *]   the working set: slot m of sequence b and head k
+    token-major  x [B, S, K, *]   the store: one token is one contiguous row
+
+Indices come with a selection axis P that is 1 (all heads share the index) or K (each kv head has its own). An index that
+is negative or not below the size of its axis moves nothing on a write, and reads row 0 on a read (callers mask what they
+asked for by -1): no index wraps around or clamps onto a neighbour.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def _write_index(index: jax.Array, size: int) -> jax.Array:
+    """`index` with everything outside [0, size) sent to `size`, where a write in mode "drop" goes nowhere."""
+    return jnp.where((index >= 0) & (index < size), index, size)
+
+
+def _read_index(index: jax.Array, size: int) -> jax.Array:
+    return jnp.where((index >= 0) & (index < size), index, 0)
+
+
+def put_slots(x: jax.Array, rows: jax.Array, slot: jax.Array) -> jax.Array:
+    """Head-major write: `x` [B, K, M, *] with `rows` [B, K, E, *] at `slot` [B, P, E]; distinct slots per (b, p)."""
+    slot = _write_index(slot, x.shape[2])
+    if slot.shape[1] == 1:
+        shape = (slot.shape[0], slot.shape[2])
+        return x.at[_iota(shape, 0), :, slot[:, 0]].set(jnp.swapaxes(rows, 1, 2), mode="drop")
+    return x.at[_iota(slot.shape, 0), _iota(slot.shape, 1), slot].set(rows, mode="drop")
+
+
+def take_slots(x: jax.Array, slot: jax.Array) -> jax.Array:
+    """Head-major read: rows [B, K, E, *] of `x` [B, K, M, *] at `slot` [B, P, E]."""
+    slot = _read_index(slot, x.shape[2])
+    if slot.shape[1] == 1:
+        shape = (slot.shape[0], slot.shape[2])
+        return jnp.swapaxes(x[_iota(shape, 0), :, slot[:, 0]], 1, 2)
+    return x[_iota(slot.shape, 0), _iota(slot.shape, 1), slot]
+
+
+def put_tokens(x: jax.Array, rows: jax.Array, pos: jax.Array) -> jax.Array:
+    """Token-major write of one token per sequence: `x` [B, S, K, *], `rows` [B, K, *], `pos` [B]."""
+    return x.at[_iota(pos.shape, 0), _write_index(pos, x.shape[1])].set(rows, mode="drop")
+
+
+def take_tokens(x: jax.Array, pos: jax.Array) -> jax.Array:
+    """Token-major read: head-major rows [B, K, E, *] of `x` [B, S, K, *] at `pos` [B, P, E]."""
+    pos = _read_index(pos, x.shape[1])
+    if pos.shape[1] == 1:
+        shape = (pos.shape[0], pos.shape[2])
+        return jnp.swapaxes(x[_iota(shape, 0), pos[:, 0]], 1, 2)
+    return x[_iota(pos.shape, 0), pos, _iota(pos.shape, 1)]
+
+
+def pad_axis(x: jax.Array, axis: int, size: int, value) -> jax.Array:
+    """`x` with `axis` extended to `size` by `value` (never shortened)."""
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, width, constant_values=jnp.asarray(value, x.dtype))

@@ -1,0 +1,123 @@
+"""The state of one layer's cache: explicit arrays in, explicit arrays out.
+
+Two homes for a token (one of them may be absent):
+
+    Store        every token once, append-only, token-major [B, S, K, H]: row p is position p
+    WorkingSet   the tokens that the next query attends, head-major [B, K, M, H], with the position of each slot
+
+A slot of the working set is in one of three conditions, told by `pos` and `bias` together:
+
+    active   pos >= 0, bias > -inf     attended
+    parked   pos >= 0, bias = -inf     resident but not attended; may return without a copy
+    empty    pos = -1, bias = -inf     free
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from alisa_jax.kv import rows
+
+EMPTY = -1
+
+
+@flax.struct.dataclass
+class WorkingSet:
+    """M slots per sequence; P = 1 when heads share the selection, K when each kv head has its own."""
+
+    k: Any  # packed [B, K, M, H]
+    v: Any  # packed [B, K, M, H]
+    pos: jax.Array  # [B, P, M] int32, -1 empty
+    bias: jax.Array  # [B, P, M] float32, added to the logits: 0 active, -inf empty or parked
+
+    @staticmethod
+    def empty(codec, B: int, K: int, M: int, H: int, P: int) -> WorkingSet:
+        """A working set with all of its M slots free."""
+        shape = (B, K, M, H)
+        pos = jnp.full((B, P, M), EMPTY, jnp.int32)
+        return WorkingSet(codec.empty(shape, "slots"), codec.empty(shape, "slots"), pos, bias_of(pos))
+
+    def append(self, codec, k: jax.Array, v: jax.Array, length: jax.Array) -> tuple[WorkingSet, jax.Array]:
+        """Put the token at position `length` [B], with `k`, `v` [B, K, H], into the first empty slot.
+
+        Returns the new working set and the slot taken, [B, P]; where no slot is empty nothing is written and the slot
+        is M, so a full set loses the new token and never an old one (the engine grows the bucket before that).
+        """
+        M = self.pos.shape[-1]
+        iota = jax.lax.broadcasted_iota(jnp.int32, self.pos.shape, 2)
+        slot = jnp.min(jnp.where(self.pos == EMPTY, iota, M), axis=-1)
+        here = iota == slot[:, :, None]
+        return WorkingSet(
+            codec.write_slot(self.k, k, slot),
+            codec.write_slot(self.v, v, slot),
+            jnp.where(here, length[:, None, None], self.pos),
+            jnp.where(here, jnp.float32(0.0), self.bias),
+        ), slot
+
+    def load(self, codec, store: Store, slot: jax.Array, pos: jax.Array) -> WorkingSet:
+        """Copy codes of tokens `pos` [B, P, E] of the store into `slot` [B, P, E]; -1 copies nothing."""
+        return self.replace(
+            k=codec.put(self.k, codec.take(store.k, pos), slot),
+            v=codec.put(self.v, codec.take(store.v, pos), slot),
+        )
+
+    def grow(self, codec, M: int) -> WorkingSet:
+        """The same tokens in the same slots, with M slots in all."""
+        return WorkingSet(
+            codec.grow(self.k, M, "slots"),
+            codec.grow(self.v, M, "slots"),
+            rows.pad_axis(self.pos, 2, M, EMPTY),
+            rows.pad_axis(self.bias, 2, M, -jnp.inf),
+        )
+
+
+@flax.struct.dataclass
+class Store:
+    """Every token's K and V at row = position."""
+
+    k: Any  # packed [B, S, K, H]
+    v: Any  # packed [B, S, K, H]
+
+    @staticmethod
+    def empty(codec, B: int, S: int, K: int, H: int) -> Store:
+        """A store with room for S tokens."""
+        return Store(codec.empty((B, S, K, H), "tokens"), codec.empty((B, S, K, H), "tokens"))
+
+    def append(self, codec, k: jax.Array, v: jax.Array, length: jax.Array) -> Store:
+        """Write `k`, `v` [B, K, H] at row `length` [B]; a full store stays as it is."""
+        return Store(codec.write_token(self.k, k, length), codec.write_token(self.v, v, length))
+
+    def grow(self, codec, S: int) -> Store:
+        """The same rows, with room for S tokens."""
+        return Store(codec.grow(self.k, S, "tokens"), codec.grow(self.v, S, "tokens"))
+
+
+@flax.struct.dataclass
+class LayerState:
+    """All that one layer remembers. `KVState` is the tuple of the layers' states."""
+
+    ws: WorkingSet | None
+    store: Store | None
+    stats: Any  # the policy's pytree, () when it keeps none
+    length: jax.Array  # [B] int32, tokens seen per sequence
+    policy: Any = flax.struct.field(pytree_node=False)
+    codec: Any = flax.struct.field(pytree_node=False)
+    route: str = flax.struct.field(pytree_node=False)  # "working_set" | "indexed" | "masked"
+    context: int = flax.struct.field(pytree_node=False)  # S, the context bucket
+
+
+KVState = tuple[LayerState, ...]
+
+
+def bias_of(pos: jax.Array) -> jax.Array:
+    """The logit bias of slots `pos`: 0 where a token is, -inf where none is."""
+    return jnp.where(pos >= 0, jnp.float32(0.0), jnp.float32(-jnp.inf))
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays, or of all `jax.ShapeDtypeStruct`s, in `tree`."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,7 @@
+"""Decoder-only language models: OPT and LLaMA, from Hugging Face folders or with random weights."""
+
+from alisa_jax.models.checkpoint import CheckpointError, Model, load, save
+from alisa_jax.models.decoder import Decoder, ModelConfig, RopeScaling
+from alisa_jax.models.shapes import SHAPES
+
+__all__ = ["SHAPES", "CheckpointError", "Decoder", "Model", "ModelConfig", "RopeScaling", "load", "save"]

@@ -1,0 +1,299 @@
+"""From a name or a folder to a model, and back to a folder.
+
+`load` reads a Hugging Face folder (`config.json`, `model.safetensors` or `model.safetensors.index.json` with
+its shards, and where present `tokenizer.json` and `generation_config.json`), the bundled model, or a named
+shape with random weights. `save` writes a folder that `load` and transformers both read. Nothing is
+downloaded. Tensors are memory mapped and pass through host memory one at a time; [out, in] matrices become
+[in, out].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tokenizers
+import tqdm
+
+from alisa_jax.models.config import ModelConfig
+from alisa_jax.models.decoder import Decoder, Params
+from alisa_jax.models.hf import CheckpointError, config_from_hf, config_to_hf, tensor_name
+from alisa_jax.models.shapes import SHAPES
+
+BUNDLED = Path(__file__).resolve().parent.parent / "bundled" / "pylib_1m"
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+_DTYPES = ("float32", "float16", "bfloat16")
+_STORED = ("F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A decoder with its parameters and what is known about its text side."""
+
+    decoder: Decoder
+    params: Params
+    tokenizer: tokenizers.Tokenizer | None  # None: no tokenizer.json, or random weights
+    name: str
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    source: str  # the folder it was read from, or "random:NAME"
+
+
+def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> Model:
+    """Load a model: a Hugging Face folder, "bundled", or "random:NAME" with a name of `SHAPES`.
+
+    Args:
+      name_or_path: the folder or the name.
+      dtype: "float32", "float16" or "bfloat16" (or the NumPy type). None keeps the type that `config.json`
+        states, or that of the token table where it states none; random weights are then float32.
+      seed: of random weights; not used otherwise.
+
+    Raises:
+      CheckpointError: in one sentence, for an unknown name, a path that is no folder, a missing or damaged
+        file, an unsupported architecture or setting, and a tensor missing or of a wrong shape or type.
+    """
+    name = os.fspath(name_or_path)
+    wanted = None if dtype is None else _dtype(dtype)
+    if name.startswith("random:"):
+        return _random(name, np.dtype("float32") if wanted is None else wanted, seed)
+    folder = BUNDLED if name == "bundled" else Path(name)
+    if not folder.is_dir():
+        if name == "bundled":
+            raise CheckpointError("the bundled model is not part of this installation.")
+        what = "is a file, not a folder" if folder.exists() else "is not a folder"
+        raise CheckpointError(
+            f"{name!r} {what}; give a local Hugging Face folder, 'bundled', or 'random:NAME' with NAME one "
+            f"of {', '.join(SHAPES)}."
+        )
+    raw = _read_json(folder / CONFIG)
+    try:
+        decoder = Decoder(config_from_hf(raw))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    stated = raw.get("dtype") or raw.get("torch_dtype")
+    if wanted is None and stated is not None:
+        wanted = _dtype(stated, where=str(folder / CONFIG))
+    generation = folder / "generation_config.json"
+    ids = raw | (_read_json(generation) if generation.exists() else {})
+    tokenizer = _read_tokenizer(folder / "tokenizer.json")  # cheap: before the weights
+    return Model(
+        decoder=decoder,
+        params=_read_params(folder, decoder, wanted),
+        tokenizer=tokenizer,
+        name=name if name == "bundled" else folder.resolve().name,
+        bos_id=_first(ids.get("bos_token_id")),
+        eos_ids=_ids(ids.get("eos_token_id")),
+        source=str(folder.resolve()),
+    )
+
+
+def save(
+    config: ModelConfig,
+    params: Params,
+    folder: str | os.PathLike,
+    dtype: Any = jnp.float32,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    bos_id: int | None = None,
+    eos_ids: Iterable[int] = (),
+) -> None:
+    """Write the folder of a model, with its weights in `dtype` and, if given, its tokenizer and special ids.
+
+    Every file appears whole or not at all, and `config.json` last, so a folder that has one is complete.
+    Raises CheckpointError where the folder cannot be written or `params` do not have the shapes of `config`.
+    """
+    folder, wanted = Path(folder), _dtype(dtype)
+    raw = config_to_hf(config, wanted.name) | {"bos_token_id": bos_id, "eos_token_id": list(eos_ids) or None}
+    expected, given = _expected(Decoder(config)), _flatten(config.arch, params)
+    tensors = {}
+    for name, (_, leaf, spec) in expected.items():
+        array = given[name][2] if name in given else None
+        if array is None or array.shape != spec.shape:
+            has = "no such parameter" if array is None else f"shape {tuple(array.shape)}"
+            raise CheckpointError(f"{name} needs shape {spec.shape}, and the parameters have {has}.")
+        tensors[name] = _to_stored(np.asarray(array), leaf, wanted, name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _whole(folder / WEIGHTS) as partial:
+            safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
+        if tokenizer is not None:
+            with _whole(folder / "tokenizer.json") as partial:
+                partial.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+        generation = {"bos_token_id": bos_id, "eos_token_id": list(eos_ids) or None}
+        for file, content in ((folder / "generation_config.json", generation), (folder / CONFIG, raw)):
+            with _whole(file) as partial:
+                partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"the folder {folder} cannot be written: {error}") from error
+
+
+def _random(name: str, dtype: np.dtype, seed: int) -> Model:
+    shape = name.removeprefix("random:")
+    if shape not in SHAPES:
+        near = difflib.get_close_matches(shape, SHAPES, 1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise CheckpointError(f"{shape!r} is not a known shape{hint}; known are {', '.join(SHAPES)}.")
+    decoder = Decoder(SHAPES[shape])
+    params = decoder.init(jax.random.key(seed), dtype)
+    return Model(decoder, params, None, name, None, (), name)
+
+
+def _read_params(folder: Path, decoder: Decoder, dtype: np.dtype | None) -> Params:
+    expected = _expected(decoder)
+    params: Params = {"embed": {}, "blocks": [{} for _ in range(decoder.config.n_layers)], "unembed": {}}
+    with contextlib.ExitStack() as stack:
+        where = _open(folder, stack)
+        for name, (path, leaf, spec) in tqdm.tqdm(
+            expected.items(), "weights", unit=" tensors", disable=None, leave=False
+        ):
+            # A folder of the bare stack, without a head, has the same names without the first word.
+            stored = name if name in where else name.removeprefix("model.")
+            if stored not in where:
+                raise CheckpointError(f"{folder} has no tensor {name}, which its configuration needs.")
+            shape = spec.shape[::-1] if leaf == "kernel" else spec.shape
+            array = _read_tensor(where[stored], stored, shape, folder)
+            dtype = array.dtype if dtype is None else dtype
+            array = _cast(array.T if leaf == "kernel" else array, dtype, f"{folder}: {name}")
+            part, *inner, module = path
+            holder = params[part][inner[0]] if inner else params[part]
+            holder.setdefault(module, {})[leaf] = jnp.array(array)
+    return params
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Which open file holds each tensor, from the one file or from the index of shards."""
+    if (folder / WEIGHTS).exists():
+        handle = _open_file(folder / WEIGHTS, stack)
+        return dict.fromkeys(handle.keys(), handle)
+    if not (folder / INDEX).exists():
+        raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}; other weight formats are not read.")
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor names to files.")
+    handles = {file: _open_file(folder / file, stack) for file in sorted(set(weight_map.values()))}
+    held = {file: set(handle.keys()) for file, handle in handles.items()}
+    for name, file in weight_map.items():
+        if name not in held[file]:
+            raise CheckpointError(f"{folder / file} has no tensor {name}, which {INDEX} says it holds.")
+    return {name: handles[file] for name, file in weight_map.items()}
+
+
+def _open_file(path: Path, stack: contextlib.ExitStack) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing.")
+    try:
+        return stack.enter_context(safetensors.safe_open(path, framework="numpy"))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged: {error}.") from error
+
+
+def _read_tensor(handle: Any, name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
+    view = handle.get_slice(name)
+    if tuple(view.get_shape()) != shape:
+        raise CheckpointError(
+            f"{folder}: tensor {name} has shape {tuple(view.get_shape())}, and the configuration needs {shape}."
+        )
+    if view.get_dtype() not in _STORED:
+        raise CheckpointError(
+            f"{folder}: tensor {name} is stored as {view.get_dtype()}; supported are {', '.join(_STORED)}."
+        )
+    return handle.get_tensor(name)
+
+
+def _expected(decoder: Decoder) -> dict[str, tuple[tuple, str, jax.ShapeDtypeStruct]]:
+    """Every tensor of a folder: name -> ((part, [layer,] module), leaf, shape as held here)."""
+    shapes = jax.eval_shape(decoder.init, jax.random.key(0))
+    return _flatten(decoder.config.arch, shapes)
+
+
+def _flatten(arch: str, params: Params) -> dict[str, tuple[tuple, str, Any]]:
+    flat = {}
+
+    def add(part: str, layer: int | None, modules: dict) -> None:
+        for module, leaves in modules.items():
+            path = (part, module) if layer is None else (part, layer, module)
+            for leaf, value in leaves.items():
+                flat[tensor_name(arch, part, module, leaf, layer)] = (path, leaf, value)
+
+    add("embed", None, params["embed"])
+    for layer, modules in enumerate(params["blocks"]):
+        add("blocks", layer, modules)
+    add("unembed", None, params["unembed"])
+    return flat
+
+
+def _to_stored(array: np.ndarray, leaf: str, dtype: np.dtype, name: str) -> np.ndarray:
+    # The writer stores memory as it lies, so a transposed view must be laid out first.
+    return np.ascontiguousarray(_cast(array.T if leaf == "kernel" else array, dtype, name))
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype)
+    if dtype == np.float16 and not np.isfinite(cast).all():
+        raise CheckpointError(f"{name} has values beyond the range of float16; use bfloat16 or float32.")
+    return cast
+
+
+def _dtype(dtype: Any, where: str = "") -> np.dtype:
+    name = dtype if isinstance(dtype, str) else None
+    if name is None:
+        with contextlib.suppress(TypeError):
+            name = np.dtype(dtype).name
+    if name not in _DTYPES:
+        prefix = f"{where}: " if where else ""
+        raise CheckpointError(f"{prefix}dtype {dtype!r} is not supported; supported are {', '.join(_DTYPES)}.")
+    return np.dtype(getattr(ml_dtypes, name)) if name == "bfloat16" else np.dtype(name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; it must hold a JSON object.")
+    return content
+
+
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
+    if not path.exists():
+        return None
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path} is not a readable tokenizer: {error}.") from error
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+
+
+def _first(value: Any) -> int | None:
+    return next(iter(_ids(value)), None)
+
+
+@contextlib.contextmanager
+def _whole(path: Path):
+    """A path to write to, moved to `path` when the block ends well and removed when it does not."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,106 @@
+"""What a decoder is, as one frozen and hashable value.
+
+A `ModelConfig` holds every number that fixes the shapes and the arithmetic of a decoder-only transformer. It
+is checked when it is made, so that no later code has to ask whether it makes sense. The letters in the
+comments are the axis alphabet of `alisa_jax.axes`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+ARCHITECTURES = ("llama", "opt")
+ACTIVATIONS = ("gelu", "relu", "silu")
+ROPE_SCALINGS = ("linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context.
+
+    `linear` divides every frequency by `factor` (position interpolation, arXiv 2306.15595, section 3.2).
+    `llama3` divides the slow ones only: wavelengths above original_max_positions / low_freq_factor are
+    divided by `factor`, those below original_max_positions / high_freq_factor are left alone, and between the
+    two the frequency is interpolated linearly in original_max_positions / wavelength. The last three fields
+    are of `llama3` alone.
+
+    Raises ValueError where a value is out of its range.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self):
+        if self.kind not in ROPE_SCALINGS:
+            raise ValueError(f"rope scaling is {self.kind!r}; allowed are {', '.join(ROPE_SCALINGS)}.")
+        if not self.factor > 0:
+            raise ValueError(f"rope scaling factor is {self.factor}; it must be above 0.")
+        if self.kind == "llama3":
+            if not 0 < self.low_freq_factor < self.high_freq_factor:
+                raise ValueError(
+                    f"rope scaling has low_freq_factor={self.low_freq_factor} and "
+                    f"high_freq_factor={self.high_freq_factor}; they must be above 0 and in this order."
+                )
+            if self.original_max_positions < 1:
+                raise ValueError(
+                    f"rope scaling has original_max_positions={self.original_max_positions}; it must be at least 1."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and arithmetic of one decoder.
+
+    `arch` is "llama" (RMSNorm, rotary positions, gated MLP, grouped-query attention; arXiv 2302.13971) or
+    "opt" (LayerNorm before each half, learned positions, plain MLP; arXiv 2205.01068). `rope_theta` and
+    `rope_scaling` are read by "llama" only. `head_dim` need not be d_model / n_heads for "llama".
+
+    Raises ValueError, in one sentence, where a field is out of its range or two fields disagree.
+    """
+
+    arch: str
+    vocab_size: int  # V
+    d_model: int  # D
+    n_layers: int  # L
+    n_heads: int  # N
+    n_kv_heads: int  # K
+    head_dim: int  # H
+    d_ff: int  # hidden width of the MLP
+    max_positions: int  # longest context in tokens
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False  # the output head is the token table
+    act: str = "silu"
+    attention_bias: bool = False  # biases of the q, k, v and output projections
+    mlp_bias: bool = False  # biases of the MLP projections
+
+    def __post_init__(self):
+        if self.arch not in ARCHITECTURES:
+            raise ValueError(f"arch is {self.arch!r}; allowed are {', '.join(ARCHITECTURES)}.")
+        for name in "vocab_size d_model n_layers n_heads n_kv_heads head_dim d_ff max_positions".split():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}; "
+                "each kv head must serve equally many query heads."
+            )
+        if not self.norm_eps > 0 or not self.rope_theta > 0:
+            raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must both be above 0.")
+        if self.act not in ACTIVATIONS:
+            raise ValueError(f"act is {self.act!r}; allowed are {', '.join(ACTIVATIONS)}.")
+        if self.arch == "llama" and self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one.")
+        if self.arch == "opt" and (self.n_kv_heads != self.n_heads or self.n_heads * self.head_dim != self.d_model):
+            raise ValueError(
+                f"an opt model needs n_kv_heads = n_heads and n_heads * head_dim = d_model; given are "
+                f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, head_dim={self.head_dim}, "
+                f"d_model={self.d_model}."
+            )
+        if self.arch == "opt" and self.rope_scaling is not None:
+            raise ValueError("an opt model has learned positions; rope_scaling must be None.")

@@ -1,0 +1,153 @@
+"""The decoder: the only model type that the rest of the library sees.
+
+A `Decoder` is a frozen dataclass of pure functions of (params, inputs); it holds a `ModelConfig` and no
+arrays. A step of any kind (training, prefill, decode) is the same three calls:
+
+    x = decoder.embed(params, tokens, positions)                                # [B, T, D]
+    for layer in range(decoder.config.n_layers):
+        x, aux = decoder.block(params, layer, x, positions, attend)             # attend owns the KV cache
+    logits = decoder.unembed(params, x)                                         # [B, T, V] float32
+
+`params` is {"embed": dict, "blocks": [dict] * L, "unembed": dict} of arrays in one type; a layer's dict may
+live in any memory until its block is called. Layers are a list, not a stacked array, so that each can be
+placed by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from alisa_jax.axes import check
+from alisa_jax.models import llama, opt
+from alisa_jax.models.config import ModelConfig, RopeScaling
+
+__all__ = ["Decoder", "ModelConfig", "RopeScaling"]
+
+Params = dict[str, Any]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+_FAMILIES = types.MappingProxyType({"llama": llama, "opt": opt})
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Pure functions of one architecture; hashable, so it can be a static argument of `jax.jit`."""
+
+    config: ModelConfig
+
+    def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+        """Random parameters in `dtype`, a function of `key` alone (and of the shape)."""
+        c = self.config
+        first, last, *keys = jax.random.split(key, c.n_layers + 2)
+        embed = _init_embed(c, dtype, first)
+        # One compiled function serves all layers, which keeps a large model quick to make.
+        blocks = [_init_block(c, dtype, k) for k in keys]
+        unembed = _init_unembed(c, dtype, last, self._table({"embed": embed}))
+        return {"embed": embed, "blocks": blocks, "unembed": unembed}
+
+    def embed(self, params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """tokens [B, T] int32, positions [B, T] int32 -> x [B, T, D] in the type of the parameters.
+
+        Out-of-range indices (padding) are clipped; raises ValueError where the two shapes differ.
+        """
+        check("B T", positions, check("B T", tokens, name="tokens"), name="positions")
+        return _FAMILIES[self.config.arch].Embed(self.config).apply({"params": params["embed"]}, tokens, positions)
+
+    def block(
+        self,
+        params: Params,
+        layer: int,
+        x: jax.Array,  # [B, T, D]
+        positions: jax.Array,  # [B, T] int32
+        attend: Attend,
+    ) -> tuple[jax.Array, Any]:
+        """Layer `layer` -> (x [B, T, D], aux), where aux is what `attend` returned beside its output.
+
+        `attend(q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]) -> (out [B, T, N, H], aux)`. It is called
+        once. q and k carry their positions (rotated, for llama); q is not scaled: `attend` multiplies logits
+        by H ** -0.5. Raises ValueError where x, positions or the output of `attend` have the wrong shape.
+        """
+        c = self.config
+        sizes = check("B T D", x, {"D": c.d_model}, name="x")
+        check("B T", positions, sizes, name="positions")
+        expected = {**sizes, "N": c.n_heads, "H": c.head_dim}
+
+        def checked(q, k, v):
+            out, aux = attend(q, k, v)
+            check("B T N H", out, expected, name="output of attend")
+            return out, aux
+
+        module = _FAMILIES[c.arch].Block(c)
+        return module.apply({"params": params["blocks"][layer]}, x, positions, checked)
+
+    def unembed(self, params: Params, x: jax.Array) -> jax.Array:
+        """x [B, T, D] -> logits [B, T, V] float32."""
+        check("B T D", x, {"D": self.config.d_model}, name="x")
+        module = _FAMILIES[self.config.arch].Unembed(self.config)
+        return module.apply({"params": params["unembed"]}, x, self._table(params))
+
+    def count_params(self, embedding: bool = True) -> int:
+        """Number of parameters; `embedding=False` leaves out token and position tables and an untied head."""
+        c = self.config
+        q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        norm = 2 * c.d_model if c.arch == "opt" else c.d_model
+        biases = c.attention_bias * (q + 2 * kv + c.d_model) + c.mlp_bias * (self._mlp_maps() * c.d_ff)
+        if c.mlp_bias:
+            biases += c.d_model - c.d_ff  # the last map's bias is as wide as the model
+        total = c.n_layers * (self._block_weights() + biases + 2 * norm) + norm
+        if embedding:
+            total += c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+            if c.arch == "opt":
+                total += (c.max_positions + opt.POSITION_OFFSET) * c.d_model
+        return total
+
+    def kv_bytes_per_token(self, element_bytes: int = 2) -> int:
+        """Bytes of K and V of one token over all layers: 2 L K H element_bytes."""
+        c = self.config
+        return 2 * c.n_layers * c.n_kv_heads * c.head_dim * element_bytes
+
+    def flops_per_token(self, context_tokens: int) -> int:
+        """Floating-point operations of one token's forward pass when it attends `context_tokens` positions.
+
+        A multiply-add is two. Matrix products only: 2 per weight of the blocks and of the head, and 4 L N H
+        per attended position; norms, softmax and elementwise work are left out.
+        """
+        c = self.config
+        weights = c.n_layers * self._block_weights() + c.vocab_size * c.d_model
+        return 2 * weights + 4 * c.n_layers * c.n_heads * c.head_dim * context_tokens
+
+    def _mlp_maps(self) -> int:
+        return 2 if self.config.arch == "opt" else 3
+
+    def _block_weights(self) -> int:
+        c = self.config
+        attention = 2 * c.d_model * (c.n_heads + c.n_kv_heads) * c.head_dim
+        return attention + self._mlp_maps() * c.d_model * c.d_ff
+
+    def _table(self, params: Params) -> jax.Array | None:
+        return params["embed"]["tokens"]["table"] if self.config.tie_embeddings else None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init_embed(config: ModelConfig, dtype: Any, key: jax.Array) -> Params:
+    index = jnp.zeros((1, 1), jnp.int32)
+    return _FAMILIES[config.arch].Embed(config, dtype).init(key, index, index)["params"]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init_block(config: ModelConfig, dtype: Any, key: jax.Array) -> Params:
+    x, index = jnp.zeros((1, 1, config.d_model), dtype), jnp.zeros((1, 1), jnp.int32)
+    return _FAMILIES[config.arch].Block(config, dtype).init(key, x, index, lambda q, k, v: (q, ()))["params"]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init_unembed(config: ModelConfig, dtype: Any, key: jax.Array, table: jax.Array | None) -> Params:
+    x = jnp.zeros((1, 1, config.d_model), dtype)
+    return _FAMILIES[config.arch].Unembed(config, dtype).init(key, x, table)["params"]

@@ -1,0 +1,105 @@
+"""Pieces that both families are made of: linear maps, norms, token tables and the output head.
+
+Weights are stored as [in, out] matrices. Statistics of norms and the logits are float32 whatever the type of
+the weights; everything else stays in the type of the weights, and nothing is promoted silently. Initial
+values: every matrix has standard deviation fan_in ** -0.5, and the two that write to the residual stream a
+further (2 L) ** -0.5, so that the stream keeps its size at any depth.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+DType = Any
+
+
+def activation(name: str):
+    """The elementwise function called `name`: "silu", "relu" or "gelu" (the exact one, with erf)."""
+    return {"silu": jax.nn.silu, "relu": jax.nn.relu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}[name]
+
+
+class Linear(nn.Module):
+    """y = x W (+ b), x [B, T, in] -> [B, T, out], W [in, out]."""
+
+    features: int
+    bias: bool = False
+    scale: float = 1.0  # factor on the initial standard deviation
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        fan_in = x.shape[-1]
+        init = nn.initializers.normal(self.scale * fan_in**-0.5)
+        y = x @ self.param("kernel", init, (fan_in, self.features), self.param_dtype)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)[None, None, :]
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; x [B, T, D]."""
+
+    eps: float
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * scale.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, in float32; x [B, T, D]."""
+
+    eps: float
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        wide = wide * scale.astype(jnp.float32)[None, None, :] + bias.astype(jnp.float32)[None, None, :]
+        return wide.astype(x.dtype)
+
+
+class Table(nn.Module):
+    """Rows looked up by index: [B, T] int32 -> [B, T, D].
+
+    An index outside the table is clipped to its ends, so that padding cannot bring NaN into a batch. Whether
+    real tokens and positions are in range is for the caller to check, outside jit.
+    """
+
+    rows: int
+    features: int
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, index: jax.Array) -> jax.Array:
+        init = nn.initializers.normal(self.features**-0.5)
+        table = self.param("table", init, (self.rows, self.features), self.param_dtype)
+        return jnp.take(table, index, axis=0, mode="clip")
+
+
+class Head(nn.Module):
+    """Logits in float32: x [B, T, D] -> [B, T, V], through a matrix [D, V] or the token table [V, D]."""
+
+    vocab_size: int
+    param_dtype: DType = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, table: jax.Array | None) -> jax.Array:
+        if table is not None:
+            return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
+        fan_in = x.shape[-1]
+        init = nn.initializers.normal(fan_in**-0.5)
+        kernel = self.param("kernel", init, (fan_in, self.vocab_size), self.param_dtype)
+        return jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=jnp.float32)

@@ -1,0 +1,21 @@
+"""Which past tokens may a query attend to: one method, one file, one frozen dataclass."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from alisa_jax import spec
+from alisa_jax.policies.base import Dims, Exchange, Policy
+from alisa_jax.policies.dense import Dense
+from alisa_jax.policies.local import Local
+from alisa_jax.policies.strided import Strided
+from alisa_jax.policies.swa import Swa
+
+POLICIES = MappingProxyType({"dense": Dense, "local": Local, "strided": Strided, "swa": Swa})
+
+__all__ = ["POLICIES", "Dense", "Dims", "Exchange", "Local", "Policy", "Strided", "Swa", "parse"]
+
+
+def parse(text: str) -> Policy:
+    """The policy that `text` names, for example 'swa(kv_sparsity=0.8,window=2k)'. Raises `spec.SpecError`."""
+    return spec.parse(text, POLICIES)

@@ -1,0 +1,149 @@
+"""What a policy is: which past tokens may this query attend to?
+
+A policy is a frozen dataclass of pure methods; what it remembers is a pytree (`stats`) that it gets and returns. The
+query at position n attends the tokens that the policy keeps among positions 0 .. n-1, and itself. One decode step is
+
+    stats = policy.observe(stats, mass, ...)          what the query at n paid to each slot
+    stats, ex = policy.exchange(stats, pos, bias, n+1)   the set for the query at n+1, as changes of slots
+
+and `select` states the same set from scratch, as a boolean mask: the reference for `exchange`, the first set after a
+prompt, and the whole policy on the routes that do not keep a working set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Stats = Any
+
+
+class Dims(NamedTuple):
+    """Sizes that a policy may need for its statistics."""
+
+    B: int  # sequences
+    N: int  # query heads
+    K: int  # kv heads
+    S: int  # context bucket
+    M: int  # slots of the working set (M = S on the routes where slot = position)
+
+
+class Exchange(NamedTuple):
+    """The working set after an exchange. Rows of `load_pos` are to be copied from the store into `load_slot`."""
+
+    pos: jax.Array  # [B, P, M] int32
+    bias: jax.Array  # [B, P, M] float32
+    load_slot: jax.Array  # [B, P, E] int32, -1 = none; E may be 0
+    load_pos: jax.Array  # [B, P, E] int32, -1 = none
+    more: jax.Array  # [] bool: the list of loads was full; call again
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of all policies; what is not overridden is a stateless policy that shares its selection between heads."""
+
+    evicts: ClassVar[bool] = True  # what is not kept is gone; no store
+    needs_query: ClassVar[bool] = False  # cannot be chosen one step ahead
+    routes: ClassVar[tuple[str, ...]] = ("working_set", "indexed", "masked")
+    seed_kind: ClassVar[str] = "none"  # what a prefill hands to `seed`: "none" | "rows" | "sum"
+
+    def for_layer(self, layer: int) -> Policy:
+        """The policy of layer `layer`, counted from 0."""
+        return self
+
+    def selection_heads(self, K: int) -> int:
+        """P: 1 when heads share a selection, K when every kv head has its own."""
+        return 1
+
+    def capacity(self, S: int) -> int:
+        """Slots of the working set that a context bucket of S tokens needs."""
+        raise NotImplementedError
+
+    def validate(self, S: int) -> None:
+        """Raise ValueError when this policy cannot serve a context of S tokens."""
+
+    def init(self, dims: Dims) -> Stats:
+        """Statistics before the first token."""
+        return ()
+
+    def grow(self, stats: Stats, S: int, M: int) -> Stats:
+        """Statistics for the next context bucket."""
+        return stats
+
+    def seed_rows(self, S: int) -> int:
+        """How many of the last rows of attention `seed` wants (`seed_kind` "rows")."""
+        return 0
+
+    def seed(self, stats: Stats, rows, length: jax.Array, dims: Dims) -> tuple[Stats, jax.Array]:
+        """Statistics and first set after a dense prompt.
+
+        rows: `seed_kind` "rows": [B, P, W, S] float32, W = seed_rows(S), the last row belongs to the last query of each
+        sequence; "sum": [B, P, S] float32, summed over all queries; "none": None. length: [B].
+        Returns the statistics and `pos` [B, P, M]: which token each slot of the working set is to hold.
+        """
+        return stats, settle(self.select(stats, length, dims.S), dims.M)
+
+    def refresh(self, length: jax.Array) -> jax.Array | None:
+        """[B] bool: sequences whose query at position `length` attends every token; None for never."""
+        return None
+
+    def observe(self, stats: Stats, mass, pos, slot, length, dense=None) -> Stats:
+        """Take in one step.
+
+        mass [B, P, M] float32: attention that the query at position `length` [B] paid to each slot, summed over the heads
+        that share the selection; pos [B, P, M]; slot [B, P]: where the query's own token lies; dense: None or
+        (which [B] bool, row [B, P, S] float32): for those sequences the attention paid to every position instead.
+        """
+        return stats
+
+    def exchange(self, stats: Stats, pos, bias, length, S: int) -> tuple[Stats, Exchange]:
+        """Change the set into the one for the query at position `length` [B]; leaves a slot empty for that query.
+
+        Evicting policies set `pos` to -1 and load nothing.
+        """
+        raise NotImplementedError
+
+    def select(self, stats: Stats, length, S: int, q=None) -> jax.Array:
+        """[B, P, S] bool: the tokens that the query at position `length` [B] may attend, itself not counted.
+
+        q [B, K, G, H] only for policies with `needs_query`.
+        """
+        raise NotImplementedError
+
+
+def positions(S: int) -> jax.Array:
+    """[1, 1, S] int32: 0 .. S-1, to be compared with [B, P, 1] bounds."""
+    return jax.lax.broadcasted_iota(jnp.int32, (1, 1, S), 2)
+
+
+def column(length: jax.Array) -> jax.Array:
+    """[B] -> [B, 1, 1]."""
+    return length[:, None, None]
+
+
+def settle(keep: jax.Array, M: int) -> jax.Array:
+    """Slots for a mask: `keep` [B, P, S] bool -> `pos` [B, P, M] int32, -1 where a slot stays empty.
+
+    With M = S slot p holds position p; otherwise the kept positions are packed in ascending order.
+    """
+    S = keep.shape[-1]
+    at = jnp.where(keep, positions(S), S)
+    if M != S:
+        at = jnp.sort(at, axis=-1)
+        at = at[..., :M] if M < S else jnp.pad(at, ((0, 0), (0, 0), (0, M - S)), constant_values=S)
+    return jnp.where(at < S, at, -1)
+
+
+def evicted(pos: jax.Array, bias: jax.Array, gone: jax.Array) -> Exchange:
+    """The exchange that empties the slots where `gone` [B, P, M] is true."""
+    none = jnp.zeros((*pos.shape[:2], 0), jnp.int32)
+    return Exchange(
+        jnp.where(gone, -1, pos),
+        jnp.where(gone, jnp.float32(-jnp.inf), bias),
+        none,
+        none,
+        jnp.zeros((), jnp.bool_),
+    )

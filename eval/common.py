@@ -1,0 +1,112 @@
+"""What every evaluation script shares: flags, mistakes told in one sentence, tables, and where output goes.
+
+With `--json`, stdout holds one JSON line per record and everything else goes to stderr; without it, the table
+goes to stdout. Exit codes: 0 done, 2 a mistake on the command line or in its files, 130 interrupted (the
+finished cells are kept).
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from absl import flags
+
+EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+
+
+class UserError(Exception):
+    """A mistake of the person at the keyboard: its text is one sentence, printed without a traceback."""
+
+
+class HelpRequested(Exception):
+    """`--help` was given; its text is what to print."""
+
+
+def shared_flags(model: str, text: str, out: str | None) -> flags.FlagValues:
+    """Flags that every script has, in a fresh container: nothing is global, scripts are functions."""
+    values = flags.FlagValues()
+    where = {"flag_values": values}
+    flags.DEFINE_string("model", model, "A Hugging Face folder, random:NAME, or bundled.", **where)
+    flags.DEFINE_string("text", text, "A UTF-8 file, or bundled:heldout (held-out standard library source).", **where)
+    flags.DEFINE_integer("seed", 0, "Seed of everything drawn at random; written into every record.", **where)
+    flags.DEFINE_string(
+        "out", out, "JSON-lines file of records; a cell that is finished there is not run again.", **where
+    )
+    flags.DEFINE_bool("rerun", False, "Run finished cells again.", **where)
+    flags.DEFINE_bool("json", False, "Records on stdout, one JSON line each; all else on stderr.", **where)
+    flags.DEFINE_bool("help", False, "Show this text.", short_name="h", **where)
+    return values
+
+
+def parse(values: flags.FlagValues, argv: Sequence[str], doc: str) -> flags.FlagValues:
+    """Read `argv`, program name first; raises UserError naming the bad flag, HelpRequested for --help."""
+    try:
+        rest = values(list(argv))
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if values.help:
+        raise HelpRequested(f"{doc}\n\n{values.get_help()}")
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: every setting is a flag (--name=value)")
+    return values
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Call `main(argv)` and turn its mistakes into one sentence on stderr; returns the exit code."""
+    argv = sys.argv if argv is None else argv
+    try:
+        main(argv)
+    except HelpRequested as text:
+        print(text)
+    except UserError as error:
+        say(f"error: {error}")
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        say("interrupted: finished cells are kept in --out, the same command goes on from there")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def say(text: str) -> None:
+    """One line for the reader, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def emit(records: Iterable[dict], text: str, as_json: bool) -> None:
+    """The end of a script: with `--json` records on stdout and table on stderr, else table on stdout."""
+    if as_json:
+        for record in records:
+            print(json.dumps(record, allow_nan=False))
+    print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Text table; the first `left` columns are aligned left, the others right."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    lines.insert(1, ["-" * w for w in widths])
+    pad = [str.ljust if i < left else str.rjust for i in range(len(head))]
+    return "\n".join("  ".join(p(c, w) for p, c, w in zip(pad, line, widths, strict=True)).rstrip() for line in lines)
+
+
+def number(value, form: str = ".3f", scale: float = 1.0, stderr: float | None = None) -> str:
+    """A cell of a table; `-` for a missing number, `value ±stderr` where there is one, a text as it is."""
+    if value is None or isinstance(value, str):
+        return "-" if value is None else value
+    text = format(value * scale, form)
+    return text if stderr is None else f"{text} ±{format(stderr * scale, form)}"
+
+
+def ratio_stderr(totals: Sequence[float], counts: Sequence[float]) -> float | None:
+    """Standard error of sum(totals) / sum(counts) over clusters (windows, episodes) of unequal size.
+
+    First-order (linearised) variance of a ratio, with the n / (n - 1) correction; None for fewer than two
+    clusters.
+    """
+    clusters = len(totals)
+    if clusters < 2:
+        return None
+    ratio = math.fsum(totals) / math.fsum(counts)
+    squares = math.fsum((t - ratio * c) ** 2 for t, c in zip(totals, counts, strict=True))
+    return math.sqrt(squares * clusters / (clusters - 1)) / math.fsum(counts)

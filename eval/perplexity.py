@@ -1,0 +1,185 @@
+"""Perplexity of a model on a text under one or more KV policies.
+
+    python -m eval.perplexity --policy=dense --policy='swa(kv_sparsity=0.8)'
+    python -m eval.perplexity --model=FOLDER --text=FILE --context=512 --stride=256 --max_tokens=20000 --json
+
+The text is cut into windows of `--context` tokens, one every `--stride` tokens, each run alone from an empty
+cache; a token is scored by the first window that holds it (`eval/windows.py`). With nll the sum of -ln p over
+the n scored tokens:
+
+    token_perplexity = exp(nll / n)                    word_perplexity = exp(nll / words of the scored text)
+    bits_per_byte    = nll / (ln 2 * UTF-8 bytes of the scored text)
+
+`stderr` is the standard error of token_perplexity over windows; `*_stderr` those of the values they are named
+after. `attended_frac` is attended tokens over past tokens, averaged over layers; bytes per token are over all
+layers. Protocols: `decode` goes token by token through the decode path; `prefill_mask` is one pass with the
+causal selection mask row by row. Nothing here is drawn at random: `--seed` is recorded only.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from absl import flags
+from tqdm import tqdm
+
+from eval import common, inputs, measure, windows
+from eval.common import UserError
+
+PROTOCOLS = ("decode", "prefill_mask")
+DEFAULT_CONTEXT = 1024  # at most; less where the model's own context is shorter
+
+
+@dataclass(frozen=True)
+class Config:
+    """The command line, checked as far as it can be without model and text; None: derived from the model."""
+
+    model: str
+    text: str
+    policies: tuple[str, ...]
+    codec: str
+    protocol: str
+    context: int | None
+    stride: int | None
+    max_tokens: int | None
+    batch: int
+    seed: int
+    out: str | None
+    rerun: bool
+    json: bool
+
+
+def config(argv: Sequence[str]) -> Config:
+    """Flags to a Config; raises UserError."""
+    values = common.shared_flags(model="bundled", text=windows.BUNDLED, out=None)
+    at_least = {"lower_bound": 1, "flag_values": values}
+    flags.DEFINE_multi_string("policy", ["dense"], "Policy spec; may be given several times.", flag_values=values)
+    flags.DEFINE_string("codec", "raw", "How K and V are stored.", flag_values=values)
+    flags.DEFINE_enum("protocol", "decode", PROTOCOLS, "How the policy is applied.", flag_values=values)
+    flags.DEFINE_integer(
+        "context", None, f"Window, tokens. Default: the model's, at most {DEFAULT_CONTEXT}.", **at_least
+    )
+    flags.DEFINE_integer("stride", None, "Distance of windows, tokens. Default: context - 1.", **at_least)
+    flags.DEFINE_integer("max_tokens", 8192, "Tokens of the text that are used; 0 for all.", 0, flag_values=values)
+    flags.DEFINE_integer("batch", 8, "Windows that run together.", **at_least)
+    common.parse(values, argv, __doc__)
+    if values.context is not None and values.stride is not None and values.stride > values.context:
+        raise UserError(f"--stride must be in 1..context, got stride={values.stride} with context={values.context}")
+    return Config(
+        model=values.model,
+        text=values.text,
+        policies=tuple(dict.fromkeys(inputs.policy(text) for text in values.policy)),
+        codec=inputs.codec(values.codec),
+        protocol=values.protocol,
+        context=values.context,
+        stride=values.stride,
+        max_tokens=values.max_tokens or None,
+        batch=values.batch,
+        seed=values.seed,
+        out=values.out,
+        rerun=values.rerun,
+        json=values.json,
+    )
+
+
+def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callable = inputs.make_engine) -> None:
+    """flags -> config -> load -> loop -> records. The arguments beside `argv` are for tests."""
+    setup = config(argv)
+    source = windows.read(setup.text)
+    card = inputs.card(setup.model)
+    context, stride = inputs.window(setup.context, setup.stride, card, DEFAULT_CONTEXT)
+    for policy in setup.policies:
+        inputs.check_policy(policy, context)
+    results = inputs.results(setup.out)
+    model = inputs.model(load, setup.model)
+    text = windows.tokenize(source.characters, inputs.tokenizer(model), setup.max_tokens)
+    plan = windows.plan(len(text.tokens), context, stride, model.bos_id is not None)
+
+    records, reused = [], 0
+    for policy in tqdm(setup.policies, desc="policies", disable=None, leave=False):
+        cell = {
+            "script": "eval.perplexity",
+            **card.fields(),
+            "data": source.name,
+            "data_sha256": source.sha256,
+            "policy": policy,
+            "codec": setup.codec,
+            "placement": "resident",
+            "protocol": setup.protocol,
+            "window_tokens": context,
+            "stride_tokens": stride,
+            "max_tokens": setup.max_tokens,
+            "batch": setup.batch,
+            "seed": setup.seed,
+        }
+        record = None if results is None or setup.rerun else results.find(cell)
+        reused += record is not None
+        if record is None:
+            began = time.perf_counter()
+            engine = inputs.engine(make_engine, model, policy, setup.codec)
+            values, ran = evaluate(engine, text, plan, model.bos_id, setup.batch, setup.protocol)
+            record = inputs.record(results, cell, values, time.perf_counter() - began, ran)
+        records.append(record)
+
+    if reused:
+        common.say(f"{reused} of {len(records)} cells were already in {setup.out}; --rerun measures them again")
+    common.emit(records, report(records), setup.json)
+
+
+def evaluate(engine, text: windows.Text, plan, bos_id, batch: int, protocol: str) -> tuple[dict, dict]:
+    """Score every window of `plan`; returns (values, how they were got)."""
+    logprobs, scores = [], []
+    groups = [plan[i : i + batch] for i in range(0, len(plan), batch)]
+    for group in tqdm(groups, desc="batches", disable=None, leave=False):
+        score = engine.score([windows.sequence(text, w, bos_id) for w in group], protocol=protocol)
+        logprobs += score.logprobs
+        scores.append(score)
+    return {**measure.perplexities(text, plan, logprobs), **measure.footprint(scores)}, measure.how(scores)
+
+
+def report(records: Sequence[dict]) -> str:
+    """The table for people; the settings that all rows share stand above it."""
+    head = [
+        "policy",
+        "token ppl",
+        "bits/byte",
+        "word ppl",
+        "attended",
+        "KV B/token",
+        "stats B/token",
+        "ran",
+        "s",
+    ]
+    rows = []
+    for r in records:
+        rows.append(
+            [
+                r["policy"],
+                common.number(r["token_perplexity"], ".4f", stderr=r["stderr"]),
+                common.number(r["bits_per_byte"], ".4f"),
+                common.number(r["word_perplexity"], ".4g"),
+                common.number(r["attended_frac"], ".1f", 100) + " %",
+                common.number(r["kv_bytes_per_token"], ".0f"),
+                common.number(r["stats_bytes_per_token"], ".0f"),
+                r["implementation"],
+                common.number(r["wall_s"], ".1f"),
+            ]
+        )
+    r = records[0]
+    above = (
+        f"{r['model']} on {r['data']} ({r['data_sha256'][:12]}), "
+        f"protocol {r['protocol']}, codec {r['codec']}\n"
+        f"{r['windows']} windows of {r['window_tokens']} tokens every {r['stride_tokens']}, "
+        f"n = {r['n']} tokens ({r['scored_bytes']} bytes, {r['scored_words']} words); "
+        "± is one standard error over windows"
+    )
+    layers = "\n".join(
+        f"attended fraction per layer, {r['policy']}: " + " ".join(f"{x:.3f}" for x in r["attended_frac_per_layer"])
+        for r in records
+    )
+    return f"{above}\n{common.table(head, rows)}\n{layers}"
+
+
+if __name__ == "__main__":
+    sys.exit(common.run(main))

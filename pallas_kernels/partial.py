@@ -1,0 +1,42 @@
+"""Partial attention: what a query has seen of some of its tokens, and how two such pieces are joined.
+
+For logits z_i over a set A of tokens, lse(A) = log sum_{i in A} exp(z_i) and out(A) = sum_{i in A} exp(z_i - lse(A)) v_i.
+For disjoint A and B
+
+    lse(A u B) = logaddexp(lse(A), lse(B))
+    out(A u B) = exp(lse(A) - lse(A u B)) out(A) + exp(lse(B) - lse(A u B)) out(B)
+
+which is associative and commutative, with the empty set (lse = -inf, out = 0) as its identity. Every way of cutting an
+attention into pieces - split-K, pages, device and host parts, chunks of a prompt, devices of a mesh - joins here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Partial(NamedTuple):
+    """Normalised attention output over some tokens and the log of its normaliser."""
+
+    out: jax.Array  # [..., H] float32
+    lse: jax.Array  # [...] float32, natural log; -inf where no token was seen
+
+
+def empty(shape: tuple[int, ...], head_dim: int) -> Partial:
+    """The identity of `merge`: `out` zeros of shape [*shape, head_dim], `lse` -inf of shape [*shape]."""
+    return Partial(jnp.zeros((*shape, head_dim), jnp.float32), jnp.full(shape, -jnp.inf, jnp.float32))
+
+
+def weight(part: jax.Array, whole: jax.Array) -> jax.Array:
+    """exp(part - whole), 0 where the whole is empty: the share of the softmax that a piece with lse `part` holds."""
+    return jnp.where(part == -jnp.inf, 0.0, jnp.exp(part - jnp.where(whole == -jnp.inf, 0.0, whole)))
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Attention over the union of two disjoint token sets (equation above). Shapes of `a` and `b` are equal."""
+    lse = jnp.logaddexp(a.lse, b.lse)
+    wa, wb = weight(a.lse, lse), weight(b.lse, lse)
+    return Partial(wa[..., None] * a.out + wb[..., None] * b.out, lse)

@@ -1,0 +1,35 @@
+"""A decoder run without a cache: dense causal attention over the whole sequence, recomputed at every call."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+
+def causal(q, k, v):
+    """Dense causal attention in float32, q [B, T, N, H], k and v [B, T, K, H]; aux is (k, v)."""
+    B, T, N, H = q.shape
+    groups = N // k.shape[2]
+    wide_k, wide_v = (jnp.repeat(x.astype(jnp.float32), groups, axis=2) for x in (k, v))
+    logits = jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), wide_k) * H**-0.5
+    logits = jnp.where(jnp.tril(jnp.ones((T, T), bool))[None, None], logits, -jnp.inf)
+    out = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits, axis=-1), wide_v)
+    return out.astype(q.dtype), (k, v)
+
+
+def forward(decoder, params, tokens):
+    """tokens [B, T] int32 -> logits [B, T, V]."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+    x = decoder.embed(params, tokens, positions)
+    for layer in range(decoder.config.n_layers):
+        x, _ = decoder.block(params, layer, x, positions, causal)
+    return decoder.unembed(params, x)
+
+
+@pytest.fixture(scope="session")
+def causal_attend():
+    return causal
+
+
+@pytest.fixture(scope="session")
+def dense_forward():
+    return jax.jit(forward, static_argnums=0)

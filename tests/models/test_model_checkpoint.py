@@ -1,0 +1,408 @@
+"""Folders: what is read back is what was written, and every defect is named in one sentence."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+
+from alisa_jax.models import CheckpointError, Decoder, ModelConfig, RopeScaling, checkpoint, load, save
+from alisa_jax.models.hf import config_from_hf, config_to_hf
+
+LLAMA = ModelConfig(
+    arch="llama",
+    vocab_size=61,
+    d_model=23,
+    n_layers=2,
+    n_heads=6,
+    n_kv_heads=2,
+    head_dim=14,
+    d_ff=37,
+    max_positions=97,
+    norm_eps=1e-3,
+    rope_theta=700.0,
+    rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32),
+)
+OPT = ModelConfig(
+    arch="opt",
+    vocab_size=61,
+    d_model=33,
+    n_layers=2,
+    n_heads=3,
+    n_kv_heads=3,
+    head_dim=11,
+    d_ff=41,
+    max_positions=97,
+    tie_embeddings=True,
+    act="relu",
+    attention_bias=True,
+    mlp_bias=True,
+)
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def llama_params():
+    return Decoder(LLAMA).init(jax.random.key(3))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, llama_params):
+    folder = tmp_path_factory.mktemp("whole")
+    save(LLAMA, llama_params, folder, "float32", bos_id=1, eos_ids=(2, 5))
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    """A copy of a good folder, to be damaged."""
+    return shutil.copytree(whole, tmp_path / "copy")
+
+
+def edit_json(path, **changes):
+    content = {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v != "absent"}
+    path.write_text(json.dumps(content))
+
+
+def edit_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)
+
+
+def equal(a, b):
+    same = jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b)
+    return all(jax.tree.leaves(same))
+
+
+def one_sentence(error):
+    text = str(error.value)
+    return text.endswith(".") and not text.endswith("..") and "\n" not in text and len(text) < 500
+
+
+@pytest.mark.parametrize("config", [LLAMA, dataclasses.replace(LLAMA, tie_embeddings=True), OPT])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_load_returns_what_save_wrote(config, dtype, tmp_path):
+    params = Decoder(config).init(jax.random.key(7), jnp.dtype(dtype))
+    save(config, params, tmp_path, dtype)
+    model = load(tmp_path)
+    assert model.decoder == Decoder(config) and equal(model.params, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(dtype)}
+    assert (model.tokenizer, model.bos_id, model.eos_ids) == (None, None, ())
+    assert model.name == tmp_path.name and model.source == str(tmp_path.resolve())
+
+
+def test_stored_bfloat16_bits_survive(folder):
+    bits = np.arange(23 * 37, dtype=np.uint16).reshape(23, 37) * 37 % 0x7F00
+    stored = bits.view(ml_dtypes.bfloat16)
+    edit_tensors(folder, lambda tensors: tensors.update({DOWN: stored}))
+    edit_json(folder / "config.json", torch_dtype="bfloat16")
+    read = np.asarray(load(folder).params["blocks"][1]["down"]["kernel"])
+    np.testing.assert_array_equal(read.view(np.uint16), bits.T)
+
+
+def test_dtype_argument_wins_over_the_file(whole, llama_params):
+    for dtype in ("bfloat16", jnp.bfloat16, np.dtype(ml_dtypes.bfloat16)):
+        model = load(whole, dtype)
+        assert equal(model.params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), llama_params))
+
+
+def test_without_a_stated_type_the_token_table_decides(folder):
+    edit_json(folder / "config.json", torch_dtype="absent")
+    edit_tensors(
+        folder,
+        lambda tensors: tensors.update(
+            {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"].astype(np.float16)}
+        ),
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(load(folder).params)} == {jnp.dtype("float16")}
+
+
+def test_special_ids_and_tokenizer_are_read(tmp_path, llama_params):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    save(LLAMA, llama_params, tmp_path, "bfloat16", tokenizer, bos_id=1, eos_ids=(2, 5))
+    model = load(tmp_path)
+    assert (model.bos_id, model.eos_ids) == (1, (2, 5))
+    assert model.tokenizer.encode("b a c").ids == [1, 0, 2]
+
+
+def test_generation_config_wins_and_config_stands_in(folder):
+    edit_json(folder / "config.json", eos_token_id=7, bos_token_id=3)
+    assert (load(folder).bos_id, load(folder).eos_ids) == (1, (2, 5))
+    (folder / "generation_config.json").unlink()
+    assert (load(folder).bos_id, load(folder).eos_ids) == (3, (7,))
+
+
+def shard(folder):
+    """Split the one file into two and an index."""
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {"part-1.safetensors": names[::2], "part-2.safetensors": names[1::2]}
+    for file, held in files.items():
+        safetensors.numpy.save_file({name: tensors[name] for name in held}, folder / file)
+    weight_map = {name: file for file, held in files.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_sharded_folders_give_the_same_parameters(folder, llama_params):
+    shard(folder)
+    assert equal(load(folder).params, llama_params)
+
+
+def test_names_without_the_model_prefix_are_read(folder, llama_params):
+    def strip(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    edit_tensors(folder, strip)
+    assert equal(load(folder).params, llama_params)
+
+
+def test_tensors_that_are_not_needed_are_left_alone(folder, llama_params):
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(7, np.float32)}
+    edit_tensors(folder, lambda tensors: tensors.update(extra))
+    assert equal(load(folder).params, llama_params)
+
+
+def test_stories260k_loads(stories):
+    model = load(stories)
+    assert model.decoder.count_params() == 260_032 and model.decoder.config.tie_embeddings
+    assert (model.name, model.bos_id, model.eos_ids) == ("stories260K", 1, (1, 2))
+    assert model.tokenizer.get_vocab_size() == 512
+
+
+def test_random_weights_depend_on_the_seed_alone(monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHAPES", {"tiny": LLAMA})
+    first, again, other = load("random:tiny"), load("random:tiny"), load("random:tiny", seed=1)
+    assert equal(first.params, again.params) and not equal(first.params, other.params)
+    assert (first.name, first.source, first.tokenizer) == ("random:tiny", "random:tiny", None)
+    assert load("random:tiny", "bfloat16").params["embed"]["tokens"]["table"].dtype == jnp.bfloat16
+
+
+def damage_missing_config(folder):
+    (folder / "config.json").unlink()
+
+
+def damage_json(folder):
+    (folder / "config.json").write_text('{"model_type": "llama",')
+
+
+def damage_json_list(folder):
+    (folder / "config.json").write_text("[]")
+
+
+def damage_encoding(folder):
+    (folder / "config.json").write_bytes(b'{"model_type": "\xff\xfe"}')
+
+
+def damage_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def damage_missing_tensor(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop(DOWN))
+
+
+def damage_shape(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({DOWN: np.zeros((37, 23), np.float32)}))
+
+
+def damage_stored_type(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({DOWN: np.zeros((23, 37), np.int32)}))
+
+
+def damage_truncated(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-11])
+
+
+def damage_empty(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def damage_missing_shard(folder):
+    shard(folder)
+    (folder / "part-2.safetensors").unlink()
+
+
+def damage_index(folder):
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+def damage_index_lies(folder):
+    shard(folder)
+    path = folder / "model.safetensors.index.json"
+    weight_map = json.loads(path.read_text())["weight_map"] | {DOWN: "part-1.safetensors"}
+    weight_map["model.norm.weight"] = "part-1.safetensors"
+    weight_map["lm_head.weight"] = "part-2.safetensors"
+    edit_json(path, weight_map=weight_map)
+
+
+def damage_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damage_missing_config, "config.json is missing"),
+        (damage_json, "config.json is not readable as JSON"),
+        (damage_json_list, "config.json holds a list"),
+        (damage_encoding, "config.json is not readable as JSON"),
+        (damage_no_weights, "neither model.safetensors nor model.safetensors.index.json"),
+        (damage_missing_tensor, f"no tensor {DOWN}"),
+        (damage_shape, f"{DOWN} has shape \\(37, 23\\), and the configuration needs \\(23, 37\\)"),
+        (damage_stored_type, f"{DOWN} is stored as I32; supported are F32, F16, BF16"),
+        (damage_truncated, "model.safetensors is truncated or damaged"),
+        (damage_empty, "model.safetensors is truncated or damaged"),
+        (damage_missing_shard, "part-2.safetensors is missing"),
+        (damage_index, "index.json has no weight_map"),
+        (damage_index_lies, "safetensors has no tensor .*, which model.safetensors.index.json says"),
+        (damage_tokenizer, "tokenizer.json is not a readable tokenizer"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_damaged_folder_is_named_in_one_sentence(folder, damage, message):
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(folder)
+    assert one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "mamba"}, "'mamba' is not a supported architecture; supported are llama, opt"),
+        ({"model_type": "absent"}, "None is not a supported architecture"),
+        ({"quantization_config": {"bits": 4}}, "is quantised"),
+        ({"hidden_size": "absent"}, "has no hidden_size"),
+        ({"hidden_size": "23"}, "hidden_size is '23'"),
+        ({"num_key_value_heads": 4}, "not a multiple of n_kv_heads=4"),
+        ({"head_dim": None}, "hidden_size 23 is not a multiple of num_attention_heads 6"),
+        ({"hidden_act": "quick_gelu"}, "allowed are gelu, relu, silu"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "has no factor"),
+        ({"rope_scaling": 3}, "must be an object or null"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ({"torch_dtype": "float64"}, "dtype 'float64' is not supported"),
+        ({"num_hidden_layers": 3}, "no tensor model.layers.2.input_layernorm.weight"),
+        ({"vocab_size": 67}, "model.embed_tokens.weight has shape \\(61, 23\\)"),
+    ],
+)
+def test_a_configuration_that_is_not_supported_is_refused(folder, changes, message):
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(folder)
+    assert one_sentence(error) and str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"do_layer_norm_before": False}, "do_layer_norm_before=false"),
+        ({"word_embed_proj_dim": 17}, "projected embeddings \\(word_embed_proj_dim 17, hidden_size 33\\)"),
+        ({"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=false"),
+        ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm=true"),
+        ({"num_attention_heads": 4}, "not a multiple of num_attention_heads 4"),
+    ],
+)
+def test_an_opt_variant_that_is_not_supported_is_refused(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        config_from_hf(config_to_hf(OPT, "float16") | changes)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("random:opt_126m", "did you mean 'opt_125m'"),
+        ("random:", "known are opt_125m, "),
+        ("no_such_model", "is not a folder; give a local Hugging Face folder, 'bundled', or 'random:NAME'"),
+    ],
+)
+def test_an_unknown_name_lists_what_is_known(name, message):
+    with pytest.raises(CheckpointError, match=message) as error:
+        load(name)
+    assert one_sentence(error) and "llama3_8b" in str(error.value)
+
+
+def test_a_file_is_not_a_folder(whole):
+    with pytest.raises(CheckpointError, match="is a file, not a folder"):
+        load(whole / "config.json")
+
+
+def test_an_unknown_dtype_lists_what_is_known(whole):
+    for dtype in ("int8", np.float64, 3):
+        with pytest.raises(CheckpointError, match="supported are float32, float16, bfloat16"):
+            load(whole, dtype)
+
+
+def test_values_beyond_float16_are_refused(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({DOWN: np.full((23, 37), 1e6, np.float32)}))
+    with pytest.raises(CheckpointError, match=f"{DOWN} has values beyond the range of float16"):
+        load(folder, "float16")
+
+
+def test_save_refuses_parameters_of_another_shape(tmp_path, llama_params):
+    with pytest.raises(CheckpointError, match=r"mlp.down_proj.weight needs shape \(41, 23\)"):
+        save(dataclasses.replace(LLAMA, d_ff=41), {**llama_params}, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_save_says_that_a_folder_cannot_be_written(tmp_path, llama_params):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save(LLAMA, llama_params, tmp_path / "file")
+
+
+def test_an_interrupted_save_leaves_no_folder_that_looks_whole(tmp_path, llama_params, monkeypatch):
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(CheckpointError, match="disk full"):
+        save(LLAMA, llama_params, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+OLD = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "torch_dtype": "float16"}
+NEW = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}, "dtype": "float16"}
+MIXED = {"rope_scaling": {"rope_theta": 5e5, "type": "linear", "factor": 4.0}, "dtype": "float16"}
+
+
+@pytest.mark.parametrize("spelling", [OLD, NEW, MIXED])
+def test_every_spelling_of_the_rotary_settings_reads_alike(folder, spelling):
+    edit_json(folder / "config.json", **({"rope_theta": "absent", "rope_scaling": "absent"} | spelling))
+    config = load(folder).decoder.config
+    assert (config.rope_theta, config.rope_scaling) == (5e5, RopeScaling("linear", 4.0))
+
+
+def test_old_llama_files_leave_out_what_was_fixed_then():
+    raw = {
+        "model_type": "llama",
+        "vocab_size": 61,
+        "hidden_size": 60,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "intermediate_size": 37,
+    }
+    config = config_from_hf(raw)
+    assert (config.n_kv_heads, config.head_dim, config.rope_theta, config.max_positions) == (6, 10, 1e4, 2048)
+    assert (config.norm_eps, config.tie_embeddings, config.act) == (1e-6, False, "silu")
+
+
+@pytest.mark.parametrize(
+    "config", [LLAMA, OPT, dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 2.0), mlp_bias=True)]
+)
+def test_configurations_survive_the_round_trip(config):
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config, "bfloat16")))) == config

@@ -1,0 +1,277 @@
+"""The decoder's own contract: types, shapes, purity, and its arithmetic against float64 NumPy."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alisa_jax.models import Decoder, ModelConfig, RopeScaling
+from alisa_jax.models.layers import LayerNorm, RMSNorm
+from alisa_jax.models.rope import inverse_frequencies, rotate
+
+LLAMA = ModelConfig(
+    arch="llama",
+    vocab_size=61,
+    d_model=23,
+    n_layers=2,
+    n_heads=6,
+    n_kv_heads=2,
+    head_dim=14,
+    d_ff=37,
+    max_positions=97,
+)
+OPT = ModelConfig(
+    arch="opt",
+    vocab_size=61,
+    d_model=33,
+    n_layers=2,
+    n_heads=3,
+    n_kv_heads=3,
+    head_dim=11,
+    d_ff=41,
+    max_positions=97,
+    tie_embeddings=True,
+    act="relu",
+    attention_bias=True,
+    mlp_bias=True,
+)
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 13), dtype=np.int32)
+
+
+@pytest.fixture(params=[LLAMA, OPT], ids=["llama", "opt"], scope="module")
+def decoder(request):
+    return Decoder(request.param)
+
+
+@pytest.fixture(scope="module")
+def params(decoder):
+    return decoder.init(jax.random.key(5))
+
+
+def rows(shape, scale=1.0, seed=0):
+    return scale * np.random.default_rng(seed).standard_normal(shape)
+
+
+def test_params_are_plain_dicts_with_one_entry_a_layer(decoder, params):
+    assert set(params) == {"embed", "blocks", "unembed"}
+    assert isinstance(params["blocks"], list) and len(params["blocks"]) == decoder.config.n_layers
+    assert decoder.count_params() == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert ("head" in params["unembed"]) != decoder.config.tie_embeddings
+
+
+def test_matrices_are_stored_in_by_out(decoder, params):
+    c = decoder.config
+    assert params["blocks"][0]["q"]["kernel"].shape == (c.d_model, c.n_heads * c.head_dim)
+    assert params["blocks"][0]["k"]["kernel"].shape == (c.d_model, c.n_kv_heads * c.head_dim)
+    assert params["blocks"][0]["down"]["kernel"].shape == (c.d_ff, c.d_model)
+
+
+def test_init_is_a_function_of_the_key(decoder, params):
+    again, other = decoder.init(jax.random.key(5)), decoder.init(jax.random.key(6))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, again)))
+    q = [p["blocks"][0]["q"]["kernel"] for p in (params, other)] + [params["blocks"][1]["q"]["kernel"]]
+    assert not np.allclose(q[0], q[1]) and not np.allclose(q[0], q[2])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_activations_keep_the_type_of_the_weights_and_logits_are_float32(decoder, dtype, causal_attend):
+    params = jax.eval_shape(lambda key: decoder.init(key, dtype), jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    index = jax.ShapeDtypeStruct((2, 13), jnp.int32)
+    x = jax.eval_shape(decoder.embed, params, index, index)
+    assert (x.shape, x.dtype) == ((2, 13, decoder.config.d_model), dtype)
+    x, (k, v) = jax.eval_shape(lambda p, x, i: decoder.block(p, 1, x, i, causal_attend), params, x, index)
+    assert (x.shape, x.dtype) == ((2, 13, decoder.config.d_model), dtype)
+    assert k.shape == v.shape == (2, 13, decoder.config.n_kv_heads, decoder.config.head_dim)
+    assert k.dtype == v.dtype == dtype
+    logits = jax.eval_shape(decoder.unembed, params, x)
+    assert (logits.shape, logits.dtype) == ((2, 13, 61), jnp.float32)
+
+
+def test_bfloat16_logits_are_near_those_of_float32(decoder, params, dense_forward):
+    exact = dense_forward(decoder, params, jnp.asarray(TOKENS))
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    error = np.abs(np.asarray(dense_forward(decoder, low, jnp.asarray(TOKENS)) - exact))
+    assert error.max() < 0.15 and error.mean() < 0.02 * np.abs(np.asarray(exact)).mean() + 0.01
+
+
+def test_one_token_at_a_time_gives_what_one_pass_gives(decoder, params, dense_forward):
+    """A list of past keys and values, kept by `attend`, is all the state that a decode step needs."""
+    past = [([], []) for _ in range(decoder.config.n_layers)]
+
+    def attend_to(store):
+        def attend(q, k, v):
+            store[0].append(np.asarray(k)), store[1].append(np.asarray(v))
+            keys, values = np.concatenate(store[0], 1), np.concatenate(store[1], 1)
+            keys, values = (np.repeat(x, q.shape[2] // x.shape[2], 2) for x in (keys, values))
+            logits = np.einsum("btnh,bsnh->bnts", np.asarray(q), keys) * q.shape[-1] ** -0.5
+            weights = np.exp(logits - logits.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            return jnp.asarray(np.einsum("bnts,bsnh->btnh", weights, values), q.dtype), ()
+
+        return attend
+
+    steps = []
+    for position in range(5):
+        token = jnp.asarray(TOKENS[:, position : position + 1])
+        index = jnp.full((2, 1), position, jnp.int32)
+        x = decoder.embed(params, token, index)
+        for layer, store in enumerate(past):
+            x, _ = decoder.block(params, layer, x, index, attend_to(store))
+        steps.append(np.asarray(decoder.unembed(params, x)))
+    want = dense_forward(decoder, params, jnp.asarray(TOKENS))[:, :5]
+    np.testing.assert_allclose(np.concatenate(steps, 1), want, atol=1e-5)
+
+
+def test_later_tokens_do_not_change_earlier_logits(decoder, params, dense_forward):
+    changed = TOKENS.copy()
+    changed[:, 7:] = (changed[:, 7:] + 1) % 61
+    first, second = (np.asarray(dense_forward(decoder, params, jnp.asarray(t))) for t in (TOKENS, changed))
+    np.testing.assert_array_equal(first[:, :7], second[:, :7])
+    assert np.abs(first[:, 7:] - second[:, 7:]).max() > 1e-2
+
+
+def test_padding_indices_give_finite_rows(decoder, params):
+    index = jnp.asarray([[-40, -1, 0, 96, 97, 4096]], jnp.int32)
+    assert np.isfinite(np.asarray(decoder.embed(params, index, index))).all()
+
+
+def test_every_parameter_gets_a_finite_gradient(decoder, params, dense_forward):
+    def loss(p):
+        return -jax.nn.log_softmax(dense_forward(decoder, p, jnp.asarray(TOKENS)))[..., 3].mean()
+
+    for path, grad in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params)):
+        assert np.isfinite(np.asarray(grad)).all(), path
+        # A bias of the keys moves all logits of a row alike, so only its gradient vanishes.
+        if "'k'" not in str(path) or "bias" not in str(path):
+            assert np.abs(np.asarray(grad)).max() > 0, path
+
+
+def test_attend_is_called_once_and_its_aux_is_returned(decoder, params):
+    calls = []
+
+    def attend(q, k, v):
+        calls.append((q.shape, k.shape, v.shape))
+        return q, {"seen": jnp.float32(7)}
+
+    index = jnp.zeros((2, 3), jnp.int32)
+    _, aux = decoder.block(params, 1, decoder.embed(params, index, index), index, attend)
+    N, K, H = decoder.config.n_heads, decoder.config.n_kv_heads, decoder.config.head_dim
+    assert calls == [((2, 3, N, H), (2, 3, K, H), (2, 3, K, H))] and aux["seen"] == 7
+
+
+def test_wrong_shapes_are_refused(decoder, params):
+    index = jnp.zeros((2, 3), jnp.int32)
+    x = decoder.embed(params, index, index)
+    with pytest.raises(ValueError, match="positions"):
+        decoder.embed(params, index, index[:1])
+    with pytest.raises(ValueError, match="output of attend"):
+        decoder.block(params, 0, x, index, lambda q, k, v: (q[:, :, 1:], ()))
+    with pytest.raises(ValueError, match="x has shape"):
+        decoder.unembed(params, x[..., 1:])
+
+
+def test_a_decoder_is_a_static_argument(decoder):
+    assert hash(decoder) == hash(Decoder(dataclasses.replace(decoder.config))) and decoder != Decoder(
+        dataclasses.replace(decoder.config, n_layers=3)
+    )
+
+
+def test_rms_norm_equals_float64():
+    x, scale = rows((2, 3, 11), 5.0), rows((11,), seed=1)
+    want = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-3) * scale
+    got = RMSNorm(1e-3).apply({"params": {"scale": jnp.float32(scale)}}, jnp.float32(x))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_layer_norm_equals_float64():
+    x, scale, bias = rows((2, 3, 11), 5.0) + 7.0, rows((11,), seed=1), rows((11,), seed=2)
+    want = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-3) * scale + bias
+    weights = {"scale": jnp.float32(scale), "bias": jnp.float32(bias)}
+    np.testing.assert_allclose(LayerNorm(1e-3).apply({"params": weights}, jnp.float32(x)), want, rtol=1e-4, atol=1e-5)
+
+
+def test_rotation_is_a_product_of_complex_numbers():
+    x, positions = rows((2, 5, 3, 14)), np.array([[0, 1, 2, 3, 4], [11, 13, 17, 19, 500]], np.int32)
+    turn = np.exp(1j * positions[:, :, None, None] * 700.0 ** (-np.arange(7) / 7))
+    want = (x[..., :7] + 1j * x[..., 7:]) * turn
+    got = np.asarray(rotate(jnp.float32(x), jnp.asarray(positions), 700.0))
+    np.testing.assert_allclose(got, np.concatenate([want.real, want.imag], -1), atol=2e-4)
+    np.testing.assert_array_equal(got[0, 0], np.float32(x)[0, 0])  # position 0 turns nothing
+
+
+def test_rotated_logits_depend_on_the_distance_alone():
+    q, k = rows((1, 1, 1, 22), seed=1), rows((1, 1, 1, 22), seed=2)
+
+    def logit(query_position, key_position):
+        place = lambda p: jnp.asarray([[p]], jnp.int32)
+        a = rotate(jnp.float32(q), place(query_position), 1e4)
+        b = rotate(jnp.float32(k), place(key_position), 1e4)
+        return float(jnp.sum(a * b))
+
+    assert logit(107, 96) == pytest.approx(logit(11, 0), abs=1e-4)
+    assert abs(logit(11, 0) - logit(12, 0)) > 1e-3
+
+
+def test_llama3_scaling_leaves_fast_frequencies_and_divides_slow_ones():
+    """The rule of the released model, wavelength by wavelength."""
+    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    plain, scaled = inverse_frequencies(128, 5e5), inverse_frequencies(128, 5e5, scaling)
+    kinds = set()
+    for before, after in zip(plain, scaled, strict=True):
+        wavelength = 2 * math.pi / before
+        if wavelength < 8192 / 4:
+            kinds.add("fast")
+            want = before
+        elif wavelength > 8192:
+            kinds.add("slow")
+            want = before / 8
+        else:
+            kinds.add("between")
+            share = (8192 / wavelength - 1) / (4 - 1)
+            want = (1 - share) * before / 8 + share * before
+        assert after == pytest.approx(want, rel=1e-12)
+    assert kinds == {"fast", "slow", "between"}
+
+
+def test_linear_scaling_is_a_division_of_positions():
+    np.testing.assert_allclose(
+        inverse_frequencies(22, 1e4, RopeScaling("linear", 4.0)), inverse_frequencies(22, 1e4) / 4
+    )
+
+
+@pytest.mark.parametrize(
+    "base, change, message",
+    [
+        (LLAMA, {"arch": "gpt"}, "allowed are llama, opt"),
+        (LLAMA, {"n_kv_heads": 4}, "not a multiple of n_kv_heads=4"),
+        (LLAMA, {"head_dim": 7}, "rotary positions need an even one"),
+        (LLAMA, {"n_layers": 0}, "n_layers is 0"),
+        (LLAMA, {"d_ff": 2.5}, "d_ff is 2.5"),
+        (LLAMA, {"act": "tanh"}, "allowed are gelu, relu, silu"),
+        (LLAMA, {"norm_eps": 0.0}, "must both be above 0"),
+        (OPT, {"n_kv_heads": 1}, "n_kv_heads = n_heads"),
+        (OPT, {"head_dim": 10}, "n_heads \\* head_dim = d_model"),
+        (OPT, {"rope_scaling": RopeScaling("linear", 2.0)}, "rope_scaling must be None"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(base, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(base, **change)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("yarn", 2.0), "allowed are linear, llama3"),
+        (("linear", 0.0), "must be above 0"),
+        (("llama3", 8.0, 4.0, 1.0), "in this order"),
+        (("llama3", 8.0, 1.0, 4.0, 0), "at least 1"),
+    ],
+)
+def test_a_rope_scaling_that_makes_no_sense_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RopeScaling(*arguments)

@@ -1,0 +1,329 @@
+"""The import law: what each part of the code may import and do, read from the syntax trees.
+
+    0   axes, spec, records                    and the leaf package pallas_kernels
+    1   kv, policies                           siblings: neither imports the other
+    2   attention                              the only part of alisa_jax that imports pallas_kernels
+    3   models                                 the only part that imports flax.linen
+    4   placement                              knows no model; only placement/mover.py speaks of memory kinds
+    5   engine, parallel                       siblings too
+    top alisa_jax itself and lm_eval
+
+A module imports from strictly lower layers or from its own package. Further:
+
+* alisa_jax imports, besides itself, the standard library and its dependencies: no configs, no eval;
+* pallas_kernels imports itself, jax, NumPy, the standard library; Triton and Mosaic in its backend.py only;
+* nothing mutable lives at the level of a module or a class: a list, dict or set there is a tuple, a frozenset
+  or a ``MappingProxyType({...})`` (tables inside it may be plain dicts), arrays are made in functions, no
+  function says ``global``; ``__all__`` is free;
+* a module has a docstring and at most 350 lines, a kernel 400.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOP = 6
+LAYERS = {
+    **dict.fromkeys(["axes", "spec", "records"], 0),
+    **dict.fromkeys(["kv", "policies"], 1),
+    "attention": 2,
+    "models": 3,
+    "placement": 4,
+    **dict.fromkeys(["engine", "parallel"], 5),
+    **dict.fromkeys(["", "lm_eval"], TOP),
+}
+LIBRARIES = {"numpy", "jax"}
+DEPENDENCIES = LIBRARIES | set(
+    "absl flax jaxlib ml_dtypes optax orbax safetensors tokenizers tqdm pallas_kernels".split()
+)
+MEMORY = {"memory_kind", "with_memory_kind", "TransferToMemoryKind"}
+MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+MAKERS = set("list dict set bytearray defaultdict OrderedDict Counter deque ChainMap WeakKeyDictionary local".split())
+ARRAYS = set("array asarray zeros ones full empty arange linspace eye".split())
+
+
+def violations(path: str, source: str) -> list[str]:
+    """The sentences in which the module at `path` (from the root, with slashes) breaks the law."""
+    tree = ast.parse(source)
+    found = [*_size(path, source, tree), *_state(tree)]
+    for line, target in _imports(path, tree):
+        found += [f"line {line}: {complaint}" for complaint in _import(path, target)]
+    if path != "alisa_jax/placement/mover.py":
+        found += _memory_kinds(tree)
+    return found
+
+
+def _imports(path: str, tree: ast.Module):
+    """Each import as (line, dotted name); ``from a import b`` counts as a.b."""
+    package = path.split("/")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module or "").split(".")] if node.module else base
+            yield from ((node.lineno, ".".join([*base, alias.name])) for alias in node.names)
+        elif isinstance(node, ast.Call) and _name(node.func) in ("import_module", "__import__"):
+            named = node.args and isinstance(node.args[0], ast.Constant)
+            yield node.lineno, str(node.args[0].value) if named else "a computed name"
+        elif isinstance(node, ast.Attribute) and node.attr == "linen" and _name(node.value) == "flax":
+            yield node.lineno, "flax.linen"
+
+
+def _import(path: str, target: str):
+    own, parts = _part(path), target.split(".")
+    home = path.split("/")[0]
+    if home == "alisa_jax" and own not in LAYERS:
+        yield f"alisa_jax/{own} has no layer; give it one in the import law"
+        return
+    if any(part.startswith(("triton", "mosaic")) for part in parts) and path != "pallas_kernels/backend.py":
+        yield f"{target} is imported outside pallas_kernels/backend.py"
+    if parts[:2] == ["flax", "linen"] and own != "models":
+        yield "flax.linen is imported outside alisa_jax/models"
+    if home == "pallas_kernels":
+        if parts[0] not in {"pallas_kernels", *LIBRARIES, *sys.stdlib_module_names}:
+            yield f"pallas_kernels imports {target}"
+    elif parts[0] == "alisa_jax":
+        other = parts[1] if len(parts) > 1 and parts[1] in LAYERS else ""
+        if other != own and LAYERS[other] >= LAYERS[own]:
+            yield f"{own} (layer {LAYERS[own]}) imports {target} (layer {LAYERS[other]})"
+        if (own, other) == ("placement", "models"):
+            yield f"placement knows no model, and imports {target}"
+    elif parts[0] == "pallas_kernels" and own != "attention":
+        yield "pallas_kernels is imported outside alisa_jax/attention.py"
+    elif parts[0] not in DEPENDENCIES | sys.stdlib_module_names:
+        yield f"alisa_jax imports {target}, which is not one of its dependencies"
+
+
+def _part(path: str) -> str:
+    """alisa_jax/kv/store.py -> kv, alisa_jax/axes.py -> axes, alisa_jax/__init__.py -> the empty name."""
+    part = path.split("/")[1].removesuffix(".py")
+    return "" if part == "__init__" else part
+
+
+def _name(node: ast.AST) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def _memory_kinds(tree: ast.Module):
+    for node in ast.walk(tree):
+        word = node.arg if isinstance(node, ast.keyword) else node.attr if isinstance(node, ast.Attribute) else ""
+        if word == "memory_kind" and isinstance(node, ast.Attribute):
+            continue  # to look at a memory kind is not to choose one
+        imported = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        space = isinstance(node, ast.Attribute) and word == "memory" and _name(node.value) == "jax"
+        space |= isinstance(node, ast.ImportFrom) and node.module == "jax" and "memory" in imported
+        if word in MEMORY or MEMORY & set(imported) or space:
+            yield f"line {node.lineno}: a memory kind is chosen outside alisa_jax/placement/mover.py"
+
+
+def _state(tree: ast.Module):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Global):
+            yield f"line {node.lineno}: a function says global"
+    for node in _outside_functions(tree.body):
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if node.value and [_name(target) for target in targets] != ["__all__"] and _mutable(node.value):
+                yield f"line {node.lineno}: mutable state at the level of a module or class"
+
+
+def _outside_functions(body: list[ast.stmt]):
+    for node in body:
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+            for inner in ("body", "orelse", "finalbody"):
+                yield from _outside_functions(getattr(node, inner, []))
+            for handler in getattr(node, "handlers", []):
+                yield from _outside_functions(handler.body)
+
+
+def _mutable(value: ast.expr) -> bool:
+    if isinstance(value, MUTABLE):
+        return True
+    if isinstance(value, ast.Tuple):
+        return any(_mutable(item) for item in value.elts)
+    if isinstance(value, (ast.BinOp, ast.IfExp, ast.BoolOp)):
+        return any(_mutable(item) for item in ast.iter_child_nodes(value) if isinstance(item, ast.expr))
+    if not isinstance(value, ast.Call):
+        return False
+    if _name(value.func) == "MappingProxyType" and isinstance(value.args[0], ast.Dict):
+        return any(_mutable(item) for item in _table_values(value.args[0]))
+    if isinstance(value.func, ast.Attribute) and _name(value.func.value) in ("np", "numpy", "jnp"):
+        return value.func.attr in ARRAYS
+    return _name(value.func) in MAKERS
+
+
+def _table_values(table: ast.Dict):
+    for value in table.values:
+        yield from _table_values(value) if isinstance(value, ast.Dict) else [value]
+
+
+def _size(path: str, source: str, tree: ast.Module):
+    limit = 400 if path.startswith("pallas_kernels/") else 350
+    lines = source.count("\n")
+    if lines > limit:
+        yield f"{lines} lines, at most {limit} are allowed"
+    if source.strip() and ast.get_docstring(tree) is None:
+        yield "no docstring"
+
+
+MODULES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for package in ("alisa_jax", "pallas_kernels")
+    for path in (ROOT / package).rglob("*.py")
+)
+
+
+def test_the_law_finds_the_modules():
+    assert {"alisa_jax/axes.py", "alisa_jax/spec.py", "alisa_jax/records.py"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_module_keeps_the_law(path):
+    assert violations(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "complaint"),
+    [
+        (
+            "alisa_jax/axes.py",
+            "from alisa_jax import spec",
+            "axes (layer 0) imports alisa_jax.spec (layer 0)",
+        ),
+        ("alisa_jax/kv/store.py", "import alisa_jax.policies.swa", "kv (layer 1) imports"),
+        ("alisa_jax/policies/swa.py", "from alisa_jax.kv.store import Store", "policies (layer 1) imports"),
+        (
+            "alisa_jax/policies/swa.py",
+            "from ..kv import store",
+            "policies (layer 1) imports alisa_jax.kv.store",
+        ),
+        (
+            "alisa_jax/policies/swa.py",
+            "from .. import kv",
+            "policies (layer 1) imports alisa_jax.kv (layer 1)",
+        ),
+        ("alisa_jax/kv/store.py", "import alisa_jax", "kv (layer 1) imports alisa_jax (layer 6)"),
+        (
+            "alisa_jax/kv/store.py",
+            "from alisa_jax import load",
+            "kv (layer 1) imports alisa_jax.load (layer 6)",
+        ),
+        (
+            "alisa_jax/attention.py",
+            "def f():\n    from alisa_jax import models",
+            "attention (layer 2) imports",
+        ),
+        ("alisa_jax/models/llama.py", "from alisa_jax.placement import plan", "models (layer 3) imports"),
+        ("alisa_jax/placement/plan.py", "import alisa_jax.models.decoder", "placement knows no model"),
+        ("alisa_jax/parallel/tensor.py", "import alisa_jax.engine", "parallel (layer 5) imports"),
+        (
+            "alisa_jax/engine/loop.py",
+            "import importlib\nimportlib.import_module('alisa_jax.lm_eval')",
+            "engine",
+        ),
+        ("alisa_jax/engine/loop.py", "import importlib\nimportlib.import_module(name)", "a computed name"),
+        ("alisa_jax/newpart/x.py", "import jax", "alisa_jax/newpart has no layer"),
+        ("alisa_jax/models/llama.py", "import configs.models.llama_7b", "not one of its dependencies"),
+        ("alisa_jax/__init__.py", "from eval import perplexity", "imports eval.perplexity"),
+        ("alisa_jax/models/llama.py", "import transformers", "imports transformers"),
+        ("alisa_jax/kv/store.py", "from pallas_kernels import bench", "outside alisa_jax/attention.py"),
+        ("alisa_jax/__init__.py", "import pallas_kernels", "outside alisa_jax/attention.py"),
+        ("pallas_kernels/shapes.py", "from alisa_jax import axes", "pallas_kernels imports alisa_jax.axes"),
+        ("pallas_kernels/shapes.py", "import flax", "pallas_kernels imports flax"),
+        (
+            "pallas_kernels/int8.py",
+            "from jax.experimental.pallas import triton as plt",
+            "outside pallas_kernels",
+        ),
+        (
+            "pallas_kernels/int8.py",
+            "import jax.experimental.pallas.mosaic_gpu",
+            "outside pallas_kernels/backend",
+        ),
+        (
+            "alisa_jax/attention.py",
+            "from jax.experimental.pallas.triton import load",
+            "outside pallas_kernels",
+        ),
+        ("alisa_jax/engine/step.py", "from flax import linen as nn", "flax.linen is imported outside"),
+        ("alisa_jax/engine/step.py", "import flax.linen", "flax.linen is imported outside"),
+        ("alisa_jax/engine/step.py", "import flax\nx = flax.linen.Dense", "flax.linen is imported outside"),
+        ("alisa_jax/engine/step.py", "s = Sharding(d, memory_kind='device')", "a memory kind is chosen"),
+        ("alisa_jax/placement/plan.py", "s = old.with_memory_kind('device')", "a memory kind is chosen"),
+        ("alisa_jax/placement/plan.py", "x = jax.memory.Space.Host", "a memory kind is chosen"),
+        ("alisa_jax/kv/store.py", "from jax.sharding import TransferToMemoryKind", "a memory kind is chosen"),
+        ("alisa_jax/kv/store.py", "from jax import memory", "a memory kind is chosen"),
+        ("alisa_jax/spec.py", "CACHE = {}", "line 2: mutable state"),
+        ("alisa_jax/spec.py", "names: list[str] = []", "mutable state"),
+        ("alisa_jax/spec.py", "A = (1, [2])", "mutable state"),
+        ("alisa_jax/spec.py", "A = B = {n for n in range(3)}", "mutable state"),
+        ("alisa_jax/spec.py", "if True:\n    A = dict(a=1)", "mutable state"),
+        ("alisa_jax/spec.py", "try:\n    A = 1\nexcept ValueError:\n    A = []", "mutable state"),
+        ("alisa_jax/spec.py", "A = collections.defaultdict(int)", "mutable state"),
+        ("alisa_jax/spec.py", "A = MappingProxyType({'a': [1]})", "mutable state"),
+        ("alisa_jax/spec.py", "A = MappingProxyType({'a': {'b': [1]}})", "mutable state"),
+        ("alisa_jax/spec.py", "A = [1] * 3", "mutable state"),
+        ("alisa_jax/spec.py", "class C:\n    seen = {}", "mutable state"),
+        ("alisa_jax/spec.py", "ONES = jnp.ones(3)", "mutable state"),
+        ("alisa_jax/spec.py", "def f():\n    global x\n    x = 1", "a function says global"),
+        ("alisa_jax/spec.py", "x = 1\n" * 350, "351 lines, at most 350 are allowed"),
+        ("pallas_kernels/shapes.py", "x = 1\n" * 400, "401 lines, at most 400 are allowed"),
+    ],
+)
+def test_the_law_sees_a_breach(path, code, complaint):
+    found = violations(path, f'"""A module."""\n{code}')
+    assert any(complaint in sentence for sentence in found), found
+
+
+def test_the_law_sees_a_missing_docstring():
+    assert violations("alisa_jax/spec.py", "import jax") == ["no docstring"]
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        (
+            "alisa_jax/kv/store.py",
+            "from alisa_jax import axes\nfrom alisa_jax.kv.codec import Raw\nfrom . import rows",
+        ),
+        ("alisa_jax/attention.py", "from alisa_jax import kv, policies\nimport pallas_kernels.sparse_decode"),
+        (
+            "alisa_jax/models/llama.py",
+            "import flax.linen as nn\nfrom flax import linen\nimport jax.numpy as jnp",
+        ),
+        (
+            "alisa_jax/placement/plan.py",
+            "from alisa_jax.kv import state\nfrom alisa_jax.attention import merge",
+        ),
+        (
+            "alisa_jax/placement/mover.py",
+            "import jax\nx = jax.device_put(y, s.with_memory_kind('pinned_host'))",
+        ),
+        ("alisa_jax/placement/plan.py", "kind = array.sharding.memory_kind"),
+        (
+            "alisa_jax/engine/loop.py",
+            "from alisa_jax.models.decoder import Decoder\nimport alisa_jax.placement.plan",
+        ),
+        ("alisa_jax/__init__.py", "from alisa_jax.engine import Engine\n__all__ = ['Engine']"),
+        ("alisa_jax/lm_eval.py", "import alisa_jax.engine"),
+        ("pallas_kernels/backend.py", "from jax.experimental.pallas import triton, mosaic_gpu"),
+        ("pallas_kernels/bench.py", "import time\nimport numpy as np\nfrom pallas_kernels import backend"),
+        (
+            "alisa_jax/spec.py",
+            "A = MappingProxyType({'a': (1, 2), 'b': {'c': 1}})\nB = frozenset({1, 2})\nC = tuple([1, 2])",
+        ),
+        (
+            "alisa_jax/spec.py",
+            "class C:\n    names: list = field(default_factory=list)\n    def f(self):\n        x = []",
+        ),
+        ("alisa_jax/spec.py", "A = jnp.float32\nB = np.dtype('int8')\nx: dict[str, int]"),
+        ("alisa_jax/kv/__init__.py", ""),
+    ],
+)
+def test_the_law_allows(path, code):
+    assert violations(path, f'"""A module."""\n{code}') == []
