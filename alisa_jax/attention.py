@@ -121,12 +121,16 @@ def _decode_working_set(state: LayerState, q, k, v):
         dense = (which, row)
         taps = taps._replace(attended=jnp.where(which, (length + 1).astype(jnp.float32), taps.attended))
     stats = policy.observe(state.stats, mass, ws.pos, slot, length, dense)
-    stats, ws, loads = _exchange(policy, codec, store, stats, ws, length + 1, S)
+    stats, ws, loads = _exchange(policy, codec, store, stats, ws, length + 1, S, after=part.out)
     return part, state.replace(ws=ws, store=store, stats=stats), taps._replace(loads=loads)
 
 
-def _exchange(policy, codec, store, stats, ws: WorkingSet, length, S):
-    """Let the policy change the working set and copy in the rows it asks for, until it asks for no more."""
+def _exchange(policy, codec, store, stats, ws: WorkingSet, length, S, after):
+    """Let the policy change the working set and copy in the rows it asks for, until it asks for no more.
+
+    The loop overwrites slots, so it must come after the last read of them. XLA copies the values whole unless it can prove
+    that; the loop's first condition therefore reads the attention output `after` (true unless all of it is NaN).
+    """
 
     def once(stats, ws, loads):
         stats, ex = policy.exchange(stats, ws.pos, ws.bias, length, S)
@@ -140,7 +144,7 @@ def _exchange(policy, codec, store, stats, ws: WorkingSet, length, S):
     if policy.evicts:
         stats, ws, loads, _ = once(stats, ws, loads)
         return stats, ws, loads
-    start = (stats, ws, loads, jnp.ones((), jnp.bool_))
+    start = (stats, ws, loads, jnp.any(after == after))
     return jax.lax.while_loop(lambda c: c[3], lambda c: once(*c[:3]), start)[:3]
 
 

@@ -13,7 +13,6 @@ import safetensors.numpy
 import tokenizers
 
 from alisa_jax.models import CheckpointError, Decoder, ModelConfig, RopeScaling, checkpoint, load, save
-from alisa_jax.models.hf import config_from_hf, config_to_hf
 
 LLAMA = ModelConfig(
     arch="llama",
@@ -78,8 +77,13 @@ def edit_tensors(folder, change):
 
 
 def equal(a, b):
-    same = jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b)
+    same = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y)), a, b)
     return all(jax.tree.leaves(same))
+
+
+def in_dtype(params, dtype):
+    """Rounded by NumPy, so that no conversion of JAX is needed to compare."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(dtype)), params)
 
 
 def one_sentence(error):
@@ -87,10 +91,18 @@ def one_sentence(error):
     return text.endswith(".") and not text.endswith("..") and "\n" not in text and len(text) < 500
 
 
-@pytest.mark.parametrize("config", [LLAMA, dataclasses.replace(LLAMA, tie_embeddings=True), OPT])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "config, dtype",
+    [
+        (LLAMA, "float32"),
+        (LLAMA, "bfloat16"),
+        (dataclasses.replace(LLAMA, tie_embeddings=True), "float16"),
+        (OPT, "float16"),
+        (OPT, "bfloat16"),
+    ],
+)
 def test_load_returns_what_save_wrote(config, dtype, tmp_path):
-    params = Decoder(config).init(jax.random.key(7), jnp.dtype(dtype))
+    params = in_dtype(Decoder(config).init(jax.random.key(7)), dtype)
     save(config, params, tmp_path, dtype)
     model = load(tmp_path)
     assert model.decoder == Decoder(config) and equal(model.params, params)
@@ -111,7 +123,7 @@ def test_stored_bfloat16_bits_survive(folder):
 def test_dtype_argument_wins_over_the_file(whole, llama_params):
     for dtype in ("bfloat16", jnp.bfloat16, np.dtype(ml_dtypes.bfloat16)):
         model = load(whole, dtype)
-        assert equal(model.params, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), llama_params))
+        assert equal(model.params, in_dtype(llama_params, "bfloat16"))
 
 
 def test_without_a_stated_type_the_token_table_decides(folder):
@@ -185,23 +197,12 @@ def test_random_weights_depend_on_the_seed_alone(monkeypatch):
     first, again, other = load("random:tiny"), load("random:tiny"), load("random:tiny", seed=1)
     assert equal(first.params, again.params) and not equal(first.params, other.params)
     assert (first.name, first.source, first.tokenizer) == ("random:tiny", "random:tiny", None)
-    assert load("random:tiny", "bfloat16").params["embed"]["tokens"]["table"].dtype == jnp.bfloat16
+    low = load("random:tiny", "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(low.params)} == {jnp.dtype("bfloat16")}
 
 
-def damage_missing_config(folder):
-    (folder / "config.json").unlink()
-
-
-def damage_json(folder):
-    (folder / "config.json").write_text('{"model_type": "llama",')
-
-
-def damage_json_list(folder):
-    (folder / "config.json").write_text("[]")
-
-
-def damage_encoding(folder):
-    (folder / "config.json").write_bytes(b'{"model_type": "\xff\xfe"}')
+def overwrite(file, content):
+    return lambda folder: (folder / file).write_bytes(content)
 
 
 def damage_no_weights(folder):
@@ -225,10 +226,6 @@ def damage_truncated(folder):
     (folder / "model.safetensors").write_bytes(data[:-11])
 
 
-def damage_empty(folder):
-    (folder / "model.safetensors").write_bytes(b"")
-
-
 def damage_missing_shard(folder):
     shard(folder)
     (folder / "part-2.safetensors").unlink()
@@ -248,29 +245,24 @@ def damage_index_lies(folder):
     edit_json(path, weight_map=weight_map)
 
 
-def damage_tokenizer(folder):
-    (folder / "tokenizer.json").write_text("{}")
-
-
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (damage_missing_config, "config.json is missing"),
-        (damage_json, "config.json is not readable as JSON"),
-        (damage_json_list, "config.json holds a list"),
-        (damage_encoding, "config.json is not readable as JSON"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (overwrite("config.json", b'{"model_type": "llama",'), "config.json is not readable as JSON"),
+        (overwrite("config.json", b"[]"), "config.json holds a list"),
+        (overwrite("config.json", b'{"model_type": "\xff\xfe"}'), "config.json is not readable as JSON"),
         (damage_no_weights, "neither model.safetensors nor model.safetensors.index.json"),
         (damage_missing_tensor, f"no tensor {DOWN}"),
         (damage_shape, f"{DOWN} has shape \\(37, 23\\), and the configuration needs \\(23, 37\\)"),
         (damage_stored_type, f"{DOWN} is stored as I32; supported are F32, F16, BF16"),
         (damage_truncated, "model.safetensors is truncated or damaged"),
-        (damage_empty, "model.safetensors is truncated or damaged"),
+        (overwrite("model.safetensors", b""), "model.safetensors is truncated or damaged"),
         (damage_missing_shard, "part-2.safetensors is missing"),
         (damage_index, "index.json has no weight_map"),
         (damage_index_lies, "safetensors has no tensor .*, which model.safetensors.index.json says"),
-        (damage_tokenizer, "tokenizer.json is not a readable tokenizer"),
+        (overwrite("tokenizer.json", b"{}"), "tokenizer.json is not a readable tokenizer"),
     ],
-    ids=lambda value: value.__name__ if callable(value) else "",
 )
 def test_a_damaged_folder_is_named_in_one_sentence(folder, damage, message):
     damage(folder)
@@ -283,17 +275,6 @@ def test_a_damaged_folder_is_named_in_one_sentence(folder, damage, message):
     "changes, message",
     [
         ({"model_type": "mamba"}, "'mamba' is not a supported architecture; supported are llama, opt"),
-        ({"model_type": "absent"}, "None is not a supported architecture"),
-        ({"quantization_config": {"bits": 4}}, "is quantised"),
-        ({"hidden_size": "absent"}, "has no hidden_size"),
-        ({"hidden_size": "23"}, "hidden_size is '23'"),
-        ({"num_key_value_heads": 4}, "not a multiple of n_kv_heads=4"),
-        ({"head_dim": None}, "hidden_size 23 is not a multiple of num_attention_heads 6"),
-        ({"hidden_act": "quick_gelu"}, "allowed are gelu, relu, silu"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
-        ({"rope_scaling": {"type": "linear"}}, "has no factor"),
-        ({"rope_scaling": 3}, "must be an object or null"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"torch_dtype": "float64"}, "dtype 'float64' is not supported"),
         ({"num_hidden_layers": 3}, "no tensor model.layers.2.input_layernorm.weight"),
         ({"vocab_size": 67}, "model.embed_tokens.weight has shape \\(61, 23\\)"),
@@ -304,21 +285,6 @@ def test_a_configuration_that_is_not_supported_is_refused(folder, changes, messa
     with pytest.raises(CheckpointError, match=message) as error:
         load(folder)
     assert one_sentence(error) and str(folder) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"do_layer_norm_before": False}, "do_layer_norm_before=false"),
-        ({"word_embed_proj_dim": 17}, "projected embeddings \\(word_embed_proj_dim 17, hidden_size 33\\)"),
-        ({"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=false"),
-        ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm=true"),
-        ({"num_attention_heads": 4}, "not a multiple of num_attention_heads 4"),
-    ],
-)
-def test_an_opt_variant_that_is_not_supported_is_refused(changes, message):
-    with pytest.raises(CheckpointError, match=message):
-        config_from_hf(config_to_hf(OPT, "float16") | changes)
 
 
 @pytest.mark.parametrize(
@@ -373,36 +339,3 @@ def test_an_interrupted_save_leaves_no_folder_that_looks_whole(tmp_path, llama_p
     with pytest.raises(CheckpointError, match="disk full"):
         save(LLAMA, llama_params, tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-OLD = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "torch_dtype": "float16"}
-NEW = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}, "dtype": "float16"}
-MIXED = {"rope_scaling": {"rope_theta": 5e5, "type": "linear", "factor": 4.0}, "dtype": "float16"}
-
-
-@pytest.mark.parametrize("spelling", [OLD, NEW, MIXED])
-def test_every_spelling_of_the_rotary_settings_reads_alike(folder, spelling):
-    edit_json(folder / "config.json", **({"rope_theta": "absent", "rope_scaling": "absent"} | spelling))
-    config = load(folder).decoder.config
-    assert (config.rope_theta, config.rope_scaling) == (5e5, RopeScaling("linear", 4.0))
-
-
-def test_old_llama_files_leave_out_what_was_fixed_then():
-    raw = {
-        "model_type": "llama",
-        "vocab_size": 61,
-        "hidden_size": 60,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "intermediate_size": 37,
-    }
-    config = config_from_hf(raw)
-    assert (config.n_kv_heads, config.head_dim, config.rope_theta, config.max_positions) == (6, 10, 1e4, 2048)
-    assert (config.norm_eps, config.tie_embeddings, config.act) == (1e-6, False, "silu")
-
-
-@pytest.mark.parametrize(
-    "config", [LLAMA, OPT, dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 2.0), mlp_bias=True)]
-)
-def test_configurations_survive_the_round_trip(config):
-    assert config_from_hf(json.loads(json.dumps(config_to_hf(config, "bfloat16")))) == config

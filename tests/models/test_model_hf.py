@@ -1,0 +1,118 @@
+"""`config.json`: every spelling reads alike, and what would change the arithmetic is refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+from alisa_jax.models import CheckpointError, ModelConfig, RopeScaling
+from alisa_jax.models.hf import config_from_hf, config_to_hf
+
+LLAMA = ModelConfig(
+    arch="llama",
+    vocab_size=61,
+    d_model=23,
+    n_layers=2,
+    n_heads=6,
+    n_kv_heads=2,
+    head_dim=14,
+    d_ff=37,
+    max_positions=97,
+    norm_eps=1e-3,
+    rope_theta=700.0,
+    rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32),
+)
+OPT = ModelConfig(
+    arch="opt",
+    vocab_size=61,
+    d_model=33,
+    n_layers=2,
+    n_heads=3,
+    n_kv_heads=3,
+    head_dim=11,
+    d_ff=41,
+    max_positions=97,
+    tie_embeddings=True,
+    act="relu",
+    attention_bias=True,
+    mlp_bias=True,
+)
+
+
+def edited(config, changes):
+    raw = config_to_hf(config, "float16") | changes
+    return {key: value for key, value in raw.items() if value != "absent"}
+
+
+OLD = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "torch_dtype": "float16"}
+NEW = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}, "dtype": "float16"}
+MIXED = {"rope_scaling": {"rope_theta": 5e5, "type": "linear", "factor": 4.0}, "dtype": "float16"}
+
+
+@pytest.mark.parametrize("spelling", [OLD, NEW, MIXED])
+def test_every_spelling_of_the_rotary_settings_reads_alike(spelling):
+    config = config_from_hf(edited(LLAMA, {"rope_theta": "absent", "rope_scaling": "absent"} | spelling))
+    assert (config.rope_theta, config.rope_scaling) == (5e5, RopeScaling("linear", 4.0))
+
+
+def test_llama3_scaling_falls_back_on_the_context_that_the_file_states():
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = config_from_hf(edited(LLAMA, {"rope_scaling": scaling}))
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 97)
+
+
+def test_old_llama_files_leave_out_what_was_fixed_then():
+    raw = {
+        "model_type": "llama",
+        "vocab_size": 61,
+        "hidden_size": 60,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "intermediate_size": 37,
+    }
+    config = config_from_hf(raw)
+    assert (config.n_kv_heads, config.head_dim, config.rope_theta, config.max_positions) == (6, 10, 1e4, 2048)
+    assert (config.norm_eps, config.tie_embeddings, config.act) == (1e-6, False, "silu")
+
+
+@pytest.mark.parametrize(
+    "config", [LLAMA, OPT, dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 2.0), mlp_bias=True)]
+)
+def test_configurations_survive_the_round_trip(config):
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config, "bfloat16")))) == config
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "absent"}, "None is not a supported architecture"),
+        ({"quantization_config": {"bits": 4}}, "is quantised"),
+        ({"hidden_size": "absent"}, "has no hidden_size"),
+        ({"hidden_size": "23"}, "hidden_size is '23'"),
+        ({"num_key_value_heads": 4}, "not a multiple of n_kv_heads=4"),
+        ({"head_dim": None}, "hidden_size 23 is not a multiple of num_attention_heads 6"),
+        ({"hidden_act": "quick_gelu"}, "allowed are gelu, relu, silu"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "has no factor"),
+        ({"rope_scaling": 3}, "must be an object or null"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+    ],
+)
+def test_a_llama_setting_that_is_not_supported_is_refused(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        config_from_hf(edited(LLAMA, changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"do_layer_norm_before": False}, "do_layer_norm_before=false"),
+        ({"word_embed_proj_dim": 17}, "projected embeddings \\(word_embed_proj_dim 17, hidden_size 33\\)"),
+        ({"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=false"),
+        ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm=true"),
+        ({"num_attention_heads": 4}, "not a multiple of num_attention_heads 4"),
+    ],
+)
+def test_an_opt_variant_that_is_not_supported_is_refused(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        config_from_hf(edited(OPT, changes))
