@@ -9,4 +9,3 @@ from alisa_jax.engine import Batch, Engine, Generated, Scores
 from alisa_jax.models.checkpoint import Model, load
 
 __all__ = ["Batch", "Engine", "Generated", "Model", "Scores", "load"]
-__version__ = "0.1.0"

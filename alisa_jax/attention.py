@@ -121,11 +121,11 @@ def _decode_working_set(state: LayerState, q, k, v):
         dense = (which, row)
         taps = taps._replace(attended=jnp.where(which, (length + 1).astype(jnp.float32), taps.attended))
     stats = policy.observe(state.stats, mass, ws.pos, slot, length, dense)
-    stats, ws, loads = _exchange(policy, codec, store, stats, ws, length + 1, S, after=part.out)
+    stats, ws, loads = exchange(policy, codec, store, stats, ws, length + 1, S, after=part.out)
     return part, state.replace(ws=ws, store=store, stats=stats), taps._replace(loads=loads)
 
 
-def _exchange(policy, codec, store, stats, ws: WorkingSet, length, S, after):
+def exchange(policy, codec, store, stats, ws: WorkingSet, length, S, after):
     """Let the policy change the working set and copy in the rows it asks for, until it asks for no more.
 
     The loop overwrites slots, so it must come after the last read of them. XLA copies the values whole unless it can prove
