@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     flags.DEFINE_integer("context", 4096, "Tokens of the context bucket; the replay ends when it is full.", **where)
     flags.DEFINE_integer("heads", 12, "Heads, each with its own keys and values.", lower_bound=1, **where)
     flags.DEFINE_integer("steps", 200, "Consecutive decode steps.", lower_bound=1, **where)
-    flags.DEFINE_list("layers", None, "Layers to replay (default: all).", **where)
+    flags.DEFINE_multi_integer("layers", None, "A layer to replay (repeatable; default: all).", **where)
     common.parse(values, argv, __doc__)
     text = inputs.policy(values.policy)
     if not values.steps < values.context:
@@ -49,9 +49,9 @@ def main(argv: Sequence[str]) -> None:
     n_layers, n_heads = model.decoder.config.n_layers, model.decoder.config.n_heads
     if values.heads % n_heads:
         raise UserError(f"--heads must be a multiple of {n_heads}, the query heads of {card.name}, got {values.heads}")
-    layers = list(range(n_layers)) if values.layers is None else [int(i) for i in values.layers]
+    layers = list(range(n_layers)) if values.layers is None else values.layers
     if not set(layers) <= set(range(n_layers)):
-        raise UserError(f"--layers must be in 0..{n_layers - 1}, got {','.join(values.layers)}")
+        raise UserError(f"--layers must be in 0..{n_layers - 1}, got {', '.join(map(str, layers))}")
     tokens = windows.tokenize(source.characters, inputs.tokenizer(model)).tokens
     if len(tokens) < values.batch * values.context:
         raise UserError(f"--text has {len(tokens)} tokens, and {values.batch} x {values.context} are needed")
@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
     timings = []
     for layer in layers:
         timings.append(replay(text, traces[layer], values.steps))
-        common.say(f"layer {layer}: " + ", ".join(f"{k} {1e3 * np.median(v):.2f} ms" for k, v in timings[-1].items()))
+        medians = {k: f"{1e3 * np.median(v):.2f} ms" for k, v in timings[-1].items() if k.endswith("_s")}
+        common.say(f"layer {layer}: " + ", ".join(f"{k.removesuffix('_s')} {v}" for k, v in medians.items()))
     seconds = {key: np.concatenate([t[key] for t in timings]) for key in timings[0] if key.endswith("_s")}
     summary = summarise(seconds, np.concatenate([t["attended"] for t in timings]), values.context)
     cell = {

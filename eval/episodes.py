@@ -27,7 +27,10 @@ KINDS = ("copy", "lookup")
 EXCLUDED_FOLDERS = frozenset(
     "test tests idlelib lib2to3 site-packages dist-packages __pycache__ encodings pydoc_data".split()
 )
-EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")  # written when the interpreter was built: they differ by machine
+EXCLUDED_PREFIXES = (
+    "_sysconfigdata",
+    "config-",
+)  # written when the interpreter was built: they differ by machine
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,9 @@ def corpus(root: str | Path | None = None) -> Corpus:
     parts: tuple[list, list] = ([], [])
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
         relative = path.relative_to(root)
-        if EXCLUDED_FOLDERS & set(relative.parts) or any(p.startswith(EXCLUDED_PREFIXES) for p in relative.parts):
+        if EXCLUDED_FOLDERS & set(relative.parts) or any(
+            p.startswith(EXCLUDED_PREFIXES) for p in relative.parts
+        ):
             continue
         try:
             text = path.read_bytes().decode("utf-8")
@@ -108,7 +113,9 @@ def recall_episode(
     if length < 32:
         raise ValueError(f"a recall episode needs at least 32 tokens, got length={length}")
     if len(ids) < length:
-        raise ValueError(f"an episode of {length} tokens draws that many different ids, but only {len(ids)} were given")
+        raise ValueError(
+            f"an episode of {length} tokens draws that many different ids, but only {len(ids)} were given"
+        )
     if filler is not None and len(filler) < length:
         raise ValueError(f"an episode of {length} tokens needs as many filler tokens, got {len(filler)}")
     fresh = rng.permutation(np.asarray(ids, np.int32))[:length]
@@ -149,7 +156,9 @@ def _lookup(rng, fresh, length, filler, span, distance):
     most = length // (2 * width)  # so that every pair can be asked once
     pairs = int(rng.integers(2, most + 1)) if span is None else span
     if not 2 <= pairs <= most:
-        raise ValueError(f"a lookup of {length} tokens holds 2 to {most} pairs of {width} tokens, got {pairs}")
+        raise ValueError(
+            f"a lookup of {length} tokens holds 2 to {most} pairs of {width} tokens, got {pairs}"
+        )
     asked = (length - pairs * width) // width
     if rng.random() < 0.5:
         asked = int(rng.integers(1, asked + 1))

@@ -115,7 +115,11 @@ def load_config(path: str) -> TrainConfig:
     values = runpy.run_path(path).get("CONFIG")
     try:
         config = TrainConfig(
-            **{**values, "model": ModelConfig(**values["model"]), "stages": tuple(Stage(**s) for s in values["stages"])}
+            **{
+                **values,
+                "model": ModelConfig(**values["model"]),
+                "stages": tuple(Stage(**s) for s in values["stages"]),
+            }
         )
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path!r} does not define a CONFIG as eval.train reads it: {error}") from None
@@ -242,14 +246,15 @@ def initial_params(decoder: Decoder, key: jax.Array):
 
     shared = jax.random.normal(shared_key, (c.d_model,))
     shared = shared / jnp.linalg.norm(shared)
-    quick = jnp.where(jnp.arange(c.head_dim) < max(1, c.head_dim // 6), 1.0, 0.0)  # the fastest rotary frequencies
-    quick = (quick * (PREVIOUS_TOKEN_LOGIT / c.d_model / jnp.sum(quick)) ** 0.5 * (2 * c.head_dim**0.5) ** 0.5)[
-        None, None, None, :
-    ]
+    quick = jnp.where(
+        jnp.arange(c.head_dim) < max(1, c.head_dim // 6), 1.0, 0.0
+    )  # the fastest rotary frequencies
+    # The norm sends half of each token's length, (D / 2) ** 0.5, along `shared`: the logit one apart is PREVIOUS_TOKEN_LOGIT.
+    quick = quick * (2 * PREVIOUS_TOKEN_LOGIT * c.head_dim**0.5 / c.d_model / jnp.sum(quick)) ** 0.5
     one = jnp.ones((1, 1), jnp.int32)
-    later = rotate(quick, one, c.rope_theta, c.rope_scaling)
+    later = rotate(quick[None, None, None, :], one, c.rope_theta, c.rope_scaling)
     half = max(1, c.n_kv_heads // 2)
-    q, k = jnp.tile(quick.ravel(), half * groups), jnp.tile(later.ravel(), half)
+    q, k = jnp.tile(quick, half * groups), jnp.tile(later.ravel(), half)
     for name, vector in (("q", q), ("k", k)):
         kernel = first[name]["kernel"]
         first[name] = {"kernel": kernel.at[:, : vector.size].add(shared[:, None] * vector[None, :])}
@@ -273,7 +278,8 @@ def make_step(decoder: Decoder, tx: optax.GradientTransformation):
     def loss(params, tokens, weights, is_text):
         nats, hits = token_losses(decoder, params, tokens)
         weights = weights[:, 1:]
-        text, answer = weights * is_text[:, None], (weights * ~is_text[:, None] > 0).astype(jnp.float32)
+        text = jnp.where(is_text[:, None], weights, 0.0)
+        answer = jnp.where(is_text[:, None], 0.0, (weights > 0).astype(jnp.float32))
         mean = lambda value, weight: jnp.sum(value * weight) / jnp.maximum(jnp.sum(weight), 1.0)
         metrics = {
             "text_nats": mean(nats, text),
@@ -284,7 +290,8 @@ def make_step(decoder: Decoder, tx: optax.GradientTransformation):
 
     def step(params, opt_state, tokens, weights, is_text):
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, tokens, weights, is_text)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies its int32 step counts by Python floats
+            updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, metrics
 
     return jax.jit(step, donate_argnums=(0, 1))
@@ -327,7 +334,9 @@ def evaluate(
                 start = rng.integers(0, len(stream) - length)
                 words = stream[start : start + length] if filler == "text" else None
                 made.append(episodes.recall_episode(rng, ids, length, kind, bos_id=BOS_ID, filler=words))
-            hits = [h[a[1:]] for (_, h), (_, a) in zip(run(np.stack([t for t, _ in made])), made, strict=True)]
+            hits = [
+                h[a[1:]] for (_, h), (_, a) in zip(run(np.stack([t for t, _ in made])), made, strict=True)
+            ]
             result[f"{kind}_{filler}_accuracy"] = float(np.mean(np.concatenate(hits)))
             result[f"{kind}_{filler}_answers"] = int(sum(len(h) for h in hits))
     return result
@@ -369,7 +378,9 @@ def train(config: TrainConfig, workdir, seed=0, stop_at=None, log_every=20, save
             restored = manager.restore(latest, args=ocp.args.Composite(**names))
             state, run = restored["state"], restored["run"]
             if run["past"] != config.past(latest) or run["source"] != source:
-                raise ValueError(f"{workdir} holds a run with another config, seed or text; give another workdir")
+                raise ValueError(
+                    f"{workdir} holds a run with another config, seed or text; give another workdir"
+                )
             done, history, wall_s = latest, run["history"], run["wall_s"]
         params, opt_state = state["params"], state["opt_state"]
         began, sums = time.perf_counter() - wall_s, []
@@ -390,7 +401,9 @@ def train(config: TrainConfig, workdir, seed=0, stop_at=None, log_every=20, save
                     wall_s = time.perf_counter() - began
                     run = {"past": config.past(done), "source": source, "history": history, "wall_s": wall_s}
                     items = {"state": ocp.args.StandardSave({"params": params, "opt_state": opt_state})}
-                    manager.save(done, args=ocp.args.Composite(**items, run=ocp.args.JsonSave(run)), force=True)
+                    manager.save(
+                        done, args=ocp.args.Composite(**items, run=ocp.args.JsonSave(run)), force=True
+                    )
     tokens = sum(config.stage_at(s).batch * config.stage_at(s).length for s in range(done))
     record = {"steps": done, "trained_tokens": tokens, "wall_s": wall_s, "config": dataclasses.asdict(config)}
     record |= source | {"history": history}
@@ -422,10 +435,14 @@ def export(config: TrainConfig, params, tokenizer, heldout, record: dict, out) -
 
 def define_flags():
     flags.DEFINE_string("config", "configs/train/pylib_1m.py", "Python file that defines CONFIG.")
-    flags.DEFINE_string("workdir", "runs/pylib_1m", "Folder of checkpoints; a run that was stopped there goes on.")
+    flags.DEFINE_string(
+        "workdir", "runs/pylib_1m", "Folder of checkpoints; a run that was stopped there goes on."
+    )
     flags.DEFINE_string("out", None, "Folder to export to: WORKDIR/export by default.")
     flags.DEFINE_integer("seed", 0, "Seed of the weights and of the data.", lower_bound=0)
-    flags.DEFINE_integer("stop_at", None, "Stop after this step instead of at the end of the config.", lower_bound=0)
+    flags.DEFINE_integer(
+        "stop_at", None, "Stop after this step instead of at the end of the config.", lower_bound=0
+    )
     flags.DEFINE_integer("save_every", 100, "Steps between checkpoints.", lower_bound=1)
     flags.DEFINE_bool("json", False, "Print the record as one JSON line and nothing else.")
 
@@ -446,10 +463,16 @@ def main(argv):
     if args.json:
         print(json.dumps({key: value for key, value in record.items() if key != "history"}))
         return
-    print(f"{record['steps']} steps, {record['trained_tokens']:,} tokens, {record['wall_s'] / 60:.0f} min -> {out}")
+    print(
+        f"{record['steps']} steps, {record['trained_tokens']:,} tokens, {record['wall_s'] / 60:.0f} min -> {out}"
+    )
     for row in record["evaluation"]:
-        recall = ", ".join(f"{k.removesuffix('_accuracy')} {v:.3f}" for k, v in row.items() if k.endswith("_accuracy"))
-        print(f"length {row['length']}: held-out {row['heldout_nats_per_token']:.3f} nats per token; {recall}")
+        recall = ", ".join(
+            f"{k.removesuffix('_accuracy')} {v:.3f}" for k, v in row.items() if k.endswith("_accuracy")
+        )
+        print(
+            f"length {row['length']}: held-out {row['heldout_nats_per_token']:.3f} nats per token; {recall}"
+        )
 
 
 def command_line() -> str:

@@ -21,15 +21,21 @@ class Batch:
 
     @staticmethod
     def from_lists(sequences: Sequence[Sequence[int]]) -> Batch:
-        """A batch of token id lists. Raises ValueError for no sequence or an empty one."""
-        if not len(sequences):
+        """A batch of token id lists. Raises ValueError for no sequence, an empty one, or one that is not a list of ids."""
+        rows = [np.asarray(s) for s in sequences]
+        if not rows:
             raise ValueError("a batch needs at least one sequence; got none")
-        length = np.array([len(s) for s in sequences], np.int32)
-        if length.min() < 1:
-            raise ValueError(f"every sequence needs at least one token; number {int(length.argmin())} has none")
-        tokens = np.zeros((len(sequences), int(length.max())), np.int32)
-        for row, sequence in zip(tokens, sequences, strict=True):
-            row[: len(sequence)] = sequence
+        for i, row in enumerate(rows):
+            if row.shape == (0,):
+                raise ValueError(f"every sequence needs at least one token; number {i} has none")
+            if row.ndim != 1 or row.dtype.kind not in "iu":
+                raise ValueError(f"a sequence is a list of token ids (whole numbers); number {i} is {sequences[i]!r:.60}")
+            if row.min() < 0 or row.max() > np.iinfo(np.int32).max:
+                raise ValueError(f"token ids are 0 or more and fit 32 bits; number {i} has {row.min()} to {row.max()}")
+        length = np.array([len(row) for row in rows], np.int32)
+        tokens = np.zeros((len(rows), int(length.max())), np.int32)
+        for padded, row in zip(tokens, rows, strict=True):
+            padded[: len(row)] = row
         return Batch(tokens, length)
 
     @staticmethod

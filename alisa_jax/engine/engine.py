@@ -31,6 +31,7 @@ class Generated:
     """What `Engine.generate` returns; one entry per prompt."""
 
     tokens: list[list[int]]  # new tokens, up to and including the stop token
+    texts: list[str] | None  # prompt and new tokens together as text; None for a model without a tokenizer
     margins: list[np.ndarray]  # best minus second best logit of each new token
     compiles: int  # programs traced during the call
     wall_s: float
@@ -100,7 +101,20 @@ class Engine:
         if tokens > limit:
             raise ValueError(f"the model's context is {limit} tokens; got {tokens}")
         for layer in self.layers:
-            layer.policy.validate(bucket(tokens))
+            layer.policy.validate(tokens)
+
+    def batch(self, sequences) -> Batch:
+        """A batch of token ids, or of texts for a model with a tokenizer. Raises ValueError for ids the model lacks."""
+        if isinstance(sequences, str):
+            raise ValueError(f"give a list of sequences; got one text, {sequences!r:.60}")
+        if not isinstance(sequences, Batch):
+            sequences = Batch.from_lists([self.model.encode(s) if isinstance(s, str) else s for s in sequences])
+        V = self.model.decoder.config.vocab_size
+        wrong = (sequences.tokens < 0) | (sequences.tokens >= V)
+        if wrong.any():
+            i, t = (int(x) for x in np.argwhere(wrong)[0])
+            raise ValueError(f"token ids must be in [0, {V}); sequence {i} has {sequences.tokens[i, t]} at position {t}")
+        return sequences
 
     def init(self, B: int, context_tokens: int):
         """Empty states for B sequences of up to `context_tokens` tokens."""
@@ -116,14 +130,18 @@ class Engine:
 
     def generate(
         self,
-        prompts: Batch | Sequence[Sequence[int]],
+        prompts: Batch | Sequence[Sequence[int] | str],
         max_new_tokens: int,
         eos_ids: Sequence[int] = (),
         progress: bool = False,
     ) -> Generated:
-        """Greedy continuation of a ragged batch of prompts, up to `max_new_tokens` each or a token of `eos_ids`."""
+        """Greedy continuation of a ragged batch of prompts, up to `max_new_tokens` each or a token of `eos_ids`.
+
+        prompts: token ids as they are, or texts as `Model.encode` reads them. Raises ValueError, before anything runs,
+        for an empty prompt, an id outside the vocabulary, and prompt + new tokens beyond the model's context.
+        """
         start, compiles = time.perf_counter(), self.compiles
-        batch = prompts if isinstance(prompts, Batch) else Batch.from_lists(prompts)
+        batch = self.batch(prompts)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
         longest = int(batch.length.max())
@@ -139,8 +157,10 @@ class Engine:
             while made < max_new_tokens and not bool(done.all()):
                 room = S - (longest + made - 1)
                 if room == 0:
-                    S = next_bucket(S)
-                    kv, room = self._grown(kv, S), S - (longest + made - 1)
+                    S, layers = next_bucket(S), list(kv)
+                    del kv  # `_grow_each` holds the only reference: an old layer is freed before the next one grows
+                    kv = self._grow_each(layers, S)
+                    room = S - (longest + made - 1)
                 n = min(step.CHUNK_STEPS, room, max_new_tokens - made)
                 out, kv = self._greedy(self.model.params, kv, token, done, eos, jnp.int32(n))
                 token, done, taken = out.token, out.done, int(out.steps)
@@ -150,8 +170,12 @@ class Engine:
                 bar.update(taken)
         new, margin = np.concatenate(columns, axis=1), np.concatenate(margins, axis=1)
         ends = [_end(row, eos_ids) for row in new]
+        tokens = [row[:end].tolist() for row, end in zip(new, ends, strict=True)]
+        given = [row[:n].tolist() for row, n in zip(batch.tokens, batch.length, strict=True)]
+        known = self.model.tokenizer is not None
         return Generated(
-            [row[:end].tolist() for row, end in zip(new, ends, strict=True)],
+            tokens,
+            [self.model.decode(a + b) for a, b in zip(given, tokens, strict=True)] if known else None,
             [row[:end] for row, end in zip(margin, ends, strict=True)],
             self.compiles - compiles,
             time.perf_counter() - start,
@@ -162,13 +186,14 @@ class Engine:
 
         protocol "decode" feeds token by token through the real decode path; "prefill_mask" does one pass per layer under
         the row-by-row selection mask. Both give the same numbers; they differ in what they exercise.
+        Raises ValueError, before anything runs, for what `generate` refuses and for a sequence of one token.
         """
         start, compiles = time.perf_counter(), self.compiles
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
-        batch = sequences if isinstance(sequences, Batch) else Batch.from_lists(sequences)
+        batch = self.batch(sequences)
         if batch.length.min() < 2:
-            raise ValueError("a sequence to score needs at least two tokens; got one token")
+            raise ValueError(f"a sequence to score needs at least 2 tokens; number {batch.length.argmin()} has 1")
         B, T = batch.tokens.shape
         self.validate(T)
         targets = np.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
@@ -213,12 +238,11 @@ class Engine:
         logprobs, correct, attended = (np.asarray(x) for x in self._masked(self.model.params, *padded))
         return logprobs, correct, attended, np.full(attended.shape, np.nan)
 
-    def _grown(self, kv, S: int):
-        states = list(kv)
-        del kv
-        for i in range(len(states)):
-            states[i] = self._grow(states[i], S)  # the old layer is freed before the next one grows
-        return tuple(states)
+    def _grow_each(self, layers: list, S: int):
+        """The states of all layers for the bucket S; `layers` is emptied on the way."""
+        for i in range(len(layers)):
+            layers[i] = self._grow(layers[i], S)
+        return tuple(layers)
 
 
 def _end(row: np.ndarray, eos_ids: Sequence[int]) -> int:

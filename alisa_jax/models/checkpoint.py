@@ -50,6 +50,20 @@ class Model:
     eos_ids: tuple[int, ...]
     source: str  # the folder it was read from, or "random:NAME"
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, after the model's BOS id where it has one. Raises CheckpointError without a tokenizer."""
+        ids = self._tokenizer().encode(text, add_special_tokens=False).ids
+        return ids if self.bos_id is None else [self.bos_id, *ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens left out. Raises CheckpointError without a tokenizer."""
+        return self._tokenizer().decode(list(ids))
+
+    def _tokenizer(self) -> tokenizers.Tokenizer:
+        if self.tokenizer is None:
+            raise CheckpointError(f"the model {self.name} has no tokenizer; give token ids instead of text.")
+        return self.tokenizer
+
 
 def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> Model:
     """Load a model: a Hugging Face folder, "bundled", or "random:NAME" with a name of `SHAPES`.
