@@ -12,11 +12,12 @@ turns step by step in this process:
     speedup_whole_step   dense (append, attend) / policy (append, attend, observe, window update, exchange)
     speedup_attend       dense (attend) / policy (attend, exchange)
 
-each a ratio of medians over all steps of all layers. `limit` is the bandwidth bound: K and V bytes that dense reads over those
+each a ratio of medians over all steps of all layers. `limit` is the bandwidth bound: the tokens that dense reads over those
 that the policy attends. Writes one summary record; expected on CPU: at least 2.5 and 3.5 at 80 % sparsity.
 """
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -93,7 +94,7 @@ WARM_UP = 8  # steps of each replay that are not timed
 
 
 def record_trace(model, policy: str, tokens: np.ndarray, steps: int, heads: int):
-    """[(q, k, v)] per layer, each [B, T, heads, H] float32: a dense prompt of T - steps tokens, then `policy` in the loop."""
+    """[(q, k, v)] per layer, each [B, T, heads, H] float32: a dense prompt, then `policy` in the loop."""
     import jax
     import jax.numpy as jnp
 
@@ -125,9 +126,9 @@ def record_trace(model, policy: str, tokens: np.ndarray, steps: int, heads: int)
             out, state = attention.prefill(state, q, k, v, jnp.full((B,), prompt, jnp.int32))
             return out, (state, (q, k, v))
 
-        at = jnp.broadcast_to(jnp.arange(prompt, dtype=jnp.int32)[None], (B, prompt))
-        states, seen = zip(*blocks(params, tokens[:, :prompt], at, attend), strict=True)
-        return states, seen
+        at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+        states, seen = zip(*blocks(params, tokens, at, attend), strict=True)
+        return states, jax.tree.map(lambda x: x[:, :prompt], seen)
 
     def rest(params, states, tokens):
         def one(states, token):
@@ -161,15 +162,14 @@ def replay(policy: str, trace, steps: int) -> dict[str, np.ndarray]:
     from alisa_jax.kv.codec import Raw
 
     codec, (B, T, N, H) = Raw("float32"), trace[0].shape
-    q, k, v = (jnp.asarray(x[:, : T - steps]) for x in trace)
+    prompt = [jnp.asarray(x) for x in trace]  # whole, so that its length is a round number; the prefill stops at `length`
     columns = [tuple(jnp.asarray(x[:, T - steps + i]) for x in trace) for i in range(steps)]
     length = jnp.full((B,), T - steps, jnp.int32)
 
     def start(p):
         state = attention.init(p, codec, "working_set", attention.dims_of(p, "working_set", B, N, N, T), H)
-        return jax.jit(attention.prefill)(state, q, k, v, length)[1]
+        return _compiled_prefill()(state, *prompt, length)
 
-    @jax.jit
     def attend(ws, q):
         return attention.attend(codec, q[:, :, None], ws.k, ws.v, ws.bias)
 
@@ -191,6 +191,7 @@ def replay(policy: str, trace, steps: int) -> dict[str, np.ndarray]:
         stats, ws, _ = attention.exchange(s.policy, codec, s.store, s.stats, s.ws, s.length, s.context, s.ws.bias)
         return s.replace(stats=stats, ws=ws)
 
+    attend = jax.jit(attend)
     whole, before, observe, change = (jax.jit(f, donate_argnums=0) for f in (whole, before, observe, change))
 
     def timed(function, *args):
@@ -223,6 +224,15 @@ def replay(policy: str, trace, steps: int) -> dict[str, np.ndarray]:
         del state
     out = {key: np.asarray(t[WARM_UP:]) for key, t in times.items()}
     return {**out, "attended": np.asarray(attended), "loads": np.asarray(loads)}
+
+
+@functools.cache
+def _compiled_prefill():
+    import jax
+
+    from alisa_jax import attention
+
+    return jax.jit(lambda *args: attention.prefill(*args)[1])
 
 
 def summarise(seconds: dict[str, np.ndarray], attended: np.ndarray, context: int) -> dict:

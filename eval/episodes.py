@@ -1,8 +1,9 @@
 """Text and recall tasks for training and evaluation: both are made on the machine, nothing is downloaded.
 
-Text is the source of the Python standard library as found on this machine. A file is held out when the SHA-256 of
-its path (relative to the library's folder) is divisible by 20, so the split does not depend on the order of files or on
-their contents; `Corpus.heldout_sha256` tells two machines whether they hold out the same bytes.
+Text is the source of the Python standard library as found on this machine. A file is held out when the first 8 bytes
+of the SHA-256 of its path (relative to the library's folder) are divisible by 20 as a big-endian number, so the split
+depends neither on the order of files nor on their contents; `Corpus.heldout_sha256` tells two machines whether they
+hold out the same bytes.
 
 Recall episodes are token sequences in which some tokens are decided by an earlier part of the sequence:
 
@@ -61,9 +62,7 @@ def corpus(root: str | Path | None = None) -> Corpus:
     parts: tuple[list, list] = ([], [])
     for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
         relative = path.relative_to(root)
-        if EXCLUDED_FOLDERS & set(relative.parts) or any(
-            p.startswith(EXCLUDED_PREFIXES) for p in relative.parts
-        ):
+        if EXCLUDED_FOLDERS & set(relative.parts) or any(p.startswith(EXCLUDED_PREFIXES) for p in relative.parts):
             continue
         try:
             text = path.read_bytes().decode("utf-8")
@@ -100,22 +99,20 @@ def recall_episode(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One episode: (tokens [length] int32, answer_mask [length] bool). Deterministic in the state of `rng`.
 
-    `filler`: token ids (at least `length` of them, e.g. of real text) to use between the parts instead of random ids.
-    `span`: tokens of the copied segment, or pairs of the lookup; drawn at random by default.
-    `distance`: copy only, tokens from the start of the segment to the start of its copy; drawn at random by default.
-    The segment is copied every `distance` tokens for as long as it fits. In a lookup the range follows from the order of the
-    queries, which is random.
+    `filler`: token ids (`length` of them or more, e.g. real text) to use between the parts instead of random ids; an
+    answer may then have other sources than the one meant. `span`: tokens of the copied segment, or pairs of the lookup;
+    random by default. `distance`: copy only, tokens from the start of the segment to the start of its copy; random by
+    default. The segment is copied every `distance` tokens for as long as it fits. In a lookup the range follows from
+    the order of the queries, which is random.
     Keys and values of a lookup have one or two tokens each, the same within an episode.
     Raises ValueError for an unknown kind, for parts that do not fit and for too few ids.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of recall episode {kind!r}; known: {', '.join(KINDS)}")
-    if length < 32:
-        raise ValueError(f"a recall episode needs at least 32 tokens, got length={length}")
+    if length < 17:
+        raise ValueError(f"a recall episode needs at least 17 tokens, got length={length}")
     if len(ids) < length:
-        raise ValueError(
-            f"an episode of {length} tokens draws that many different ids, but only {len(ids)} were given"
-        )
+        raise ValueError(f"an episode of {length} tokens draws that many different ids, but only {len(ids)} were given")
     if filler is not None and len(filler) < length:
         raise ValueError(f"an episode of {length} tokens needs as many filler tokens, got {len(filler)}")
     fresh = rng.permutation(np.asarray(ids, np.int32))[:length]
@@ -156,9 +153,7 @@ def _lookup(rng, fresh, length, filler, span, distance):
     most = length // (2 * width)  # so that every pair can be asked once
     pairs = int(rng.integers(2, most + 1)) if span is None else span
     if not 2 <= pairs <= most:
-        raise ValueError(
-            f"a lookup of {length} tokens holds 2 to {most} pairs of {width} tokens, got {pairs}"
-        )
+        raise ValueError(f"a lookup of {length} tokens holds 2 to {most} pairs of {width} tokens, got {pairs}")
     asked = (length - pairs * width) // width
     if rng.random() < 0.5:
         asked = int(rng.integers(1, asked + 1))

@@ -7,8 +7,6 @@ of SWA, SnapKV) and the sum over all queries (H2O). Mass is summed over the head
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -19,8 +17,10 @@ def attend(q, k, v, length, P: int, want_sum: bool) -> tuple[jax.Array, jax.Arra
     """q [B, T, N, H], k and v [B, T, K, H], length [B] -> out [B, T, N, H] and, if wanted, the mass [B, P, T] that the
     queries below `length` paid to each position, float32."""
     B, T, N, H = q.shape
-    size = math.gcd(T, _QUERY_BLOCK)
-    blocks = jnp.moveaxis(q.reshape(B, T // size, size, N, H), 1, 0)
+    size = min(T, _QUERY_BLOCK)
+    count = -(-T // size)
+    blocks = jnp.pad(q, ((0, 0), (0, count * size - T), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(blocks.reshape(B, count, size, N, H), 1, 0)
 
     def block(total, item):
         q_block, i = item
@@ -34,8 +34,9 @@ def attend(q, k, v, length, P: int, want_sum: bool) -> tuple[jax.Array, jax.Arra
         return total, out.reshape(B, size, N, H).astype(q.dtype)
 
     zero = jnp.zeros((B, P, T if want_sum else 0), jnp.float32)
-    total, out = jax.lax.scan(block, zero, (blocks, jnp.arange(T // size, dtype=jnp.int32)))
-    return jnp.moveaxis(out, 0, 1).reshape(B, T, N, H), total if want_sum else None
+    total, out = jax.lax.scan(block, zero, (blocks, jnp.arange(count, dtype=jnp.int32)))
+    out = jnp.moveaxis(out, 0, 1).reshape(B, count * size, N, H)[:, :T]
+    return out, total if want_sum else None
 
 
 def last_rows(q, k, length, P: int, W: int, S: int) -> jax.Array:

@@ -29,9 +29,12 @@ class Batch:
             if row.shape == (0,):
                 raise ValueError(f"every sequence needs at least one token; number {i} has none")
             if row.ndim != 1 or row.dtype.kind not in "iu":
-                raise ValueError(f"a sequence is a list of token ids (whole numbers); number {i} is {sequences[i]!r:.60}")
-            if row.min() < 0 or row.max() > np.iinfo(np.int32).max:
-                raise ValueError(f"token ids are 0 or more and fit 32 bits; number {i} has {row.min()} to {row.max()}")
+                raise ValueError(
+                    f"a sequence is a list of token ids (whole numbers); number {i} is {sequences[i]!r:.60}"
+                )
+            wrong = row[(row < 0) | (row >= 2**31)]
+            if wrong.size:
+                raise ValueError(f"token ids must be in [0, 2**31); number {i} has {wrong[0]}")
         length = np.array([len(row) for row in rows], np.int32)
         tokens = np.zeros((len(rows), int(length.max())), np.int32)
         for padded, row in zip(tokens, rows, strict=True):

@@ -113,7 +113,9 @@ class Engine:
         wrong = (sequences.tokens < 0) | (sequences.tokens >= V)
         if wrong.any():
             i, t = (int(x) for x in np.argwhere(wrong)[0])
-            raise ValueError(f"token ids must be in [0, {V}); sequence {i} has {sequences.tokens[i, t]} at position {t}")
+            raise ValueError(
+                f"token ids must be in [0, {V}); sequence {i} has {sequences.tokens[i, t]} at position {t}"
+            )
         return sequences
 
     def init(self, B: int, context_tokens: int):

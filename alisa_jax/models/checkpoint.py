@@ -71,7 +71,8 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
     Args:
       name_or_path: the folder or the name.
       dtype: "float32", "float16" or "bfloat16" (or the NumPy type). None keeps the type that `config.json`
-        states, or that of the token table where it states none; random weights are then float32.
+        states, or that of the token table where it states none; random weights are then float32, and so is the
+        bundled model, whose file is bfloat16 to be small.
       seed: of random weights; not used otherwise.
 
     Raises:
@@ -80,6 +81,8 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
     """
     name = os.fspath(name_or_path)
     wanted = None if dtype is None else _dtype(dtype)
+    if wanted is None and name == "bundled":
+        wanted = np.dtype("float32")
     if name.startswith("random:"):
         return _random(name, np.dtype("float32") if wanted is None else wanted, seed)
     folder = BUNDLED if name == "bundled" else Path(name)

@@ -136,7 +136,7 @@ class Swa(base.Policy):
 
     def seed(self, stats: SwaStats, rows, length, dims):
         width = budget.lookup(self.counts(dims.S).width, length)
-        stats = stats.replace(sums=window_sum.seed(stats.sums, rows, width, self.decay))
+        stats = stats.replace(sums=window_sum.seed(stats.sums, _without_nan(rows), width, self.decay))
         pos = base.settle(self.select(stats, length, dims.S), dims.M)
         return stats.replace(slot_of=swap.index_slots(pos, dims.S)), pos
 
@@ -147,9 +147,10 @@ class Swa(base.Policy):
         S = stats.slot_of.shape[-1]
         slot_of = swap.put(stats.slot_of, jnp.broadcast_to(length[:, None], slot.shape), slot)
         row = swap.take(mass, jnp.maximum(slot_of, 0))
-        row = jnp.where((slot_of >= 0) & ~jnp.isnan(row), row, jnp.float32(0.0))
+        row = jnp.where(slot_of >= 0, row, jnp.float32(0.0))
         if dense is not None:
             row = jnp.where(base.column(dense[0]), dense[1], row)
+        row = _without_nan(row)
         if self.decay is not None:
             sums = window_sum.push_decayed(stats.sums, row, self.decay)
         else:
@@ -170,3 +171,8 @@ class Swa(base.Policy):
         score = jnp.where(p < first_local, stats.sums.hi, -jnp.inf)
         top = swap.top_mask(score, base.column(budget.lookup(counts.top, length)))
         return top | ((p >= first_local) & (p < n))
+
+
+def _without_nan(row: jax.Array) -> jax.Array:
+    """Attention that is not a number counts as none, so that it neither wins a selection nor stays in a sum."""
+    return jnp.where(jnp.isnan(row), jnp.float32(0.0), row)

@@ -48,8 +48,9 @@ def best(score: jax.Array, order: jax.Array, limit: int) -> tuple[jax.Array, jax
 
 
 def top_mask(score: jax.Array, k: jax.Array) -> jax.Array:
-    """[B, P, S] bool: the `k` [B, 1, 1] best entries of `score` [B, P, S]; -inf never, ties to the lowest index."""
+    """[B, P, S] bool: the `k` [B, 1, 1] best entries of `score` [B, P, S]; -inf and NaN never, ties to the lowest index."""
     S = score.shape[-1]
+    score = jnp.where(jnp.isnan(score), -jnp.inf, score)
     ranked = -jnp.sort(-score, axis=-1)
     border = jnp.take_along_axis(ranked, jnp.broadcast_to(jnp.clip(k - 1, 0, S - 1), (*score.shape[:2], 1)), axis=-1)
     above = score > border
@@ -80,10 +81,10 @@ class _Set(NamedTuple):
 def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Exchange]:
     """Make the active tokens below `first_local` the `want` best of all tokens below `first_local`.
 
-    score, slot_of [B, P, S]; pos, bias [B, P, M]; first_local [B, 1]: tokens from here on stay as they are; want [B, 1].
+    score, slot_of [B, P, S], no score NaN; pos, bias [B, P, M]; first_local [B, 1]: tokens from here on stay as they are; want [B, 1].
     Leaves an empty slot where the set does not fill all slots. Returns the new `slot_of` and the exchange.
     """
-    S, M = score.shape[-1], pos.shape[-1]
+    S = score.shape[-1]
     candidates = jnp.where(_iota(score.shape, 2) < first_local[..., None], score, -jnp.inf)
     none = jnp.full((*pos.shape[:2], LOADS), -1, jnp.int32)
     zero, true, false = jnp.zeros(pos.shape[:2], jnp.int32), jnp.ones((), jnp.bool_), jnp.zeros((), jnp.bool_)
