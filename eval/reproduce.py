@@ -49,9 +49,9 @@ class Sizes:
 
     sparsities: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
     context_tokens: int = 1024
-    windows: int = 12
+    windows: int = 8
     episode_lengths: tuple[int, ...] = (256, 512, 1024)
-    episodes: int = 4  # of every kind and length
+    episodes: int = 3  # of every kind and length
 
     def cells(self) -> list[tuple[str, float, str]]:
         """(method, sparsity, policy) of every cell, dense first."""

@@ -8,6 +8,7 @@ Shapes of one sequence: q [T, N, H] unscaled, k and v [T, K, H]; query head i re
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -87,7 +88,7 @@ class Strided(Rule):
         return {i - 1 if self.anchor == "position" else n - i for i in steps_up}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Swa(Rule):
     """Algorithm 1: the last k tokens, and of the rest the k with the largest sums over the last W rows."""
 
@@ -101,28 +102,33 @@ class Swa(Rule):
 
     def counts(self, n: int) -> tuple[int, int, int]:
         """(local, global, window rows) for n past tokens."""
-        amount = n * (1 - exact(self.kv_sparsity)) if self.tokens is None else Fraction(min(n, self.tokens))
-        part = exact(self.local_frac)
-        local = min(n, max(1, nearest(amount * part))) if part > 0 else 0
-        top = min(n - local, max(1, nearest(amount * (1 - part)))) if part < 1 else 0
-        k = min(n, max(1, nearest(amount / 2)))
-        width = self.window if isinstance(self.window, int) else k * {"k": 1, "2k": 2}[self.window]
-        return local, top, min(width, n)
+        return _swa_counts(self, n)
 
     def sums(self, n: int, rows: list[np.ndarray], p: int) -> np.ndarray:
-        """S over all positions for the query at n, from the rows of the queries before it."""
+        """S over all positions for the query at n, from the rows [P, S] of the queries before it."""
         if self.decay is not None:
             return sum(row[p] * self.decay ** (n - 1 - i) for i, row in enumerate(rows[:n]))
         width = self.counts(n)[2]
-        return np.sum([row[p] for row in rows[n - width : n]], axis=0, dtype=np.float64)
+        return np.sum(np.asarray(rows[n - width : n], np.float64)[:, p], axis=0)
 
     def keep(self, n, rows, p):
         if n == 0:
             return set()
         local, top, _ = self.counts(n)
-        sums = self.sums(n, rows, p)
-        ranking = sorted(range(n - local), key=lambda i: (-sums[i], i))
+        sums = self.sums(n, rows, p).tolist()
+        ranking = sorted(range(n - local), key=lambda i: -sums[i])  # stable: ties go to the lowest position
         return set(range(n - local, n)) | set(ranking[:top])
+
+
+@functools.cache
+def _swa_counts(rule: Swa, n: int) -> tuple[int, int, int]:
+    amount = n * (1 - exact(rule.kv_sparsity)) if rule.tokens is None else Fraction(min(n, rule.tokens))
+    part = exact(rule.local_frac)
+    local = min(n, max(1, nearest(amount * part))) if part > 0 else 0
+    top = min(n - local, max(1, nearest(amount * (1 - part)))) if part < 1 else 0
+    k = min(n, max(1, nearest(amount / 2)))
+    width = rule.window if isinstance(rule.window, int) else k * {"k": 1, "2k": 2}[rule.window]
+    return local, top, min(width, n)
 
 
 def decode(rule: Rule, q, k, v, prompt: int = 0):

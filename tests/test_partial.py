@@ -44,7 +44,11 @@ def close(a, b, scale):
     assert not np.isnan(np.asarray(a[0])).any()
 
 
-@given(seed=st.integers(0, 2**31), owner=st.lists(st.integers(0, 3), min_size=M, max_size=M), scale=st.sampled_from([1, 30]))
+@given(
+    seed=st.integers(0, 2**31),
+    owner=st.lists(st.integers(0, 3), min_size=M, max_size=M),
+    scale=st.sampled_from([1, 30]),
+)
 def test_pieces_join_to_attention_over_the_union_in_any_grouping_and_order(seed, owner, scale):
     q, k, v = inputs(seed, scale)
     owner = np.array(owner)  # slot m belongs to piece owner[m]; 3 belongs to none, and a piece may be empty

@@ -81,8 +81,8 @@ class _Set(NamedTuple):
 def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Exchange]:
     """Make the active tokens below `first_local` the `want` best of all tokens below `first_local`.
 
-    score, slot_of [B, P, S], no score NaN; pos, bias [B, P, M]; first_local [B, 1]: tokens from here on stay as they are; want [B, 1].
-    Leaves an empty slot where the set does not fill all slots. Returns the new `slot_of` and the exchange.
+    score (never NaN), slot_of [B, P, S]; pos, bias [B, P, M]; first_local [B, 1]: tokens from here on stay as they
+    are; want [B, 1]. Leaves an empty slot where the set does not fill all slots. Returns the new `slot_of` and the exchange.
     """
     S = score.shape[-1]
     candidates = jnp.where(_iota(score.shape, 2) < first_local[..., None], score, -jnp.inf)

@@ -131,6 +131,6 @@ def grow(sums: WindowSum, S: int, R: int) -> WindowSum:
         held = (age >= 1) & (age < old)
         rows = ring[jnp.where(held, jnp.mod(sums.step - age, old), 0)]
         ring = jnp.where(held[:, None, None, None], rows, jnp.float32(0.0))
-        ring = jnp.pad(ring, ((0, 0), *more))
+    ring = jnp.pad(ring, ((0, 0), *more))
     lo = jnp.pad(sums.lo, more) if old else sums.lo
     return sums.replace(hi=jnp.pad(sums.hi, more), lo=lo, ring=ring)

@@ -1,6 +1,14 @@
 """The bundled model: a LLaMA-shaped decoder of 1.0 M parameters beside its token table, context 1024.
 
-python -m eval.train --config=configs/train/pylib_1m.py --workdir=runs/pylib_1m --out=alisa_jax/bundled/pylib_1m
+    python -m eval.train --config=configs/train/pylib_1m.py --workdir=runs/pylib_1m --out=alisa_jax/bundled/pylib_1m
+
+Expected time: 59 minutes were measured on 2 CPU cores that other work shared; 5.7 M tokens at the 4,000 tokens a second
+of two free cores would be 25. It should reach, on held-out text at length 1024, 2.77 nats per token (1.24 bits per byte)
+and a recall accuracy of at least 0.99 for copies and lookups at lengths 256 to 1024 (copies at 128: 0.98).
+
+The shipped weights come from a run that was stopped and continued several times; the steps of stages that had not begun
+were set while it ran, to fit an hour. Copying is learnt within 200 steps of length 32 with few ids, and then carries over
+to all ids, to lookups and to each longer length within some 60 steps.
 """
 
 CONFIG = dict(

@@ -35,13 +35,13 @@ def engine(trained):
     """
 
     @functools.cache
-    def make(policy, route="auto", layers=5):
+    def make(policy, route, layers):
         decoder = Decoder(dataclasses.replace(trained.decoder.config, n_layers=layers))
         params = trained.params | {"blocks": trained.params["blocks"][:layers]}
         model = dataclasses.replace(trained, decoder=decoder, params=params)
         return alisa_jax.Engine(model, policy, route=route)
 
-    return make
+    return lambda policy, route="auto", layers=5: make(policy, route, layers)
 
 
 @pytest.fixture(scope="session")

@@ -33,10 +33,10 @@ def score(engine, windows):
     """`score(policy, route="auto", layers=5)`: the windows decoded token by token."""
 
     @functools.cache
-    def get(policy, route="auto", layers=5):
+    def get(policy, route, layers):
         return engine(policy, route, layers).score(windows, "decode")
 
-    return get
+    return lambda policy, route="auto", layers=5: get(policy, route, layers)
 
 
 def mean_difference(a, b):

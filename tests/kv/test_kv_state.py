@@ -50,7 +50,10 @@ class Model:
             for head in range(K):
                 for at, token in zip(slot[b, head % self.P], pos[b, head % self.P]):
                     if at >= 0:
-                        self.k[b, head, at], self.v[b, head, at] = self.store_k[b, token, head], self.store_v[b, token, head]
+                        self.k[b, head, at], self.v[b, head, at] = (
+                            self.store_k[b, token, head],
+                            self.store_v[b, token, head],
+                        )
 
     def check(self, ws, store):
         for name in ("k", "v", "pos", "bias"):

@@ -82,7 +82,11 @@ def test_the_capacity_holds_every_set_and_the_query_itself(fields):
 
 @pytest.mark.parametrize("policy", [Local(kv_sparsity=0.8), Local(tokens=9), Strided(0.8), Strided(0.95), Strided(0.0)])
 def test_the_capacity_of_a_baseline_holds_every_set_and_the_query_itself(policy):
-    rule = oracle.Local(policy.kv_sparsity, policy.tokens) if isinstance(policy, Local) else oracle.Strided(policy.kv_sparsity)
+    rule = (
+        oracle.Local(policy.kv_sparsity, policy.tokens)
+        if isinstance(policy, Local)
+        else oracle.Strided(policy.kv_sparsity)
+    )
     for S in (1, 2, 31, 32, 96):
         assert max(len(rule.keep(n, [], 0)) for n in range(S + 1)) + 1 == policy.capacity(S)
 

@@ -132,7 +132,9 @@ def test_a_set_that_is_right_and_has_room_is_left_alone():
 
 top_mask = jax.jit(swap.top_mask)
 SCORES = st.lists(
-    st.one_of(st.sampled_from([0.0, 1.0, 2.0, float("-inf"), float("nan")]), st.floats(-4, 4, width=32, allow_subnormal=False)),
+    st.one_of(
+        st.sampled_from([0.0, 1.0, 2.0, float("-inf"), float("nan")]), st.floats(-4, 4, width=32, allow_subnormal=False)
+    ),
     min_size=S,
     max_size=S,
 )

@@ -45,7 +45,7 @@ def check(sums, rows, widths, length):
         assert (np.asarray(sums.lo[b])[want == 0] == 0).all(), "rows that have left must leave exactly 0"
 
 
-@pytest.mark.parametrize("window, r", [("k", 0.2), ("k", 1.0), ("2k", 0.2), ("2k", 0.9), ("2k", 1.0), (7, 0.5)])
+@pytest.mark.parametrize("window, r", [("k", 0.4), ("2k", 0.9), ("2k", 1.0), (7, 0.5)])
 def test_sums_equal_explicit_windows_for_hundreds_of_ragged_steps_through_growing_buckets(window, r):
     rng, before = np.random.default_rng(7), 11  # the second sequence is 11 tokens ahead, with rows of zeros
     S = 32
@@ -77,7 +77,9 @@ def test_seeding_with_the_last_rows_equals_pushing_all_rows(window, r, prompt):
     rows *= (prompt[None] - steps + np.arange(steps)[:, None] >= 0)[:, :, None, None]  # the shorter one starts later
     last = np.concatenate([np.zeros((R, B, P, LONGEST)), rows])[-(R - 1) :, ..., :S]
     empty = window_sum.empty(B, P, S, R, HEADS)
-    sums = seed(empty, jnp.asarray(np.moveaxis(last, 0, 2), jnp.float32), jnp.asarray(np.array(widths)[prompt], jnp.int32))
+    sums = seed(
+        empty, jnp.asarray(np.moveaxis(last, 0, 2), jnp.float32), jnp.asarray(np.array(widths)[prompt], jnp.int32)
+    )
     rows = np.concatenate([np.zeros((S, B, P, LONGEST)), rows])
     check(sums, rows, widths, prompt)
     S = 96  # and on from there, in the next bucket: rows of the prompt leave, or return
