@@ -162,7 +162,9 @@ def replay(policy: str, trace, steps: int) -> dict[str, np.ndarray]:
     from alisa_jax.kv.codec import Raw
 
     codec, (B, T, N, H) = Raw("float32"), trace[0].shape
-    prompt = [jnp.asarray(x) for x in trace]  # whole, so that its length is a round number; the prefill stops at `length`
+    prompt = [
+        jnp.asarray(x) for x in trace
+    ]  # whole, so that its length is a round number; the prefill stops at `length`
     columns = [tuple(jnp.asarray(x[:, T - steps + i]) for x in trace) for i in range(steps)]
     length = jnp.full((B,), T - steps, jnp.int32)
 

@@ -307,10 +307,16 @@ def _first(value: Any) -> int | None:
 
 @contextlib.contextmanager
 def _whole(path: Path):
-    """A path to write to, moved to `path` when the block ends well and removed when it does not."""
+    """A path to write to, moved to `path` when the block ends well and removed when it does not.
+
+    The file gets the mode that a new file of the folder has; safetensors writes for the owner alone.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

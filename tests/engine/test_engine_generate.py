@@ -18,8 +18,8 @@ CASES = {
     "local(kv_sparsity=0.6)": INSIDE,
     "strided(kv_sparsity=0.6)": INSIDE,
     "strided(kv_sparsity=0.6,anchor=query)": INSIDE,
-    SWA: CROSSING,
-    OPTIONS: INSIDE,
+    SWA: INSIDE,
+    OPTIONS: CROSSING,
 }
 
 

@@ -9,6 +9,8 @@ from alisa_jax.kv.buckets import bucket
 
 LENGTHS = (151, 130, 77, 23)
 SWA = "swa(kv_sparsity=0.6)"
+# Dropped tokens come back through the store, a few of them at once.
+RETURNING = "swa(tokens=21,shared_heads=false,local_frac=0.25,window=4,refresh_every=7,spare_slots=0)"
 POLICIES = {  # policy: layers of the model that it is tried on
     "dense": 5,
     "local(kv_sparsity=0.6)": 5,
@@ -16,7 +18,7 @@ POLICIES = {  # policy: layers of the model that it is tried on
     "strided(kv_sparsity=0.6,anchor=query)": 5,
     SWA: 5,
     "swa(kv_sparsity=0.6,window=2k,dense_layers=1)": 2,
-    "swa(tokens=21,shared_heads=false,local_frac=0.25)": 2,
+    RETURNING: 2,
     "swa(kv_sparsity=0.6,decay=0.9)": 2,
     "swa(kv_sparsity=0.6,refresh_every=7)": 2,
 }
@@ -59,6 +61,12 @@ def test_decode_and_prefill_mask_give_the_same_logprobs(score, engine, windows, 
 @pytest.mark.parametrize("policy, layers", list(POLICIES.items())[1:])
 def test_a_sparse_policy_is_not_dense(score, policy, layers):
     assert mean_difference(score(policy, layers=layers), score("dense", layers=layers)) > 1e-3
+
+
+def test_tokens_return_from_the_store(score):
+    loads = score(RETURNING, layers=2).loads_per_token
+    assert (loads > 0.1).all()  # rows per token, over 4 kv heads
+    np.testing.assert_array_equal(score("dense").loads_per_token, np.zeros(5))
 
 
 @pytest.mark.parametrize("policy", [SWA, "local(kv_sparsity=0.6)"])

@@ -339,3 +339,10 @@ def test_an_interrupted_save_leaves_no_folder_that_looks_whole(tmp_path, llama_p
     with pytest.raises(CheckpointError, match="disk full"):
         save(LLAMA, llama_params, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_saved_files_have_the_mode_of_new_files(tmp_path):
+    save(LLAMA, Decoder(LLAMA).init(jax.random.key(0)), tmp_path / "model")
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from alisa_jax.policies import Swa, window_sum
+from tests import replay
 
 HEADS, B, P, LONGEST = 5, 2, 2, 288
-push = jax.jit(window_sum.push, static_argnums=3, donate_argnums=0)
+push = jax.jit(window_sum.push, static_argnums=3, donate_argnums=0, compiler_options=replay.QUICK)
 seed = jax.jit(window_sum.seed)
 
 
