@@ -100,6 +100,17 @@ def test_more_loads_than_one_call_can_list_are_asked_for_in_further_calls():
     assert sorted(pos[0][bias[0] == 0].tolist()) == list(range(S - M + 1, S))
 
 
+def test_a_set_that_is_far_too_large_shrinks_in_one_call():
+    case = Case(np.random.default_rng(9), ties=False)
+    case.length, case.first_local, case.want = S, S, 2
+    case.score = np.arange(S, dtype=np.float32)
+    case.pos = np.arange(S - M, S, dtype=np.int32)
+    case.bias = np.zeros(M, np.float32)
+    case.slot_of = inverse(case.pos, case.bias)
+    pos, bias, calls = finished([case])
+    assert set(pos[0][bias[0] == 0].tolist()) == {S - 1, S - 2} and calls == 1
+
+
 def test_a_parked_token_returns_without_a_copy():
     pos = jnp.array([[[0, 1, -1]]], jnp.int32)
     bias = jnp.array([[[0.0, -jnp.inf, -jnp.inf]]])
