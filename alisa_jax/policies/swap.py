@@ -81,14 +81,18 @@ class _Set(NamedTuple):
 def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Exchange]:
     """Make the active tokens below `first_local` the `want` best of all tokens below `first_local`.
 
-    score (never NaN), slot_of [B, P, S]; pos, bias [B, P, M]; first_local [B, 1]: tokens from here on stay as they
-    are; want [B, 1]. Leaves an empty slot where the set does not fill all slots. Returns the new `slot_of` and the exchange.
+    score, slot_of [B, P, S], NaN being worse than any score; pos, bias [B, P, M]; first_local [B, 1]: tokens from here on
+    stay as they are; want [B, 1]. Leaves an empty slot where the set does not fill all slots. Returns the new `slot_of` and
+    the exchange.
     """
     S = score.shape[-1]
-    candidates = jnp.where(_iota(score.shape, 2) < first_local[..., None], score, -jnp.inf)
+    below = _iota(score.shape, 2) < first_local[..., None]
+    candidates = jnp.where(below & ~jnp.isnan(score), score, -jnp.inf)
+    held = take(score, jnp.maximum(pos, 0))
+    held = jnp.where(jnp.isnan(held), -jnp.inf, held)
     none = jnp.full((*pos.shape[:2], LOADS), -1, jnp.int32)
     zero, true, false = jnp.zeros(pos.shape[:2], jnp.int32), jnp.ones((), jnp.bool_), jnp.zeros((), jnp.bool_)
-    start = _Set(slot_of, pos, bias, take(score, jnp.maximum(pos, 0)), none, none, zero, true, false)
+    start = _Set(slot_of, pos, bias, held, none, none, zero, true, false)
 
     def inside(s: _Set):
         return (s.bias > -jnp.inf) & (s.pos < first_local[..., None])

@@ -100,6 +100,20 @@ def test_more_loads_than_one_call_can_list_are_asked_for_in_further_calls():
     assert sorted(pos[0][bias[0] == 0].tolist()) == list(range(S - M + 1, S))
 
 
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_score_that_is_not_a_number_loses_to_every_other_and_the_repair_still_ends(seed):
+    rng = np.random.default_rng(seed)
+    cases = [Case(rng, ties=False) for _ in range(16)]
+    for case in cases:
+        case.score[rng.random(S) < 0.3] = np.nan
+        numbers = [i for i in range(case.first_local) if not np.isnan(case.score[i])]
+        case.want = min(case.want, len(numbers))
+        case.chosen = set(sorted(numbers, key=lambda i: -case.score[i])[: case.want])
+    pos, bias, _ = finished(cases)
+    for case, p, b in zip(cases, pos, bias):
+        assert set(p[b == 0].tolist()) == case.chosen | set(range(case.first_local, case.length))
+
+
 def test_a_set_that_is_far_too_large_shrinks_in_one_call():
     case = Case(np.random.default_rng(9), ties=False)
     case.length, case.first_local, case.want = S, S, 2
