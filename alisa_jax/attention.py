@@ -168,6 +168,8 @@ def _refreshed(store: Store, codec, q, length, which, part: Partial, P: int):
 def _stream(store: Store, codec, q, bias):
     """Attention over a token-major store, page by page through `merge`; weights [B, K, G, S] are formed at the end."""
     S, size = bias.shape[-1], _PAGE_TOKENS
+    if S % size:
+        raise ValueError(f"a store that a refresh reads holds a multiple of {size} tokens; got a context of {S}")
     scaled = q.astype(jnp.float32) * jnp.float32(q.shape[-1] ** -0.5)
 
     def page(carry, i):

@@ -1,4 +1,4 @@
-"""Sums of attention over a sliding window of decoding steps, exact to the last bit.
+"""Sums of attention over a sliding window of decoding steps, without drift.
 
 For each token p the sum over the last W rows of attention, S_p = sum_{i = n-W}^{n-1} AW[i, p], is kept up to date by adding
 the newest row and subtracting the one that leaves: O(S) work a step instead of O(W S). Three things make that sound:
@@ -9,7 +9,7 @@ the newest row and subtracting the one that leaves: O(S) work a step instead of 
   correction row a step with sign -1, 0 or +1, of its own for every sequence of a ragged batch.
 * Adding and subtracting in float32 would drift, and tokens whose rows have all left would keep noise instead of 0. Rows are
   rounded to a grid of 2^-(47 - log2 of the largest sum), and sums are held as unevaluated pairs hi + lo (Dekker 1971; the
-  error-free sum is Knuth's, TAOCP 2, 4.2.2), where every sum of grid values is exact. Ranking uses hi.
+  error-free sum is Knuth's, TAOCP 2, 4.2.2), where sums of grid values are exact while they stay below heads x rows of one window. Ranking uses hi.
 
 With `decay` d there is no ring: S <- d S + row.
 """
