@@ -9,7 +9,8 @@ the newest row and subtracting the one that leaves: O(S) work a step instead of 
   correction row a step with sign -1, 0 or +1, of its own for every sequence of a ragged batch.
 * Adding and subtracting in float32 would drift, and tokens whose rows have all left would keep noise instead of 0. Rows are
   rounded to a grid of 2^-(47 - log2 of the largest sum), and sums are held as unevaluated pairs hi + lo (Dekker 1971; the
-  error-free sum is Knuth's, TAOCP 2, 4.2.2), where sums of grid values are exact while they stay below heads x rows of one window. Ranking uses hi.
+  error-free sum is Knuth's, TAOCP 2, 4.2.2), where sums of grid values are exact while no sum exceeds the heads times
+  the rows that the ring holds. Ranking uses hi.
 
 With `decay` d there is no ring: S <- d S + row.
 """
