@@ -211,19 +211,17 @@ def replay(policy: str, trace, steps: int) -> dict[str, np.ndarray]:
             times[f"{side}_whole_step_s"].append(seconds)
         attended.append(np.asarray(seen[1]))
         loads.append(np.asarray(seen[2]).sum())
-    del states
-    for side, p in sides.items():
-        state = start(p)
-        for q1, k1, v1 in columns:
-            state, slot = before(state, k1, v1)
+    states = {side: start(p) for side, p in sides.items()}
+    for q1, k1, v1 in columns:
+        for side in sides:
+            state, slot = before(states[side], k1, v1)
             (_, mass), seconds = timed(attend, state.ws, q1)
-            state = observe(state, slot, mass)
+            state = jax.block_until_ready(observe(state, slot, mass))
             if side == "policy":
-                jax.block_until_ready(state)
                 state, more = timed(change, state)
                 seconds += more
             times[f"{side}_attend_s"].append(seconds)
-        del state
+            states[side] = state
     out = {key: np.asarray(t[WARM_UP:]) for key, t in times.items()}
     return {**out, "attended": np.asarray(attended), "loads": np.asarray(loads)}
 
