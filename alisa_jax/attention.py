@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from alisa_jax.kv.state import LayerState, Store, WorkingSet, bias_of
 from alisa_jax.policies.base import Dims, Policy, column, positions, settle
+from pallas_kernels import partial
 from pallas_kernels import prefill as prefill_kernels
 from pallas_kernels.partial import Partial, merge
 
@@ -180,7 +181,7 @@ def _stream(store: Store, codec, q, bias):
         part, _ = attend(codec, q, k, v, here)
         return merge(carry, part), codec.logits(scaled, k) + here[:, :, None, :]
 
-    zero = Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32))
+    zero = partial.empty(q.shape[:-1], q.shape[-1])
     full, z = jax.lax.scan(page, zero, jnp.arange(S // size, dtype=jnp.int32))
     z = jnp.moveaxis(z, 0, 3).reshape(*q.shape[:-1], S)
     return full, jnp.exp(z - full.lse[..., None])
