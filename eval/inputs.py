@@ -51,6 +51,23 @@ def codec(text: str) -> str:
     return _canonical(text, codecs.CODECS, "--codec")
 
 
+def calibration_tokens(codec: str) -> int:
+    """How many tokens of a sequence the codec has to see before it encodes; 0: none."""
+    from alisa_jax.kv import codec as codecs
+
+    return codecs.parse(codec).resolve("float32").frozen_after
+
+
+def check_codec(text: str, tokens: int, what: str) -> None:
+    """Raise UserError when sequences of `tokens` tokens, called `what`, are too short for the codec `text`."""
+    needed = calibration_tokens(text)
+    if tokens <= needed:
+        raise UserError(
+            f"--codec: {text} takes its range from the first {needed} tokens of a sequence, so {what} need more than"
+            f" {needed}, got {tokens}"
+        )
+
+
 def _canonical(text, registry, flag) -> str:
     from alisa_jax import spec
 
@@ -64,7 +81,7 @@ def card(name: str) -> Card:
     """Read the model's size, and hash what identifies it: its configuration and weights.
 
     The hash covers names, sizes and the first 16 MiB of config.json and of every safetensors file of the
-    folder.
+    folder, or of every .bin file where it has none. A name of the hub is downloaded.
     """
     if name.startswith("random:"):
         from alisa_jax.models import shapes
@@ -73,11 +90,12 @@ def card(name: str) -> Card:
         if shape not in shapes.SHAPES:
             raise UserError(f"--model: unknown random model {shape!r}; known: {', '.join(sorted(shapes.SHAPES))}")
         return Card(name, None, shapes.SHAPES[shape].max_positions)
-    folder = _bundled() if name == "bundled" else Path(name)
+    folder, called = (_bundled(), name) if name == "bundled" else _locate(name)
     try:
         positions = json.loads((folder / "config.json").read_bytes())["max_position_embeddings"]
         digest = hashlib.sha256()
-        for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+        for path in [folder / "config.json", *weights]:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             with open(path, "rb") as file:
                 digest.update(file.read(HASHED_BYTES_PER_FILE))
@@ -85,7 +103,16 @@ def card(name: str) -> Card:
         raise UserError(f"--model: no model at {name!r}: {error.strerror} ({Path(error.filename).name})") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--model: the config.json of {name!r} is no model configuration") from None
-    return Card("bundled" if name == "bundled" else folder.resolve().name, digest.hexdigest(), int(positions))
+    return Card(called, digest.hexdigest(), int(positions))
+
+
+def _locate(name: str) -> tuple[Path, str]:
+    from alisa_jax.models import hub
+
+    try:
+        return hub.locate(name)
+    except ValueError as error:
+        raise UserError(f"--model: {error}") from None
 
 
 def _bundled() -> Path:

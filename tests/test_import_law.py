@@ -6,12 +6,13 @@
     3   models                                 the only part that imports flax.linen
     4   placement                              knows no model; only placement/mover.py speaks of memory kinds
     5   engine, parallel                       siblings too
-    top alisa_jax itself and lm_eval
+    top alisa_jax itself, lm_eval and testing
 
 A module imports from strictly lower layers or from its own package. Further:
 
 * alisa_jax imports, besides itself, the standard library and its dependencies: no configs, no eval;
 * pallas_kernels imports itself, jax, NumPy, the standard library; Triton and Mosaic in its backend.py only;
+* torch and huggingface_hub, which are extras, are imported inside functions, each in its one module;
 * nothing mutable lives at the level of a module or a class: a list, dict or set there is a tuple, a frozenset
   or a ``MappingProxyType({...})`` (tables inside it may be plain dicts), arrays are made in functions, no
   function says ``global``; ``__all__`` is free;
@@ -33,12 +34,13 @@ LAYERS = {
     "models": 3,
     "placement": 4,
     **dict.fromkeys(["engine", "parallel"], 5),
-    **dict.fromkeys(["", "lm_eval"], TOP),
+    **dict.fromkeys(["", "lm_eval", "testing"], TOP),
 }
 LIBRARIES = {"numpy", "jax"}
 DEPENDENCIES = LIBRARIES | set(
     "absl flax jaxlib ml_dtypes optax orbax safetensors tokenizers tqdm pallas_kernels".split()
 )
+OPTIONAL = {"torch": "alisa_jax/models/bin.py", "huggingface_hub": "alisa_jax/models/hub.py"}
 MEMORY = {"memory_kind", "with_memory_kind", "TransferToMemoryKind"}
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 MAKERS = set("list dict set bytearray defaultdict OrderedDict Counter deque ChainMap WeakKeyDictionary local".split())
@@ -48,7 +50,7 @@ ARRAYS = set("array asarray zeros ones full empty arange linspace eye".split())
 def violations(path: str, source: str) -> list[str]:
     """The sentences in which the module at `path` (from the root, with slashes) breaks the law."""
     tree = ast.parse(source)
-    found = [*_size(path, source, tree), *_state(tree)]
+    found = [*_size(path, source, tree), *_state(tree), *_eager(path, tree)]
     for line, target in _imports(path, tree):
         found += [f"line {line}: {complaint}" for complaint in _import(path, target)]
     if path != "alisa_jax/placement/mover.py":
@@ -94,8 +96,15 @@ def _import(path: str, target: str):
             yield f"placement knows no model, and imports {target}"
     elif parts[0] == "pallas_kernels" and own != "attention":
         yield "pallas_kernels is imported outside alisa_jax/attention.py"
-    elif parts[0] not in DEPENDENCIES | sys.stdlib_module_names:
+    elif parts[0] not in DEPENDENCIES | sys.stdlib_module_names and path != OPTIONAL.get(parts[0]):
         yield f"alisa_jax imports {target}, which is not one of its dependencies"
+
+
+def _eager(path: str, tree: ast.Module):
+    imports = [n for n in _outside_functions(tree.body) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    for line, target in _imports(path, ast.Module(imports, [])):
+        if target.split(".")[0] in OPTIONAL:
+            yield f"line {line}: {target} is an extra and is imported outside a function"
 
 
 def _part(path: str) -> str:
@@ -231,6 +240,9 @@ def test_module_keeps_the_law(path):
         ("alisa_jax/models/llama.py", "import configs.models.llama_7b", "not one of its dependencies"),
         ("alisa_jax/__init__.py", "from eval import perplexity", "imports eval.perplexity"),
         ("alisa_jax/models/llama.py", "import transformers", "imports transformers"),
+        ("alisa_jax/models/weights.py", "def f():\n    import torch", "imports torch"),
+        ("alisa_jax/models/bin.py", "import torch", "torch is an extra and is imported outside"),
+        ("alisa_jax/models/hub.py", "from huggingface_hub import hf_api", "an extra and is imported outside"),
         ("alisa_jax/kv/store.py", "from pallas_kernels import bench", "outside alisa_jax/attention.py"),
         ("alisa_jax/__init__.py", "import pallas_kernels", "outside alisa_jax/attention.py"),
         ("pallas_kernels/shapes.py", "from alisa_jax import axes", "pallas_kernels imports alisa_jax.axes"),
@@ -311,6 +323,7 @@ def test_the_law_sees_a_missing_docstring():
         ),
         ("alisa_jax/__init__.py", "from alisa_jax.engine import Engine\n__all__ = ['Engine']"),
         ("alisa_jax/lm_eval.py", "import alisa_jax.engine"),
+        ("alisa_jax/models/bin.py", "def f():\n    import torch"),
         ("pallas_kernels/backend.py", "from jax.experimental.pallas import triton, mosaic_gpu"),
         ("pallas_kernels/bench.py", "import time\nimport numpy as np\nfrom pallas_kernels import backend"),
         (

@@ -1,10 +1,15 @@
 """From a name or a folder to a model, and back to a folder.
 
-`load` reads a Hugging Face folder (`config.json`, `model.safetensors` or `model.safetensors.index.json` with
-its shards, and where present `tokenizer.json` and `generation_config.json`), the bundled model, or a named
-shape with random weights. `save` writes a folder that `load` and transformers both read. Nothing is
-downloaded. Tensors are memory mapped and pass through host memory one at a time; [out, in] matrices become
-[in, out].
+| name | what is loaded |
+| --- | --- |
+| a folder | a Hugging Face folder: `config.json`, weights, where present `tokenizer.json`, `generation_config.json` |
+| owner/name, owner/name@revision | the same folder from the hub (`hub.py`), where no local folder has that name |
+| bundled | the model that comes with this package |
+| random:NAME | a named shape (`shapes.py`) with random weights |
+
+Weights are safetensors or, without those, `.bin` files (`weights.py`), in one file or in shards. `save` writes a folder
+that `load` and transformers both read. Tensors are memory mapped and pass through host memory one at a time; [out, in]
+matrices become [in, out], and q, k and v that lie in one tensor become three.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +32,16 @@ import safetensors.numpy
 import tokenizers
 import tqdm
 
+from alisa_jax.models import hub, names
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder, Params
-from alisa_jax.models.hf import CheckpointError, config_from_hf, config_to_hf, tensor_name
+from alisa_jax.models.hf import CheckpointError, config_from_hf, config_to_hf
 from alisa_jax.models.shapes import SHAPES
+from alisa_jax.models.weights import WEIGHTS, open_weights, read_json, read_tensor
 
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled" / "pylib_1m"
-WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+CONFIG = "config.json"
 _DTYPES = ("float32", "float16", "bfloat16")
-_STORED = ("F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,18 +72,19 @@ class Model:
 
 
 def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> Model:
-    """Load a model: a Hugging Face folder, "bundled", or "random:NAME" with a name of `SHAPES`.
+    """Load a model: a Hugging Face folder, a name of the hub, "bundled", or "random:NAME" with a name of `SHAPES`.
 
     Args:
-      name_or_path: the folder or the name.
+      name_or_path: the folder or the name; see the table above.
       dtype: "float32", "float16" or "bfloat16" (or the NumPy type). None keeps the type that `config.json`
         states, or that of the token table where it states none; random weights are then float32, and so is the
         bundled model, whose file is bfloat16 to be small.
       seed: of random weights; not used otherwise.
 
     Raises:
-      CheckpointError: in one sentence, for an unknown name, a path that is no folder, a missing or damaged
-        file, an unsupported architecture or setting, and a tensor missing or of a wrong shape or type.
+      CheckpointError: in one sentence, for an unknown name, a path that is no folder, a name of the hub that
+        cannot be had, a missing or damaged file, an unsupported architecture or setting, and a tensor missing or of
+        a wrong shape or type.
     """
     name = os.fspath(name_or_path)
     wanted = None if dtype is None else _dtype(dtype)
@@ -85,16 +92,15 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
         wanted = np.dtype("float32")
     if name.startswith("random:"):
         return _random(name, np.dtype("float32") if wanted is None else wanted, seed)
-    folder = BUNDLED if name == "bundled" else Path(name)
+    folder, called = (BUNDLED, name) if name == "bundled" else hub.locate(name)
     if not folder.is_dir():
         if name == "bundled":
             raise CheckpointError("the bundled model is not part of this installation.")
         what = "is a file, not a folder" if folder.exists() else "is not a folder"
         raise CheckpointError(
-            f"{name!r} {what}; give a local Hugging Face folder, 'bundled', or 'random:NAME' with NAME one "
-            f"of {', '.join(SHAPES)}."
+            f"{name!r} {what}; give {hub.ALLOWED}, 'bundled', or 'random:NAME' with NAME one of {', '.join(SHAPES)}."
         )
-    raw = _read_json(folder / CONFIG)
+    raw = read_json(folder / CONFIG)
     try:
         decoder = Decoder(config_from_hf(raw))
     except CheckpointError as error:
@@ -103,13 +109,13 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
     if wanted is None and stated is not None:
         wanted = _dtype(stated, where=str(folder / CONFIG))
     generation = folder / "generation_config.json"
-    ids = raw | (_read_json(generation) if generation.exists() else {})
+    ids = raw | (read_json(generation) if generation.exists() else {})
     tokenizer = _read_tokenizer(folder / "tokenizer.json")  # cheap: before the weights
     return Model(
         decoder=decoder,
         params=_read_params(folder, decoder, wanted),
         tokenizer=tokenizer,
-        name=name if name == "bundled" else folder.resolve().name,
+        name=called,
         bos_id=_first(ids.get("bos_token_id")),
         eos_ids=_ids(ids.get("eos_token_id")),
         source=str(folder.resolve()),
@@ -132,14 +138,19 @@ def save(
     """
     folder, wanted = Path(folder), _dtype(dtype)
     raw = config_to_hf(config, wanted.name) | {"bos_token_id": bos_id, "eos_token_id": list(eos_ids) or None}
-    expected, given = _expected(Decoder(config)), _flatten(config.arch, params)
+    given = {(slot.path, slot.leaf): slot.value for slots in _slots(config, params).values() for slot in slots}
     tensors = {}
-    for name, (_, leaf, spec) in expected.items():
-        array = given[name][2] if name in given else None
-        if array is None or array.shape != spec.shape:
-            has = "no such parameter" if array is None else f"shape {tuple(array.shape)}"
-            raise CheckpointError(f"{name} needs shape {spec.shape}, and the parameters have {has}.")
-        tensors[name] = _to_stored(np.asarray(array), leaf, wanted, name)
+    for name, slots in _expected(Decoder(config)).items():
+        pieces = []
+        for path, leaf, spec in slots:
+            array = given.get((path, leaf))
+            if array is None or array.shape != spec.shape:
+                has = "no such parameter" if array is None else f"shape {tuple(array.shape)}"
+                raise CheckpointError(f"{name} needs shape {spec.shape}, and the parameters have {has}.")
+            array = np.asarray(array)
+            pieces.append(_cast(array.T if leaf == "kernel" else array, wanted, name))
+        # The writer stores memory as it lies, so a transposed view must be laid out first.
+        tensors[name] = np.ascontiguousarray(names.join(pieces, config.head_dim))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _whole(folder / WEIGHTS) as partial:
@@ -166,93 +177,56 @@ def _random(name: str, dtype: np.dtype, seed: int) -> Model:
     return Model(decoder, params, None, name, None, (), name)
 
 
+class _Slot(NamedTuple):
+    """One parameter of a tensor."""
+
+    path: tuple  # (part, [layer,] module)
+    leaf: str
+    value: Any  # array or shape, as held here
+
+
 def _read_params(folder: Path, decoder: Decoder, dtype: np.dtype | None) -> Params:
-    expected = _expected(decoder)
     params: Params = {"embed": {}, "blocks": [{} for _ in range(decoder.config.n_layers)], "unembed": {}}
+    expected, head_dim = _expected(decoder), decoder.config.head_dim
     with contextlib.ExitStack() as stack:
-        where = _open(folder, stack)
-        for name, (path, leaf, spec) in tqdm.tqdm(
-            expected.items(), "weights", unit=" tensors", disable=None, leave=False
-        ):
-            # A folder of the bare stack, without a head, has the same names without the first word.
-            stored = name if name in where else name.removeprefix("model.")
-            if stored not in where:
+        where = open_weights(folder, stack)
+        for name, slots in tqdm.tqdm(expected.items(), "weights", unit=" tensors", disable=None, leave=False):
+            stored = next((spelling for spelling in names.spellings(name) if spelling in where), None)
+            if stored is None:
                 raise CheckpointError(f"{folder} has no tensor {name}, which its configuration needs.")
+            _, leaf, spec = slots[0]
             shape = spec.shape[::-1] if leaf == "kernel" else spec.shape
-            array = _read_tensor(where[stored], stored, shape, folder)
+            array = read_tensor(where[stored], stored, (len(slots) * shape[0], *shape[1:]), folder)
             dtype = array.dtype if dtype is None else dtype
-            array = _cast(array.T if leaf == "kernel" else array, dtype, f"{folder}: {name}")
-            part, *inner, module = path
-            holder = params[part][inner[0]] if inner else params[part]
-            holder.setdefault(module, {})[leaf] = jnp.array(array)
+            for slot, piece in zip(slots, names.split(array, len(slots), head_dim), strict=True):
+                part, *inner, module = slot.path
+                holder = params[part][inner[0]] if inner else params[part]
+                piece = _cast(piece.T if leaf == "kernel" else piece, dtype, f"{folder}: {name}")
+                holder.setdefault(module, {})[leaf] = jnp.array(piece)
     return params
 
 
-def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Which open file holds each tensor, from the one file or from the index of shards."""
-    if (folder / WEIGHTS).exists():
-        handle = _open_file(folder / WEIGHTS, stack)
-        return dict.fromkeys(handle.keys(), handle)
-    if not (folder / INDEX).exists():
-        raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}; other weight formats are not read.")
-    weight_map = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{folder / INDEX} has no weight_map from tensor names to files.")
-    handles = {file: _open_file(folder / file, stack) for file in sorted(set(weight_map.values()))}
-    held = {file: set(handle.keys()) for file, handle in handles.items()}
-    for name, file in weight_map.items():
-        if name not in held[file]:
-            raise CheckpointError(f"{folder / file} has no tensor {name}, which {INDEX} says it holds.")
-    return {name: handles[file] for name, file in weight_map.items()}
+def _expected(decoder: Decoder) -> dict[str, list[_Slot]]:
+    """Every tensor of a folder and the shapes of its parameters."""
+    return _slots(decoder.config, jax.eval_shape(decoder.init, jax.random.key(0)))
 
 
-def _open_file(path: Path, stack: contextlib.ExitStack) -> Any:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing.")
-    try:
-        return stack.enter_context(safetensors.safe_open(path, framework="numpy"))
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged: {error}.") from error
+def _slots(config: ModelConfig, params: Params) -> dict[str, list[_Slot]]:
+    """Name of a tensor -> its parameters, in the order in which they lie in it."""
+    slots: dict[str, list[_Slot]] = {}
 
-
-def _read_tensor(handle: Any, name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
-    view = handle.get_slice(name)
-    if tuple(view.get_shape()) != shape:
-        raise CheckpointError(
-            f"{folder}: tensor {name} has shape {tuple(view.get_shape())}, and the configuration needs {shape}."
-        )
-    if view.get_dtype() not in _STORED:
-        raise CheckpointError(
-            f"{folder}: tensor {name} is stored as {view.get_dtype()}; supported are {', '.join(_STORED)}."
-        )
-    return handle.get_tensor(name)
-
-
-def _expected(decoder: Decoder) -> dict[str, tuple[tuple, str, jax.ShapeDtypeStruct]]:
-    """Every tensor of a folder: name -> ((part, [layer,] module), leaf, shape as held here)."""
-    shapes = jax.eval_shape(decoder.init, jax.random.key(0))
-    return _flatten(decoder.config.arch, shapes)
-
-
-def _flatten(arch: str, params: Params) -> dict[str, tuple[tuple, str, Any]]:
-    flat = {}
-
-    def add(part: str, layer: int | None, modules: dict) -> None:
-        for module, leaves in modules.items():
+    def add(part: str, layer: int | None, held: dict) -> None:
+        for module in (module for module in names.modules(config.arch, part) if module in held):
             path = (part, module) if layer is None else (part, layer, module)
-            for leaf, value in leaves.items():
-                flat[tensor_name(arch, part, module, leaf, layer)] = (path, leaf, value)
+            for leaf, value in held[module].items():
+                name = names.tensor_name(config.arch, part, module, leaf, layer)
+                slots.setdefault(name, []).append(_Slot(path, leaf, value))
 
     add("embed", None, params["embed"])
-    for layer, modules in enumerate(params["blocks"]):
-        add("blocks", layer, modules)
+    for layer, held in enumerate(params["blocks"]):
+        add("blocks", layer, held)
     add("unembed", None, params["unembed"])
-    return flat
-
-
-def _to_stored(array: np.ndarray, leaf: str, dtype: np.dtype, name: str) -> np.ndarray:
-    # The writer stores memory as it lies, so a transposed view must be laid out first.
-    return np.ascontiguousarray(_cast(array.T if leaf == "kernel" else array, dtype, name))
+    return slots
 
 
 def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -274,18 +248,6 @@ def _dtype(dtype: Any, where: str = "") -> np.dtype:
         prefix = f"{where}: " if where else ""
         raise CheckpointError(f"{prefix}dtype {dtype!r} is not supported; supported are {', '.join(_DTYPES)}.")
     return np.dtype(getattr(ml_dtypes, name)) if name == "bfloat16" else np.dtype(name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; it must hold a JSON object.")
-    return content
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer | None:

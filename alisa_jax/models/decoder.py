@@ -25,15 +25,16 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax.axes import check
-from alisa_jax.models import llama, opt
+from alisa_jax.models import llama, neox, opt
 from alisa_jax.models.config import ModelConfig, RopeScaling
+from alisa_jax.models.rope import inverse_frequencies
 
 __all__ = ["Decoder", "ModelConfig", "RopeScaling"]
 
 Params = dict[str, Any]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
-_FAMILIES = types.MappingProxyType({"llama": llama, "opt": opt})
+_FAMILIES = types.MappingProxyType({"llama": llama, "opt": opt, "gpt_neox": neox})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Decoder:
         """Layer `layer` -> (x [B, T, D], aux), where aux is what `attend` returned beside its output.
 
         `attend(q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]) -> (out [B, T, N, H], aux)`. It is called
-        once. q and k carry their positions (rotated, for llama); q is not scaled: `attend` multiplies logits
+        once. q and k carry their positions (rotated, but for opt); q is not scaled: `attend` multiplies logits
         by H ** -0.5. Raises ValueError where x, positions or the output of `attend` have the wrong shape.
         """
         c = self.config
@@ -94,19 +95,26 @@ class Decoder:
         return module.apply({"params": params["unembed"]}, x, self._table(params))
 
     def count_params(self, embedding: bool = True) -> int:
-        """Number of parameters; `embedding=False` leaves out token and position tables and an untied head."""
+        """Number of parameters; `embedding=False` leaves out token and position tables, their projections and an
+        untied head."""
         c = self.config
         q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        norm = 2 * c.d_model if c.arch == "opt" else c.d_model
+        norm = c.d_model if c.arch == "llama" else 2 * c.d_model
         biases = c.attention_bias * (q + 2 * kv + c.d_model) + c.mlp_bias * (self._mlp_maps() * c.d_ff)
         if c.mlp_bias:
             biases += c.d_model - c.d_ff  # the last map's bias is as wide as the model
-        total = c.n_layers * (self._block_weights() + biases + 2 * norm) + norm
+        total = c.n_layers * (self._block_weights() + biases + 2 * norm) + c.norm_before * norm
         if embedding:
-            total += c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+            total += c.vocab_size * c.table_dim * (1 if c.tie_embeddings else 2) + self._projections()
             if c.arch == "opt":
                 total += (c.max_positions + opt.POSITION_OFFSET) * c.d_model
         return total
+
+    @property
+    def rotary_angles(self) -> tuple[float, ...]:
+        """Radians that a position turns each pair (c, c + rotary_dims / 2) of key channels; () without rotation."""
+        c = self.config
+        return tuple(inverse_frequencies(c.rotary_dims, c.rope_theta, c.rope_scaling).tolist()) if c.rotary_dims else ()
 
     def kv_bytes_per_token(self, element_bytes: int = 2) -> int:
         """Bytes of K and V of one token over all layers: 2 L K H element_bytes."""
@@ -116,20 +124,25 @@ class Decoder:
     def flops_per_token(self, context_tokens: int) -> int:
         """Floating-point operations of one token's forward pass when it attends `context_tokens` positions.
 
-        A multiply-add is two. Matrix products only: 2 per weight of the blocks and of the head, and 4 L N H
-        per attended position; norms, softmax and elementwise work are left out.
+        A multiply-add is two. Matrix products only: 2 per weight of the blocks, of the head and of projections
+        to and from narrower embeddings, and 4 L N H per attended position; norms, softmax and elementwise work are
+        left out.
         """
         c = self.config
-        weights = c.n_layers * self._block_weights() + c.vocab_size * c.d_model
+        weights = c.n_layers * self._block_weights() + c.vocab_size * c.table_dim + self._projections()
         return 2 * weights + 4 * c.n_layers * c.n_heads * c.head_dim * context_tokens
 
     def _mlp_maps(self) -> int:
-        return 2 if self.config.arch == "opt" else 3
+        return 3 if self.config.arch == "llama" else 2
 
     def _block_weights(self) -> int:
         c = self.config
         attention = 2 * c.d_model * (c.n_heads + c.n_kv_heads) * c.head_dim
         return attention + self._mlp_maps() * c.d_model * c.d_ff
+
+    def _projections(self) -> int:
+        c = self.config
+        return 0 if c.embed_dim is None else 2 * c.embed_dim * c.d_model
 
     def _table(self, params: Params) -> jax.Array | None:
         return params["embed"]["tokens"]["table"] if self.config.tie_embeddings else None
@@ -150,4 +163,4 @@ def _init_block(config: ModelConfig, dtype: Any, key: jax.Array) -> Params:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _init_unembed(config: ModelConfig, dtype: Any, key: jax.Array, table: jax.Array | None) -> Params:
     x = jnp.zeros((1, 1, config.d_model), dtype)
-    return _FAMILIES[config.arch].Unembed(config, dtype).init(key, x, table)["params"]
+    return _FAMILIES[config.arch].Unembed(config, dtype).init(key, x, table).get("params", {})

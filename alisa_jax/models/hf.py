@@ -1,8 +1,15 @@
-"""The Hugging Face layout of OPT and LLaMA: `config.json` and the names of tensors, both ways.
+"""The `config.json` of Hugging Face folders, both ways.
 
-Pure functions on dictionaries and strings; files are read and written in `checkpoint.py`. Both spellings of
-the rotary settings are read: `rope_theta` at the top with an optional `rope_scaling`, and the newer
-`rope_parameters` (or `rope_scaling`) that holds `rope_theta` too. A setting that would change the arithmetic
+| model_type | variants that are read and written |
+| --- | --- |
+| llama | grouped-query attention, biases, rotary scaling default, linear or llama3 |
+| opt | norms before or after each half, with or without biases, projected embeddings (opt-350m) |
+| gpt_neox | parallel or sequential residuals, any even share of rotated channels, attention biases, the same scalings |
+
+All of them with a tied or an untied head and the activations of `ACTIVATIONS`. Pure functions on
+dictionaries; files are read and written in `checkpoint.py`. Both spellings of the rotary settings are read:
+`rope_theta` at the top (`rotary_emb_base` and `rotary_pct` for gpt_neox) with an optional `rope_scaling`, and the newer
+`rope_parameters` (or `rope_scaling`) that holds them all. A setting that would change the arithmetic
 and is not implemented is refused, never ignored.
 """
 
@@ -13,6 +20,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from alisa_jax.models.config import ARCHITECTURES, ModelConfig, RopeScaling
+
+# What checkpoints call the functions of `layers.activation`; the spellings of one function differ in rounding alone.
+# The first of each is the one that is written.
+ACTIVATIONS = types.MappingProxyType(
+    {
+        "silu": "silu",
+        "swish": "silu",
+        "relu": "relu",
+        "gelu": "gelu",
+        "gelu_python": "gelu",
+        "gelu_new": "gelu_tanh",
+        "gelu_fast": "gelu_tanh",
+        "gelu_accurate": "gelu_tanh",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_python_tanh": "gelu_tanh",
+    }
+)
 
 
 class CheckpointError(ValueError):
@@ -35,7 +59,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
             "and bfloat16 weights."
         )
     try:
-        return _llama_from_hf(raw) if arch == "llama" else _opt_from_hf(raw)
+        return _READERS[arch](raw)
     except CheckpointError:
         raise
     except (TypeError, ValueError) as error:
@@ -55,6 +79,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "use_cache": True,
     }
+    act = next(name for name, meant in ACTIVATIONS.items() if meant == c.act)
     if c.arch == "llama":
         return raw | {
             "architectures": ["LlamaForCausalLM"],
@@ -62,12 +87,27 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
             "intermediate_size": c.d_ff,
             "num_key_value_heads": c.n_kv_heads,
             "head_dim": c.head_dim,
-            "hidden_act": c.act,
+            "hidden_act": act,
             "rms_norm_eps": c.norm_eps,
             "rope_theta": c.rope_theta,
             "rope_scaling": _rope_scaling_to_hf(c.rope_scaling),
             "attention_bias": c.attention_bias,
             "mlp_bias": c.mlp_bias,
+        }
+    if c.arch == "gpt_neox":
+        if not c.mlp_bias:
+            raise CheckpointError("a gpt_neox folder can only say mlp_bias = true; given is mlp_bias=False.")
+        return raw | {
+            "architectures": ["GPTNeoXForCausalLM"],
+            "model_type": "gpt_neox",
+            "intermediate_size": c.d_ff,
+            "hidden_act": act,
+            "layer_norm_eps": c.norm_eps,
+            "rotary_emb_base": c.rope_theta,
+            "rotary_pct": c.rotary_frac,
+            "rope_scaling": _rope_scaling_to_hf(c.rope_scaling),
+            "use_parallel_residual": c.parallel_residual,
+            "attention_bias": c.attention_bias,
         }
     if c.attention_bias != c.mlp_bias or c.norm_eps != _OPT_NORM_EPS:
         raise CheckpointError(
@@ -78,62 +118,14 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",
         "ffn_dim": c.d_ff,
-        "word_embed_proj_dim": c.d_model,
-        "do_layer_norm_before": True,
-        "activation_function": c.act,
+        "word_embed_proj_dim": c.table_dim,
+        "do_layer_norm_before": c.norm_before,
+        "activation_function": act,
         "enable_bias": c.attention_bias,
     }
 
 
-def tensor_name(arch: str, part: str, module: str, leaf: str, layer: int | None = None) -> str:
-    """Hugging Face name of one parameter; `part` is embed, blocks or unembed, `leaf` its name in the module.
-
-    A leaf called "kernel" is stored transposed there ([out, in]); all others have the same shape.
-    """
-    name = _NAMES[arch][part][module]
-    if layer is not None:
-        name = f"{_LAYERS[arch]}.{layer}.{name}"
-    return f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
-
-
 _OPT_NORM_EPS = 1e-5
-_LAYERS = types.MappingProxyType({"llama": "model.layers", "opt": "model.decoder.layers"})
-_NAMES = types.MappingProxyType(
-    {
-        "llama": {
-            "embed": {"tokens": "model.embed_tokens"},
-            "blocks": {
-                "attn_norm": "input_layernorm",
-                "q": "self_attn.q_proj",
-                "k": "self_attn.k_proj",
-                "v": "self_attn.v_proj",
-                "o": "self_attn.o_proj",
-                "mlp_norm": "post_attention_layernorm",
-                "gate": "mlp.gate_proj",
-                "up": "mlp.up_proj",
-                "down": "mlp.down_proj",
-            },
-            "unembed": {"norm": "model.norm", "head": "lm_head"},
-        },
-        "opt": {
-            "embed": {
-                "tokens": "model.decoder.embed_tokens",
-                "positions": "model.decoder.embed_positions",
-            },
-            "blocks": {
-                "attn_norm": "self_attn_layer_norm",
-                "q": "self_attn.q_proj",
-                "k": "self_attn.k_proj",
-                "v": "self_attn.v_proj",
-                "o": "self_attn.out_proj",
-                "mlp_norm": "final_layer_norm",
-                "up": "fc1",
-                "down": "fc2",
-            },
-            "unembed": {"norm": "model.decoder.final_layer_norm", "head": "lm_head"},
-        },
-    }
-)
 
 
 def _need(raw: Mapping[str, Any], key: str) -> Any:
@@ -163,10 +155,19 @@ def _head_dim(d_model: int, n_heads: int) -> int:
     return d_model // n_heads
 
 
+def _act(raw: Mapping[str, Any], key: str, default: str) -> str:
+    name = _or(raw, key, default)
+    if name not in ACTIVATIONS:
+        raise CheckpointError(f"{key} {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
 def _llama_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     d_model, n_heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
     max_positions = _or(raw, "max_position_embeddings", 2048)
-    theta, scaling = _rope_from_hf(raw, max_positions)
+    theta, scaling, share = _rope_from_hf(raw, max_positions)
+    if share not in (None, 1.0):
+        raise CheckpointError(f"partial_rotary_factor {share} is not supported for a llama model; it must be 1.")
     head_dim = raw.get("head_dim")
     return ModelConfig(
         arch="llama",
@@ -182,7 +183,7 @@ def _llama_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         tie_embeddings=_or(raw, "tie_word_embeddings", False),
-        act=_or(raw, "hidden_act", "silu"),
+        act=_act(raw, "hidden_act", "silu"),
         attention_bias=_or(raw, "attention_bias", False),
         mlp_bias=_or(raw, "mlp_bias", False),
     )
@@ -190,19 +191,9 @@ def _llama_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
 def _opt_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     d_model, n_heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
-    if not _or(raw, "do_layer_norm_before", True):
-        raise CheckpointError(
-            "an opt model with do_layer_norm_before=false (norms after each half, as in opt-350m) is not "
-            "supported; supported are the sizes that normalise before."
-        )
-    width = _or(raw, "word_embed_proj_dim", d_model)
-    if width != d_model:
-        raise CheckpointError(
-            f"an opt model with projected embeddings (word_embed_proj_dim {width}, hidden_size {d_model}) is "
-            "not supported; the two must be equal."
-        )
+    before, width = _or(raw, "do_layer_norm_before", True), _or(raw, "word_embed_proj_dim", d_model)
     for key, allowed in (("layer_norm_elementwise_affine", True), ("_remove_final_layer_norm", False)):
-        if _or(raw, key, allowed) != allowed:
+        if _or(raw, key, allowed) != allowed and (before or key != "_remove_final_layer_norm"):
             raise CheckpointError(
                 f"an opt model with {key}={str(not allowed).lower()} is not supported; "
                 f"it must be {str(allowed).lower()}."
@@ -220,35 +211,65 @@ def _opt_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         max_positions=_or(raw, "max_position_embeddings", 2048),
         norm_eps=_OPT_NORM_EPS,
         tie_embeddings=_or(raw, "tie_word_embeddings", True),
-        act=_or(raw, "activation_function", "relu"),
+        act=_act(raw, "activation_function", "relu"),
         attention_bias=bias,
         mlp_bias=bias,
+        norm_before=before,
+        embed_dim=None if width == d_model else width,
     )
 
 
-def _rope_from_hf(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from either spelling; `rope_parameters` wins where both are given."""
+def _neox_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    d_model, n_heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
+    max_positions = _or(raw, "max_position_embeddings", 2048)
+    theta, scaling, share = _rope_from_hf(raw, max_positions)
+    return ModelConfig(
+        arch="gpt_neox",
+        vocab_size=_size(raw, "vocab_size"),
+        d_model=d_model,
+        n_layers=_size(raw, "num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=_head_dim(d_model, n_heads),
+        d_ff=_size(raw, "intermediate_size"),
+        max_positions=max_positions,
+        norm_eps=_or(raw, "layer_norm_eps", 1e-5),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_embeddings=_or(raw, "tie_word_embeddings", False),
+        act=_act(raw, "hidden_act", "gelu"),
+        attention_bias=_or(raw, "attention_bias", True),
+        mlp_bias=True,
+        rotary_frac=0.25 if share is None else share,
+        parallel_residual=_or(raw, "use_parallel_residual", True),
+    )
+
+
+_READERS = types.MappingProxyType({"llama": _llama_from_hf, "opt": _opt_from_hf, "gpt_neox": _neox_from_hf})
+
+
+def _rope_from_hf(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None, float | None]:
+    """(theta, scaling, share of rotated channels where stated) from any spelling; `rope_parameters` wins."""
     rope = _or(raw, "rope_parameters", _or(raw, "rope_scaling", {}))
     if not isinstance(rope, Mapping):
         raise CheckpointError(f"the rotary settings are {rope!r}; they must be an object or null.")
-    theta = float(_or(rope, "rope_theta", _or(raw, "rope_theta", 10000.0)))
-    partial = _or(rope, "partial_rotary_factor", _or(raw, "partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise CheckpointError(f"partial_rotary_factor {partial} is not supported; it must be 1.")
+    theta = float(_or(rope, "rope_theta", _or(raw, "rotary_emb_base", _or(raw, "rope_theta", 10000.0))))
+    share = _or(rope, "partial_rotary_factor", _or(raw, "rotary_pct", raw.get("partial_rotary_factor")))
     kind = _or(rope, "rope_type", _or(rope, "type", "default"))
     if kind == "default":
-        return theta, None
+        return theta, None, share
     if kind == "linear":
-        return theta, RopeScaling("linear", float(_need(rope, "factor")))
+        return theta, RopeScaling("linear", float(_need(rope, "factor"))), share
     if kind == "llama3":
         original = _or(raw, "original_max_position_embeddings", max_positions)
-        return theta, RopeScaling(
+        scaling = RopeScaling(
             "llama3",
             float(_need(rope, "factor")),
             float(_need(rope, "low_freq_factor")),
             float(_need(rope, "high_freq_factor")),
             int(_or(rope, "original_max_position_embeddings", original)),
         )
+        return theta, scaling, share
     raise CheckpointError(f"rotary scaling {kind!r} is not supported; supported are default, linear, llama3.")
 
 

@@ -1,4 +1,4 @@
-"""Pieces that both families are made of: linear maps, norms, token tables and the output head.
+"""Pieces that the families are made of: linear maps, norms, token tables and the output head.
 
 Weights are stored as [in, out] matrices. Statistics of norms and the logits are float32 whatever the type of
 the weights; everything else stays in the type of the weights, and nothing is promoted silently. Initial
@@ -8,6 +8,7 @@ further (2 L) ** -0.5, so that the stream keeps its size at any depth.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +19,13 @@ DType = Any
 
 
 def activation(name: str):
-    """The elementwise function called `name`: "silu", "relu" or "gelu" (the exact one, with erf)."""
-    return {"silu": jax.nn.silu, "relu": jax.nn.relu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}[name]
+    """The elementwise function called `name`: "silu", "relu", "gelu" (the exact one, with erf) or "gelu_tanh"."""
+    return {
+        "silu": jax.nn.silu,
+        "relu": jax.nn.relu,
+        "gelu": functools.partial(jax.nn.gelu, approximate=False),
+        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),  # arXiv 1606.08415, section 2
+    }[name]
 
 
 class Linear(nn.Module):

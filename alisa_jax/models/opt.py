@@ -1,8 +1,11 @@
-"""The OPT family (arXiv 2205.01068), in the sizes that normalise before each half.
+"""The OPT family (arXiv 2205.01068).
 
-    x = tokens[t] + positions[p + 2]
+    x = tokens[t] + positions[p + 2]                           opt-350m: project_in(tokens[t]) + positions[p + 2]
     x = x + o(attend(q(n), k(n), v(n)))                        n = LayerNorm(x)
     x = x + down(act(up(n)))                                   n = LayerNorm(x)
+
+With `norm_before=False` (opt-350m) each half ends with its norm instead, x = LayerNorm(x + half(x)), and there is no
+final norm; with `embed_dim` the head reads project_out(x).
 
 Three modules that hold parameters and nothing else. The block hands q, k and v to `attend` and knows nothing
 of caches; q is not scaled.
@@ -29,7 +32,9 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         c, dtype = self.config, self.param_dtype
-        x = Table(c.vocab_size, c.d_model, dtype, name="tokens")(tokens)
+        x = Table(c.vocab_size, c.table_dim, dtype, name="tokens")(tokens)
+        if c.embed_dim is not None:
+            x = Linear(c.d_model, param_dtype=dtype, name="project_in")(x)
         rows = c.max_positions + POSITION_OFFSET
         return x + Table(rows, c.d_model, dtype, name="positions")(positions + POSITION_OFFSET)
 
@@ -49,16 +54,20 @@ class Block(nn.Module):
         def linear(name, features, bias, scale=1.0):
             return Linear(features, bias, scale, dtype, name=name)
 
-        n = LayerNorm(c.norm_eps, dtype, name="attn_norm")(x)
+        norm = LayerNorm(c.norm_eps, dtype, name="attn_norm")
+        n = norm(x) if c.norm_before else x
         q, k, v = (
             linear(name, D, c.attention_bias)(n).reshape(B, T, c.n_heads, c.head_dim) for name in ("q", "k", "v")
         )
         out, aux = attend(q, k, v)
         x = x + linear("o", D, c.attention_bias, residual)(out.reshape(B, T, D))
+        x = x if c.norm_before else norm(x)
 
-        n = LayerNorm(c.norm_eps, dtype, name="mlp_norm")(x)
+        norm = LayerNorm(c.norm_eps, dtype, name="mlp_norm")
+        n = norm(x) if c.norm_before else x
         hidden = activation(c.act)(linear("up", c.d_ff, c.mlp_bias)(n))
-        return x + linear("down", D, c.mlp_bias, residual)(hidden), aux
+        x = x + linear("down", D, c.mlp_bias, residual)(hidden)
+        return x if c.norm_before else norm(x), aux
 
 
 class Unembed(nn.Module):
@@ -69,5 +78,9 @@ class Unembed(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, table: jax.Array | None) -> jax.Array:
-        x = LayerNorm(self.config.norm_eps, self.param_dtype, name="norm")(x)
-        return Head(self.config.vocab_size, self.param_dtype, name="head")(x, table)
+        c, dtype = self.config, self.param_dtype
+        if c.norm_before:
+            x = LayerNorm(c.norm_eps, dtype, name="norm")(x)
+        if c.embed_dim is not None:
+            x = Linear(c.embed_dim, param_dtype=dtype, name="project_out")(x)
+        return Head(c.vocab_size, dtype, name="head")(x, table)

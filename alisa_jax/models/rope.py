@@ -1,8 +1,8 @@
-"""Rotary positions (arXiv 2104.09864, section 3.2.2) in the layout of Hugging Face LLaMA checkpoints.
+"""Rotary positions (arXiv 2104.09864, section 3.2.2) in the layout of Hugging Face LLaMA and GPT-NeoX checkpoints.
 
-Dimension i of the first half of a head is paired with dimension i of the second half, and the pair is turned
-by position * theta ** (-2 i / H). Angles, sines and the rotation itself are float32: a bfloat16 position is
-wrong by whole tokens beyond 256.
+The leading R channels of a head are rotated, all H of them or a part: channel i of their first half is paired with
+channel i of their second half, and the pair is turned by position * theta ** (-2 i / R). Angles, sines and the
+rotation itself are float32: a bfloat16 position is wrong by whole tokens beyond 256.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 from alisa_jax.models.config import RopeScaling
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-    """Radians per token of each pair, float64 [H / 2]; computed outside jit."""
-    freq = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+def inverse_frequencies(dims: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+    """Radians per token of each pair of `dims` channels, float64 [dims / 2]; computed outside jit."""
+    freq = theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
     if scaling is None:
         return freq
     if scaling.kind == "linear":
@@ -34,11 +34,13 @@ def rotate(
     positions: jax.Array,  # [B, T] int32
     theta: float,
     scaling: RopeScaling | None = None,
+    dims: int | None = None,  # R; None: all H channels
 ) -> jax.Array:
-    """x turned by its positions: [B, T, N, H] in the type of x; the work is float32."""
-    freq = jnp.asarray(inverse_frequencies(x.shape[-1], theta, scaling), jnp.float32)
+    """x with its leading `dims` channels turned by its positions: [B, T, N, H] in the type of x, worked in float32."""
+    dims = x.shape[-1] if dims is None else dims
+    freq = jnp.asarray(inverse_frequencies(dims, theta, scaling), jnp.float32)
     angle = positions.astype(jnp.float32)[:, :, None, None] * freq[None, None, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x[..., :dims].astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    return jnp.concatenate([turned.astype(x.dtype), x[..., dims:]], axis=-1)

@@ -14,11 +14,15 @@ with warnings.catch_warnings():
 
 LLAMA = dict(vocab_size=61, hidden_size=66, intermediate_size=37, num_hidden_layers=2, num_attention_heads=6)
 OPT = dict(vocab_size=61, hidden_size=33, ffn_dim=41, num_hidden_layers=2, num_attention_heads=3)
+POST = dict(do_layer_norm_before=False, word_embed_proj_dim=19)
+NEOX = dict(vocab_size=61, hidden_size=48, intermediate_size=41, num_hidden_layers=2, num_attention_heads=3)
 GQA = dict(num_key_value_heads=2, head_dim=22)
 CASES = {
     "llama_gqa_untied": (transformers.LlamaForCausalLM, LLAMA | GQA | dict(tie_word_embeddings=False)),
     "llama_gqa_tied": (transformers.LlamaForCausalLM, LLAMA | GQA | dict(tie_word_embeddings=True)),
     "opt": (transformers.OPTForCausalLM, OPT),
+    "opt_norm_after_projected": (transformers.OPTForCausalLM, OPT | POST),
+    "gpt_neox": (transformers.GPTNeoXForCausalLM, NEOX),
 }
 CONTEXT = 97  # not a bucket: the last bucket (128) is longer than the table of positions
 

@@ -2,7 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from alisa_jax.models import Decoder
 
 
 def causal(q, k, v):
@@ -33,3 +36,14 @@ def causal_attend():
 @pytest.fixture(scope="session")
 def dense_forward():
     return jax.jit(forward, static_argnums=0)
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """(config, seed) -> parameters of normal float32 numbers; made by NumPy, so that nothing is compiled."""
+
+    def make(config, seed=3):
+        rng, shapes = np.random.default_rng(seed), jax.eval_shape(Decoder(config).init, jax.random.key(0))
+        return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
+
+    return make

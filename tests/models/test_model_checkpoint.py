@@ -43,6 +43,22 @@ OPT = ModelConfig(
     attention_bias=True,
     mlp_bias=True,
 )
+NEOX = ModelConfig(
+    arch="gpt_neox",
+    vocab_size=61,
+    d_model=42,
+    n_layers=2,
+    n_heads=3,
+    n_kv_heads=3,
+    head_dim=14,
+    d_ff=37,
+    max_positions=97,
+    act="gelu",
+    attention_bias=True,
+    mlp_bias=True,
+    rotary_frac=0.3,
+    parallel_residual=True,
+)
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -99,10 +115,14 @@ def one_sentence(error):
         (dataclasses.replace(LLAMA, tie_embeddings=True), "float16"),
         (OPT, "float16"),
         (OPT, "bfloat16"),
+        (dataclasses.replace(OPT, norm_before=False, embed_dim=17), "float16"),
+        (dataclasses.replace(OPT, norm_before=False), "float32"),
+        (NEOX, "bfloat16"),
+        (dataclasses.replace(NEOX, attention_bias=False, tie_embeddings=True), "float32"),
     ],
 )
-def test_load_returns_what_save_wrote(config, dtype, tmp_path):
-    params = in_dtype(Decoder(config).init(jax.random.key(7)), dtype)
+def test_load_returns_what_save_wrote(config, dtype, tmp_path, random_params):
+    params = in_dtype(random_params(config, 7), dtype)
     save(config, params, tmp_path, dtype)
     model = load(tmp_path)
     assert model.decoder == Decoder(config) and equal(model.params, params)
@@ -177,6 +197,43 @@ def test_names_without_the_model_prefix_are_read(folder, llama_params):
 
     edit_tensors(folder, strip)
     assert equal(load(folder).params, llama_params)
+
+
+@pytest.fixture(scope="module")
+def neox(tmp_path_factory, random_params):
+    folder = tmp_path_factory.mktemp("neox")
+    save(NEOX, random_params(NEOX), folder, "float32")
+    return folder
+
+
+def test_query_key_and_value_are_taken_apart_head_by_head(neox, tmp_path):
+    """Row n 3H + i H + h of the one tensor is channel h of head n of the i-th of q, k, v."""
+    folder, N, H = shutil.copytree(neox, tmp_path / "copy"), 3, 14
+    name = "gpt_neox.layers.1.attention.query_key_value"
+    row = np.arange(3 * N * H, dtype=np.float32)
+    stored = {f"{name}.weight": row[:, None] * 100 + np.arange(42, dtype=np.float32), f"{name}.bias": row}
+    edit_tensors(folder, lambda tensors: tensors.update(stored))
+    block = load(folder).params["blocks"][1]
+    for i, module in enumerate("qkv"):
+        for n in range(N):
+            for h in range(H):
+                at = (n * 3 + i) * H + h
+                assert block[module]["bias"][n * H + h] == at
+                np.testing.assert_array_equal(block[module]["kernel"][:, n * H + h], at * 100 + np.arange(42))
+
+
+def test_a_gpt_neox_head_may_have_either_name(neox, tmp_path):
+    folder = shutil.copytree(neox, tmp_path / "copy")
+    edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("embed_out.weight")}))
+    assert equal(load(folder).params, load(neox).params)
+
+
+def test_a_fused_tensor_of_a_wrong_shape_is_named(neox, tmp_path):
+    folder = shutil.copytree(neox, tmp_path / "copy")
+    name = "gpt_neox.layers.1.attention.query_key_value.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: np.zeros((42, 42), np.float32)}))
+    with pytest.raises(CheckpointError, match=rf"{name} has shape \(42, 42\), and the configuration needs \(126, 42\)"):
+        load(folder)
 
 
 def test_tensors_that_are_not_needed_are_left_alone(folder, llama_params):
@@ -292,7 +349,7 @@ def test_a_configuration_that_is_not_supported_is_refused(folder, changes, messa
     [
         ("random:opt_126m", "did you mean 'opt_125m'"),
         ("random:", "known are opt_125m, "),
-        ("no_such_model", "is not a folder; give a local Hugging Face folder, 'bundled', or 'random:NAME'"),
+        ("no_such_model", "is not a folder; give a local Hugging Face folder, 'owner/name' .*, or 'random:NAME'"),
     ],
 )
 def test_an_unknown_name_lists_what_is_known(name, message):
@@ -319,7 +376,7 @@ def test_values_beyond_float16_are_refused(folder):
 
 
 def test_save_refuses_parameters_of_another_shape(tmp_path, llama_params):
-    with pytest.raises(CheckpointError, match=r"mlp.down_proj.weight needs shape \(41, 23\)"):
+    with pytest.raises(CheckpointError, match=r"mlp.gate_proj.weight needs shape \(23, 41\)"):
         save(dataclasses.replace(LLAMA, d_ff=41), {**llama_params}, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

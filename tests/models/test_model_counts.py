@@ -34,6 +34,22 @@ OPT = ModelConfig(
     max_positions=97,
     act="relu",
 )
+NEOX = ModelConfig(
+    arch="gpt_neox",
+    vocab_size=61,
+    d_model=42,
+    n_layers=3,
+    n_heads=3,
+    n_kv_heads=3,
+    head_dim=14,
+    d_ff=37,
+    max_positions=97,
+    act="gelu",
+    attention_bias=True,
+    mlp_bias=True,
+    rotary_frac=0.3,
+    parallel_residual=True,
+)
 
 
 def changed(config, **fields):
@@ -47,6 +63,11 @@ SMALL = [
     changed(LLAMA, mlp_bias=True),
     OPT,
     changed(OPT, tie_embeddings=True, attention_bias=True, mlp_bias=True),
+    changed(OPT, tie_embeddings=True, norm_before=False),
+    changed(OPT, embed_dim=17, norm_before=False),
+    changed(OPT, embed_dim=17, tie_embeddings=True, mlp_bias=True),
+    NEOX,
+    changed(NEOX, tie_embeddings=True, attention_bias=False, parallel_residual=False),
 ]
 
 
@@ -63,8 +84,8 @@ def test_parameter_count_is_the_size_of_the_arrays(config):
     decoder = Decoder(config)
     params = abstract(decoder)
     assert decoder.count_params() == size(params)
-    head = 0 if config.tie_embeddings else size(params["unembed"]["head"])
-    assert decoder.count_params(embedding=False) == size(params) - size(params["embed"]) - head
+    norm = size(params["unembed"].get("norm", {}))
+    assert decoder.count_params(embedding=False) == size(params["blocks"]) + norm
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -77,12 +98,21 @@ def test_parameter_count_of_a_named_shape_is_the_size_of_its_arrays(name):
     "name, published",
     [
         ("opt_125m", 125_239_296),
+        ("opt_350m", 331_196_416),
         ("opt_1.3b", 1_315_758_080),
         ("opt_6.7b", 6_658_473_984),
         ("llama_7b", 6_738_415_616),
         ("llama_13b", 13_015_864_320),
         ("llama_33b", 32_528_943_616),
         ("llama3_8b", 8_030_261_248),
+        ("pythia_70m", 70_426_624),
+        ("pythia_160m", 162_322_944),
+        ("pythia_410m", 405_334_016),
+        ("pythia_1b", 1_011_781_632),
+        ("pythia_1.4b", 1_414_647_808),
+        ("pythia_2.8b", 2_775_208_960),
+        ("pythia_6.9b", 6_857_302_016),
+        ("pythia_12b", 11_846_072_320),
     ],
 )
 def test_named_shapes_have_the_published_size(name, published):

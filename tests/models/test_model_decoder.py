@@ -38,10 +38,26 @@ OPT = ModelConfig(
     attention_bias=True,
     mlp_bias=True,
 )
+NEOX = ModelConfig(
+    arch="gpt_neox",
+    vocab_size=61,
+    d_model=42,
+    n_layers=2,
+    n_heads=3,
+    n_kv_heads=3,
+    head_dim=14,
+    d_ff=37,
+    max_positions=97,
+    act="gelu",
+    attention_bias=True,
+    mlp_bias=True,
+    rotary_frac=0.3,
+    parallel_residual=True,
+)
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 13), dtype=np.int32)
 
 
-@pytest.fixture(params=[LLAMA, OPT], ids=["llama", "opt"], scope="module")
+@pytest.fixture(params=[LLAMA, OPT, NEOX], ids=["llama", "opt", "gpt_neox"], scope="module")
 def decoder(request):
     return Decoder(request.param)
 
@@ -203,6 +219,27 @@ def test_rotation_is_a_product_of_complex_numbers():
     np.testing.assert_array_equal(got[0, 0], np.float32(x)[0, 0])  # position 0 turns nothing
 
 
+def test_partial_rotation_turns_the_leading_channels_alone():
+    """Against the rotation of the leading part by itself, and channel pairs against plane rotations in float64."""
+    x, positions = rows((2, 5, 3, 14)), np.array([[0, 1, 2, 3, 4], [11, 13, 17, 19, 50]], np.int32)
+    got = np.asarray(rotate(jnp.float32(x), jnp.asarray(positions), 700.0, dims=6))
+    np.testing.assert_array_equal(got[..., 6:], np.float32(x)[..., 6:])
+    for c in range(3):  # pairs are (c, c + dims / 2)
+        angle = positions[:, :, None] * 700.0 ** (-2 * c / 6)
+        a, b = x[..., c], x[..., c + 3]
+        np.testing.assert_allclose(got[..., c], a * np.cos(angle) - b * np.sin(angle), atol=2e-5)
+        np.testing.assert_allclose(got[..., c + 3], b * np.cos(angle) + a * np.sin(angle), atol=2e-5)
+
+
+def test_rotary_dims_are_the_channels_that_positions_change(decoder, params, causal_attend):
+    c = decoder.config
+    assert c.rotary_dims == {"llama": 14, "opt": 0, "gpt_neox": 4}[c.arch]
+    x = jnp.float32(np.tile(rows((1, 1, c.d_model)), (1, 2, 1)))  # one row at two positions
+    step = jax.jit(lambda p, x, at: decoder.block(p, 0, x, at, causal_attend)[1][0])
+    keys = np.asarray(step(params, x, jnp.asarray([[0, 1]], jnp.int32)))[0]
+    np.testing.assert_array_equal(np.abs(keys[0] - keys[1]).max(axis=0) > 1e-6, np.arange(c.head_dim) < c.rotary_dims)
+
+
 def test_rotated_logits_depend_on_the_distance_alone():
     q, k = rows((1, 1, 1, 22), seed=1), rows((1, 1, 1, 22), seed=2)
 
@@ -248,14 +285,22 @@ def test_linear_scaling_is_a_division_of_positions():
     [
         (LLAMA, {"arch": "gpt"}, "allowed are llama, opt"),
         (LLAMA, {"n_kv_heads": 4}, "not a multiple of n_kv_heads=4"),
-        (LLAMA, {"head_dim": 7}, "rotary positions need an even one"),
+        (LLAMA, {"head_dim": 7}, "head_dim is 7; rotary positions need an even number"),
         (LLAMA, {"n_layers": 0}, "n_layers is 0"),
         (LLAMA, {"d_ff": 2.5}, "d_ff is 2.5"),
-        (LLAMA, {"act": "tanh"}, "allowed are gelu, relu, silu"),
+        (LLAMA, {"act": "tanh"}, "allowed are gelu, gelu_tanh, relu, silu"),
+        (LLAMA, {"rotary_frac": 0.5}, "rotary_frac is of gpt_neox models; for llama it must be 1.0"),
+        (LLAMA, {"norm_before": False}, "norm_before is of opt models"),
         (LLAMA, {"norm_eps": 0.0}, "must both be above 0"),
         (OPT, {"n_kv_heads": 1}, "n_kv_heads = n_heads"),
         (OPT, {"head_dim": 10}, "n_heads \\* head_dim = d_model"),
         (OPT, {"rope_scaling": RopeScaling("linear", 2.0)}, "rope_scaling must be None"),
+        (OPT, {"parallel_residual": True}, "parallel_residual is of gpt_neox models"),
+        (OPT, {"embed_dim": 33}, "embed_dim is 33; .* other than d_model=33"),
+        (OPT, {"embed_dim": 0}, "embed_dim is 0"),
+        (NEOX, {"n_kv_heads": 1}, "n_kv_heads = n_heads"),
+        (NEOX, {"rotary_frac": 0.0}, "above 0 and at most 1"),
+        (NEOX, {"rotary_frac": 0.25}, "a share of 0.25 is rotated; rotary positions need an even"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused(base, change, message):

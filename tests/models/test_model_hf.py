@@ -37,6 +37,24 @@ OPT = ModelConfig(
     attention_bias=True,
     mlp_bias=True,
 )
+NEOX = ModelConfig(
+    arch="gpt_neox",
+    vocab_size=61,
+    d_model=48,
+    n_layers=2,
+    n_heads=3,
+    n_kv_heads=3,
+    head_dim=16,
+    d_ff=41,
+    max_positions=97,
+    norm_eps=1e-3,
+    rope_theta=700.0,
+    act="gelu",
+    attention_bias=True,
+    mlp_bias=True,
+    rotary_frac=0.25,
+    parallel_residual=True,
+)
 
 
 def edited(config, changes):
@@ -75,8 +93,67 @@ def test_old_llama_files_leave_out_what_was_fixed_then():
     assert (config.norm_eps, config.tie_embeddings, config.act) == (1e-6, False, "silu")
 
 
+NEOX_OLD = {"rotary_emb_base": 5e5, "rotary_pct": 0.5, "rope_scaling": {"type": "linear", "factor": 4.0}}
+NEOX_NEW = {
+    "rotary_emb_base": "absent",
+    "rotary_pct": "absent",
+    "rope_scaling": "absent",
+    "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5, "partial_rotary_factor": 0.5},
+}
+
+
+@pytest.mark.parametrize("spelling", [NEOX_OLD, NEOX_NEW])
+def test_every_spelling_of_the_rotated_share_reads_alike(spelling):
+    config = config_from_hf(edited(NEOX, spelling))
+    assert (config.rope_theta, config.rope_scaling) == (5e5, RopeScaling("linear", 4.0))
+    assert (config.rotary_frac, config.rotary_dims) == (0.5, 8)
+
+
+def test_old_pythia_files_leave_out_what_was_fixed_then():
+    raw = {
+        "model_type": "gpt_neox",
+        "vocab_size": 61,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 41,
+    }
+    config = config_from_hf(raw)
+    assert (config.head_dim, config.rotary_dims, config.rope_theta, config.max_positions) == (16, 4, 1e4, 2048)
+    assert (config.norm_eps, config.tie_embeddings, config.act) == (1e-5, False, "gelu")
+    assert config.parallel_residual and config.attention_bias and config.mlp_bias
+
+
 @pytest.mark.parametrize(
-    "config", [LLAMA, OPT, dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 2.0), mlp_bias=True)]
+    "name, act",
+    [
+        ("gelu", "gelu"),
+        ("gelu_new", "gelu_tanh"),
+        ("gelu_fast", "gelu_tanh"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("swish", "silu"),
+        ("relu", "relu"),
+    ],
+)
+def test_every_name_of_an_activation_is_understood_and_written_back_as_one(name, act):
+    for base, key in ((LLAMA, "hidden_act"), (OPT, "activation_function"), (NEOX, "hidden_act")):
+        config = config_from_hf(edited(base, {key: name}))
+        assert config.act == act
+        assert config_from_hf(config_to_hf(config, "float32")) == config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA,
+        OPT,
+        dataclasses.replace(LLAMA, rope_scaling=RopeScaling("linear", 2.0), mlp_bias=True),
+        dataclasses.replace(OPT, norm_before=False, embed_dim=17),
+        dataclasses.replace(OPT, embed_dim=43, act="gelu_tanh"),
+        NEOX,
+        dataclasses.replace(NEOX, parallel_residual=False, attention_bias=False, tie_embeddings=True),
+        dataclasses.replace(NEOX, rotary_frac=1.0, act="relu", rope_scaling=LLAMA.rope_scaling),
+    ],
 )
 def test_configurations_survive_the_round_trip(config):
     assert config_from_hf(json.loads(json.dumps(config_to_hf(config, "bfloat16")))) == config
@@ -91,7 +168,7 @@ def test_configurations_survive_the_round_trip(config):
         ({"hidden_size": "23"}, "hidden_size is '23'"),
         ({"num_key_value_heads": 4}, "not a multiple of n_kv_heads=4"),
         ({"head_dim": None}, "hidden_size 23 is not a multiple of num_attention_heads 6"),
-        ({"hidden_act": "quick_gelu"}, "allowed are gelu, relu, silu"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported; supported are silu, "),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "has no factor"),
         ({"rope_scaling": 3}, "must be an object or null"),
@@ -106,8 +183,8 @@ def test_a_llama_setting_that_is_not_supported_is_refused(changes, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"do_layer_norm_before": False}, "do_layer_norm_before=false"),
-        ({"word_embed_proj_dim": 17}, "projected embeddings \\(word_embed_proj_dim 17, hidden_size 33\\)"),
+        ({"word_embed_proj_dim": -17}, "embed_dim is -17"),
+        ({"activation_function": "gelu_10"}, "activation_function 'gelu_10' is not supported"),
         ({"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=false"),
         ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm=true"),
         ({"num_attention_heads": 4}, "not a multiple of num_attention_heads 4"),
@@ -116,3 +193,32 @@ def test_a_llama_setting_that_is_not_supported_is_refused(changes, message):
 def test_an_opt_variant_that_is_not_supported_is_refused(changes, message):
     with pytest.raises(CheckpointError, match=message):
         config_from_hf(edited(OPT, changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported"),
+        ({"num_attention_heads": 5}, "hidden_size 48 is not a multiple of num_attention_heads 5"),
+        ({"rotary_pct": 0.2}, "head_dim is 16 of which a share of 0.2 is rotated; rotary positions need an even"),
+        ({"rotary_pct": 0.0}, "rotary_frac is 0.0"),
+        ({"rotary_pct": 1.5}, "rotary_frac is 1.5"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic' is not supported"),
+        ({"intermediate_size": None}, "has no intermediate_size"),
+    ],
+)
+def test_a_gpt_neox_setting_that_is_not_supported_is_refused(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        config_from_hf(edited(NEOX, changes))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dataclasses.replace(NEOX, mlp_bias=False), "mlp_bias = true"),
+        (dataclasses.replace(OPT, mlp_bias=False), "attention_bias = mlp_bias"),
+    ],
+)
+def test_what_a_folder_cannot_say_is_not_written(config, message):
+    with pytest.raises(CheckpointError, match=message):
+        config_to_hf(config, "float32")

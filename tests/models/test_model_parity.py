@@ -44,6 +44,16 @@ OPT_SIZES = {
     "bos_token_id": 2,
     "eos_token_id": 2,
 }
+NEOX_SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 41,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 97,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 CASES = {
     "llama_gqa_untied": ("llama", {"head_dim": 22, "tie_word_embeddings": False}),
     "llama_gqa_tied": ("llama", {"head_dim": 14, "tie_word_embeddings": True}),
@@ -57,6 +67,31 @@ CASES = {
     "opt_tied": ("opt", {}),
     "opt_untied_gelu": ("opt", {"tie_word_embeddings": False, "activation_function": "gelu"}),
     "opt_without_biases": ("opt", {"enable_bias": False}),
+    "opt_norm_after": ("opt", {"do_layer_norm_before": False}),
+    "opt_norm_after_projected": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 17}),
+    "opt_projected_untied": ("opt", {"word_embed_proj_dim": 43, "tie_word_embeddings": False}),
+    "neox_parallel": ("gpt_neox", {"rotary_pct": 0.25, "rotary_emb_base": 700.0}),
+    "neox_parallel_tied_gelu_new": ("gpt_neox", {"tie_word_embeddings": True, "hidden_act": "gelu_new"}),
+    "neox_sequential": ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "layer_norm_eps": 1e-3}),
+    "neox_without_attention_bias": ("gpt_neox", {"attention_bias": False, "hidden_act": "relu"}),
+    "neox_sequential_linear_rope": (
+        "gpt_neox",
+        {
+            "use_parallel_residual": False,
+            "hidden_act": "gelu_fast",
+            "rope_parameters": {
+                "rope_type": "linear",
+                "factor": 3.0,
+                "rope_theta": 700.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+}
+MODELS = {
+    "llama": (SIZES, transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "opt": (OPT_SIZES, transformers.OPTConfig, transformers.OPTForCausalLM),
+    "gpt_neox": (NEOX_SIZES, transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM),
 }
 
 
@@ -73,12 +108,8 @@ def torch_model(arch, changes, seed=0):
     """A random transformers model whose every parameter differs from its neutral value."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if arch == "llama":
-            config = transformers.LlamaConfig(**(SIZES | changes))
-            model = transformers.LlamaForCausalLM(config)
-        else:
-            config = transformers.OPTConfig(**(OPT_SIZES | changes))
-            model = transformers.OPTForCausalLM(config)
+        sizes, config, model = MODELS[arch]
+        model = model(config(**(sizes | changes)))
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
