@@ -5,7 +5,7 @@ engine = alisa_jax.Engine(model, policy="swa(kv_sparsity=0.8)")
 engine.generate([model.encode("def fibonacci(n):")], max_new_tokens=32)
 """
 
-from alisa_jax.engine import Batch, Engine, Generated, Scores
+from alisa_jax.engine import Batch, Engine, Generated, Sampling, Scores
 from alisa_jax.models.checkpoint import Model, load
 
-__all__ = ["Batch", "Engine", "Generated", "Model", "Scores", "load"]
+__all__ = ["Batch", "Engine", "Generated", "Model", "Sampling", "Scores", "load"]

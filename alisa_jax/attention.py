@@ -15,6 +15,7 @@ attention mass are float32.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ class Taps(NamedTuple):
     pos: jax.Array  # [B, P, M] int32: the token in each slot, -1 where none was attended
     attended: jax.Array  # [B] float32: attended tokens, itself included, mean over selection heads
     loads: jax.Array  # [B] int32: rows copied from the store for the next step
+    clipped: jax.Array  # [B] int32: elements of the new K and V that the codec had to clip
 
 
 def check(policy: Policy, codec, route: str, context: int, n_heads: int, n_kv_heads: int) -> None:
@@ -78,11 +80,20 @@ def grow(state: LayerState, S: int) -> LayerState:
     )
 
 
+def freeze(state: LayerState) -> LayerState:
+    """The same state with all tokens encoded, for a codec that has now seen the `frozen_after` tokens it waits for."""
+    ws, store = (None if home is None else home.freeze(state.codec) for home in (state.ws, state.store))
+    return state.replace(ws=ws, store=store)
+
+
 def decode(state: LayerState, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerState, Taps]:
     """One new token per sequence: q [B, N, H], k and v [B, K, H]. Returns out [B, N, H] in q's dtype."""
     step = {"working_set": _decode_working_set, "indexed": _decode_indexed, "masked": _decode_masked}[state.route]
     q_heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [B, K, G, H]
+    home, codec = state.store if state.ws is None else state.ws, state.codec
+    clipped = codec.clipped(home.k, k) + codec.clipped(home.v, v)
     part, state, taps = step(state, q_heads, k, v)
+    taps = taps._replace(clipped=clipped)
     return part.out.reshape(q.shape).astype(q.dtype), state.replace(length=state.length + 1), taps
 
 
@@ -102,12 +113,11 @@ def attend(codec, q, k, v, bias) -> tuple[Partial, jax.Array]:
     return part, jnp.sum(p, axis=(1, 2))[:, None] if P == 1 else jnp.sum(p, axis=2)
 
 
-def _taps(mass, pos, bias, loads=None) -> Taps:
+def _taps(mass, pos, bias) -> Taps:
     active = bias > -jnp.inf
     attended = jnp.mean(jnp.sum(active, axis=-1, dtype=jnp.float32), axis=-1)
-    if loads is None:
-        loads = jnp.zeros(pos.shape[:1], jnp.int32)
-    return Taps(mass, jnp.where(active, pos, -1), attended, loads)
+    zero = jnp.zeros(pos.shape[:1], jnp.int32)
+    return Taps(mass, jnp.where(active, pos, -1), attended, zero, zero)
 
 
 def _decode_working_set(state: LayerState, q, k, v):
@@ -118,7 +128,7 @@ def _decode_working_set(state: LayerState, q, k, v):
     taps, dense = _taps(mass, ws.pos, ws.bias), None
     which = policy.refresh(length)
     if which is not None:
-        part, row = _refreshed(store, codec, q, length, which, part, ws.pos.shape[1])
+        part, row = _refreshed(store, codec, q, length, which, part, ws.pos.shape[1], S)
         dense = (which, row)
         taps = taps._replace(attended=jnp.where(which, (length + 1).astype(jnp.float32), taps.attended))
     stats = policy.observe(state.stats, mass, ws.pos, slot, length, dense)
@@ -149,9 +159,8 @@ def exchange(policy, codec, store, stats, ws: WorkingSet, length, S, after):
     return jax.lax.while_loop(lambda c: c[3], lambda c: once(*c[:3]), start)[:3]
 
 
-def _refreshed(store: Store, codec, q, length, which, part: Partial, P: int):
+def _refreshed(store: Store, codec, q, length, which, part: Partial, P: int, S: int):
     """Replace `part` by dense attention over the store where `which` [B]; also the dense row [B, P, S]."""
-    S = store.k.shape[1]
 
     def dense(part):
         seen = positions(S) <= column(length)
@@ -206,20 +215,23 @@ def _decode_masked(state: LayerState, q, k, v):
     policy, codec, ws, length = state.policy, state.codec, state.ws, state.length
     slot = jnp.broadcast_to(length[:, None], ws.pos.shape[:2])
     k, v = codec.write_slot(ws.k, k, slot), codec.write_slot(ws.v, v, slot)
-    part, stats, pos, taps = _masked_row(policy, codec, state.stats, ws.pos, q, k, v, length)
+    part, stats, pos, taps = _masked_row(
+        policy, state.stats, ws.pos, q, lambda bias: attend(codec, q, k, v, bias), length
+    )
     return part, state.replace(ws=WorkingSet(k, v, pos, bias_of(pos)), stats=stats), taps
 
 
-def _masked_row(policy: Policy, codec, stats, pos, q, k, v, length):
+def _masked_row(policy: Policy, stats, pos, q, attend_all, length):
     """One query of the reference: slot = position, every token's K and V at hand, the selection as a mask.
 
-    pos [B, P, S]: -1 for tokens that are still to come or that an evicting policy has dropped.
+    pos [B, P, S]: -1 for tokens that are still to come or that an evicting policy has dropped. `attend_all(bias)` attends
+    every token under a bias.
     """
     S = pos.shape[-1]
     pos = jnp.where(positions(S) == column(length), positions(S), pos)
     keep = pos >= 0 if policy.evicts else _kept(policy, stats, length, S, q)
     bias = jnp.where(keep, jnp.float32(0.0), -jnp.inf)
-    part, mass = attend(codec, q, k, v, bias)
+    part, mass = attend_all(bias)
     stats = _observe_row(policy, stats, mass, pos, length)
     taps = _taps(mass, pos, bias)
     if policy.evicts:
@@ -270,29 +282,41 @@ def prefill(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState]:
             pos = jnp.where(positions(S) < column(length), positions(S), -1)
             pos = jnp.broadcast_to(pos, ws.pos.shape)
         slot = jnp.where(pos >= 0, jax.lax.broadcasted_iota(jnp.int32, pos.shape, 2), -1)
-        ws = ws.load(codec, store, slot, pos).replace(pos=pos, bias=bias_of(pos))
+        ws = ws.freeze(codec).load(codec, store, slot, pos).replace(pos=pos, bias=bias_of(pos))
     return out, state.replace(ws=ws, store=None if state.store is None else store, stats=stats, length=length)
 
 
-def score_masked(policy: Policy, codec, q, k, v) -> tuple[jax.Array, jax.Array]:
+def score_masked(policy: Policy, codec, q, k, v) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Whole texts in one pass, row i under the mask that decoding token by token would have had.
 
-    q [B, T, N, H], k and v [B, T, K, H]. Returns out [B, T, N, H] and the number of attended tokens [B, T] float32.
+    q [B, T, N, H], k and v [B, T, K, H]. Returns out [B, T, N, H], the number of attended tokens [B, T] float32, and the
+    number of elements of K and V that the codec had to clip [B, T] int32.
     """
     B, T, N, H = q.shape
-    K = k.shape[2]
+    K, raw_tokens = k.shape[2], codec.frozen_after
     P = policy.selection_heads(K)
     stats = policy.init(dims_of(policy, "masked", B, N, K, T))
-    empty = codec.empty((B, K, T, H), "slots")
-    k, v = (codec.fill(empty, jnp.swapaxes(x, 1, 2), "slots") for x in (k, v))
+    raw = [jnp.swapaxes(x, 1, 2) for x in (k, v)]  # [B, K, T, H]
+    packed = [codec.fill(codec.empty(x.shape, "slots", part), x, "slots") for x, part in zip(raw, "kv", strict=True)]
+    held = [x.astype(codec.raw.dtype) for x in raw] if raw_tokens else None  # what the first rows attend
     by_step = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 0)
 
     def row(carry, item):
         stats, pos = carry
         q_row, n = item
-        part, stats, pos, taps = _masked_row(policy, codec, stats, pos, q_row, k, v, jnp.full((B,), n, jnp.int32))
+
+        def attend_all(bias):
+            coded = functools.partial(attend, codec, q_row, *packed, bias)
+            if not raw_tokens:
+                return coded()
+            return jax.lax.cond(n < raw_tokens, lambda: attend(codec.raw, q_row, *held, bias), coded)
+
+        length = jnp.full((B,), n, jnp.int32)
+        part, stats, pos, taps = _masked_row(policy, stats, pos, q_row, attend_all, length)
         return (stats, pos), (part.out.reshape(B, N, H).astype(q.dtype), taps.attended)
 
     start = (stats, jnp.full((B, P, T), -1, jnp.int32))
     _, (out, attended) = jax.lax.scan(row, start, (by_step, jnp.arange(T, dtype=jnp.int32)))
-    return jnp.moveaxis(out, 0, 1), jnp.moveaxis(attended, 0, 1)
+    late = (jnp.arange(T) >= raw_tokens)[None].astype(jnp.int32)
+    clipped = late * sum(codec.clipped(home, x) for home, x in zip(packed, raw, strict=True))
+    return jnp.moveaxis(out, 0, 1), jnp.moveaxis(attended, 0, 1), clipped

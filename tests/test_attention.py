@@ -140,7 +140,8 @@ MASKED = (
 def test_scoring_a_whole_text_under_the_mask_equals_decoding_it(text):
     policy = parse(text)
     score = jax.jit(functools.partial(attention.score_masked, policy, replay.CODEC))
-    out, attended = score(*(jnp.asarray(x) for x in STREAM))
+    out, attended, clipped = score(*(jnp.asarray(x) for x in STREAM))
+    assert not np.asarray(clipped).any()
     decoded = run(text, policy.routes[0], "empty")
     np.testing.assert_allclose(out, decoded.out, atol=TOLERANCE)
     np.testing.assert_allclose(attended, decoded.attended, rtol=1e-6)

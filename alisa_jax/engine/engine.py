@@ -7,34 +7,26 @@ where the states grow by one layer at a time.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from alisa_jax import attention, policies
-from alisa_jax.engine import step
+from alisa_jax.engine import generate, step, stops
 from alisa_jax.engine.batch import Batch
+from alisa_jax.engine.generate import Generated
+from alisa_jax.engine.sampling import Sampling, batch_keys, choose
 from alisa_jax.kv import codec as codecs
-from alisa_jax.kv.buckets import bucket, next_bucket
+from alisa_jax.kv.buckets import bucket
+from alisa_jax.kv.codec import Rotation
 from alisa_jax.kv.state import tree_bytes
 
 PROTOCOLS = ("decode", "prefill_mask")
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What `Engine.generate` returns; one entry per prompt."""
-
-    tokens: list[list[int]]  # new tokens, up to and including the stop token
-    texts: list[str] | None  # prompt and new tokens together as text; None for a model without a tokenizer
-    margins: list[np.ndarray]  # best minus second best logit of each new token
-    compiles: int  # programs traced during the call
-    wall_s: float
 
 
 @dataclass(frozen=True)
@@ -45,6 +37,7 @@ class Scores:
     correct: list[np.ndarray]  # [len - 1] bool, the greedy token is the next token
     attended_frac: np.ndarray  # [L]: attended share of the context, the token itself included, mean over tokens
     loads_per_token: np.ndarray  # [L]: rows copied from the store into the working set (nan: not that protocol)
+    clipped_frac: np.ndarray  # [L]: share of the elements of K and V that lay outside the codec's range
     kv_bytes_per_token: float  # resident K and V, all layers, per token of the context bucket
     stats_bytes_per_token: float  # resident statistics, positions and biases, likewise
     compiles: int
@@ -65,8 +58,8 @@ class Engine:
         self.policy = policies.parse(policy) if isinstance(policy, str) else policy
         chosen = codecs.parse(codec) if isinstance(codec, str) else codec
         dtype = jax.tree.leaves(model.params)[0].dtype
-        self.codec = chosen.resolve(dtype)
         c = model.decoder.config
+        self.codec = chosen.resolve(dtype, Rotation(model.decoder.rotary_angles, c.max_positions))
         if getattr(self.policy, "dense_layers", 0) > c.n_layers:
             raise ValueError(f"dense_layers must be at most {c.n_layers}; got {self.policy.dense_layers}")
         layers = [self.policy.for_layer(i) for i in range(c.n_layers)]
@@ -76,10 +69,12 @@ class Engine:
         self.compiles = 0
         decoder = model.decoder
         self._prefill = self._jit(functools.partial(step.prefill, decoder, self.layers))
-        self._greedy = self._jit(functools.partial(step.greedy_chunk, decoder), donate_argnums=1)
+        self._choose = self._jit(choose)
+        self._generate = self._jit(functools.partial(step.generate_chunk, decoder), donate_argnums=1)
         self._score = self._jit(functools.partial(step.score_chunk, decoder), donate_argnums=1)
         self._masked = self._jit(functools.partial(step.score_masked, decoder, self.layers))
         self._grow = self._jit(step.grow, static_argnums=1)
+        self._freeze = self._jit(step.freeze, static_argnums=1)
 
     def _jit(self, function, **options):
         """`jax.jit` that counts how often the function is traced."""
@@ -118,13 +113,22 @@ class Engine:
             )
         return sequences
 
+    def check_calibration(self, length: np.ndarray) -> None:
+        """Raise ValueError unless every sequence, of `length` [B] tokens, has the tokens that the codec calibrates on."""
+        needed = self.codec.frozen_after
+        if length.min() < needed:
+            raise ValueError(
+                f"the codec takes its range from the first {needed} tokens of each sequence; sequence {length.argmin()} has"
+                f" {length.min()}: give calibration_tokens={length.min()} or fewer, or axis=token"
+            )
+
     def init(self, B: int, context_tokens: int):
         """Empty states for B sequences of up to `context_tokens` tokens."""
         return step.init(self.model.decoder, self.layers, B, bucket(context_tokens))
 
     def state_bytes(self, B: int, context_tokens: int) -> tuple[int, int]:
         """Bytes of K and V, and of all else, that B sequences of `context_tokens` tokens keep resident."""
-        kv = jax.eval_shape(lambda: self.init(B, context_tokens))
+        kv = jax.eval_shape(lambda: tuple(step.freeze(s, s.context) for s in self.init(B, context_tokens)))
         whole = sum(tree_bytes(state) for state in kv)
         homes = [h for state in kv for h in (state.ws, state.store) if h is not None]
         content = sum(tree_bytes((h.k, h.v)) for h in homes)
@@ -136,52 +140,34 @@ class Engine:
         max_new_tokens: int,
         eos_ids: Sequence[int] = (),
         progress: bool = False,
+        *,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        key: jax.Array | None = None,
+        stop: str | Sequence[str] = (),
+        on_text: Callable[[int, str], None] | None = None,
     ) -> Generated:
-        """Greedy continuation of a ragged batch of prompts, up to `max_new_tokens` each or a token of `eos_ids`.
+        """Continuation of a ragged batch of prompts, up to `max_new_tokens` each, a token of `eos_ids` or a stop string.
 
-        prompts: token ids as they are, or texts as `Model.encode` reads them. Raises ValueError, before anything runs,
-        for an empty prompt, an id outside the vocabulary, and prompt + new tokens beyond the model's context.
+        prompts: token ids as they are, or texts as `Model.encode` reads them. sampling: None is greedy.
+        seed, or key instead: a typed key [] for the run, or keys [B], one per prompt (see `sampling.sequence_keys`); the
+        same key gives the same tokens. stop: texts that end a sequence where its new text first holds one; the text is
+        cut before it. on_text(i, piece): called with new text of prompt i as it becomes final; the pieces of a prompt
+        joined are its completion. Raises ValueError, before anything runs, for an empty prompt, an id outside the
+        vocabulary, prompt + new tokens beyond the model's context, and text asked of a model without a tokenizer.
         """
-        start, compiles = time.perf_counter(), self.compiles
         batch = self.batch(prompts)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-        longest = int(batch.length.max())
-        self.validate(longest + max_new_tokens)
-        S = bucket(longest)
-        eos = jnp.asarray(list(eos_ids) or [-1], jnp.int32)
-        logits, kv = self._prefill(self.model.params, jnp.asarray(batch.padded(S)), jnp.asarray(batch.length))
-        token, margin = step.pick(logits)
-        done = step.is_stop(token, eos)
-        columns, margins, made = [np.asarray(token)[:, None]], [np.asarray(margin)[:, None]], 1
-        with _bar(progress, max_new_tokens, "generate") as bar:
-            bar.update(1)
-            while made < max_new_tokens and not bool(done.all()):
-                room = S - (longest + made - 1)
-                if room == 0:
-                    S, layers = next_bucket(S), list(kv)
-                    del kv  # `_grow_each` holds the only reference: an old layer is freed before the next one grows
-                    kv = self._grow_each(layers, S)
-                    room = S - (longest + made - 1)
-                n = min(step.CHUNK_STEPS, room, max_new_tokens - made)
-                out, kv = self._greedy(self.model.params, kv, token, done, eos, jnp.int32(n))
-                token, done, taken = out.token, out.done, int(out.steps)
-                columns.append(np.asarray(out.tokens)[:, :taken])
-                margins.append(np.asarray(out.margins)[:, :taken])
-                made += taken
-                bar.update(taken)
-        new, margin = np.concatenate(columns, axis=1), np.concatenate(margins, axis=1)
-        ends = [_end(row, eos_ids) for row in new]
-        tokens = [row[:end].tolist() for row, end in zip(new, ends, strict=True)]
-        given = [row[:n].tolist() for row, n in zip(batch.tokens, batch.length, strict=True)]
-        known = self.model.tokenizer is not None
-        return Generated(
-            tokens,
-            [self.model.decode(a + b) for a, b in zip(given, tokens, strict=True)] if known else None,
-            [row[:end] for row, end in zip(margin, ends, strict=True)],
-            self.compiles - compiles,
-            time.perf_counter() - start,
-        )
+        self.validate(int(batch.length.max()) + max_new_tokens)
+        self.check_calibration(batch.length)
+        stop = stops.check_stops(stop)
+        if self.model.tokenizer is None and (stop or on_text is not None):
+            raise ValueError(f"stop strings and on_text need text, and the model {self.model.name} has no tokenizer")
+        greedy = sampling is None or sampling.greedy
+        drawn = None if greedy else (batch_keys(len(batch.length), seed, key), sampling.settings())
+        eos = frozenset(int(t) for t in eos_ids)
+        return generate.run(self, batch, max_new_tokens, eos, drawn, stop, on_text, progress)
 
     def score(self, sequences, protocol: str = "decode", progress: bool = False) -> Scores:
         """Log-probability of every token but the first of a ragged batch of sequences, from an empty cache.
@@ -198,18 +184,21 @@ class Engine:
             raise ValueError(f"a sequence to score needs at least 2 tokens; number {batch.length.argmin()} has 1")
         B, T = batch.tokens.shape
         self.validate(T)
+        self.check_calibration(batch.length - 1)
         targets = np.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
         valid = np.arange(T)[None] < (batch.length - 1)[:, None]
         run = self._score_decode if protocol == "decode" else self._score_masked
-        logprobs, correct, attended, loads = run(batch.tokens, targets, valid, progress)
+        logprobs, correct, attended, loads, clipped = run(batch.tokens, targets, valid, progress)
         content, other = self.state_bytes(B, T)
-        count = int(valid.sum())
+        count, c = int(valid.sum()), self.model.decoder.config
+        coded = int(valid[:, self.codec.frozen_after :].sum()) * 2 * c.n_kv_heads * c.head_dim
         kind = self.implementation if protocol == "decode" else "xla:masked"
         return Scores(
             [row[: n - 1] for row, n in zip(logprobs, batch.length, strict=True)],
             [row[: n - 1] for row, n in zip(correct, batch.length, strict=True)],
             attended / count,
             loads / count,
+            clipped / max(1, coded),
             content / (B * bucket(T)),
             other / (B * bucket(T)),
             self.compiles - compiles,
@@ -219,39 +208,34 @@ class Engine:
 
     def _score_decode(self, tokens, targets, valid, progress):
         B, T = tokens.shape
-        kv, C = self.init(B, T), step.CHUNK_STEPS
-        width = -(-(T - 1) // C) * C
-        padded = [jnp.asarray(np.pad(x, ((0, 0), (0, max(0, width - T))))) for x in (tokens, targets, valid)]
+        C, raw_tokens = step.CHUNK_STEPS, self.codec.frozen_after
+        kv = self.init(B, raw_tokens or T)
+        padded = [jnp.asarray(np.pad(x, ((0, 0), (0, C)))) for x in (tokens, targets, valid)]
+        borders = sorted({*range(0, raw_tokens, C), *range(raw_tokens, T - 1, C), T - 1})
         parts = []
-        with _bar(progress, T - 1, "score") as bar:
-            for first in range(0, T - 1, C):
-                n = min(C, T - 1 - first)
+        with generate.bar(progress, T - 1, "score") as bar:
+            for first, end in itertools.pairwise(borders):
+                if first == raw_tokens > 0:
+                    kv = tuple(self._freeze(state, bucket(T)) for state in kv)
                 piece = [x[:, first : first + C] for x in padded]
-                out, kv = self._score(self.model.params, kv, *piece, jnp.int32(n))
-                parts.append(jax.tree.map(np.asarray, out))
-                bar.update(n)
-        logprobs, correct = (np.concatenate([getattr(p, f) for p in parts], 1) for f in ("logprobs", "correct"))
-        return logprobs, correct, sum(p.attended for p in parts), sum(p.loads.astype(np.float64) for p in parts)
+                out, kv = self._score(self.model.params, kv, *piece, jnp.int32(end - first))
+                parts.append((end - first, jax.tree.map(np.asarray, out)))
+                bar.update(end - first)
+        logprobs, correct = (
+            np.concatenate([getattr(out, f)[:, :n] for n, out in parts], 1) for f in ("logprobs", "correct")
+        )
+        sums = (sum(getattr(out, f).astype(np.float64) for _, out in parts) for f in ("attended", "loads", "clipped"))
+        return logprobs, correct, *sums
 
     def _score_masked(self, tokens, targets, valid, progress):
         del progress  # one program, one pass
         T = bucket(tokens.shape[1])
         padded = [jnp.asarray(np.pad(x, ((0, 0), (0, T - x.shape[1])))) for x in (tokens, targets, valid)]
-        logprobs, correct, attended = (np.asarray(x) for x in self._masked(self.model.params, *padded))
-        return logprobs, correct, attended, np.full(attended.shape, np.nan)
+        logprobs, correct, attended, clipped = (np.asarray(x) for x in self._masked(self.model.params, *padded))
+        return logprobs, correct, attended, np.full(attended.shape, np.nan), clipped
 
     def _grow_each(self, layers: list, S: int):
         """The states of all layers for the bucket S; `layers` is emptied on the way."""
         for i in range(len(layers)):
             layers[i] = self._grow(layers[i], S)
         return tuple(layers)
-
-
-def _end(row: np.ndarray, eos_ids: Sequence[int]) -> int:
-    stops = np.flatnonzero(np.isin(row, list(eos_ids)))
-    return int(stops[0]) + 1 if len(stops) else len(row)
-
-
-def _bar(progress: bool, total: int, label: str) -> tqdm:
-    """A progress bar on stderr: only when wanted, and silent when stderr is not a terminal."""
-    return tqdm(total=total, desc=label, unit="token", disable=None if progress else True, leave=False)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax import attention
+from alisa_jax.engine import sampling
 from alisa_jax.kv.state import KVState, LayerState
 from alisa_jax.models.decoder import Decoder
 
@@ -67,21 +68,15 @@ def decode(decoder: Decoder, params, kv: KVState, token) -> tuple[jax.Array, KVS
     return decoder.unembed(params, x)[:, 0], tuple(states), taps
 
 
-class Greedy(NamedTuple):
-    """A chunk of greedy generation; columns from `steps` on hold nothing."""
+class Chunk(NamedTuple):
+    """A chunk of generation; columns from `steps` on hold nothing."""
 
     tokens: jax.Array  # [B, CHUNK_STEPS] int32
-    margins: jax.Array  # [B, CHUNK_STEPS] float32: best logit minus second best
+    margins: jax.Array  # [B, CHUNK_STEPS] float32: see `sampling.choose`
+    logprobs: jax.Array  # [B, CHUNK_STEPS] float32, nats, of the tokens under the model's own distribution
     token: jax.Array  # [B] int32, to be fed next
     done: jax.Array  # [B] bool: a stop token has been produced
     steps: jax.Array  # [] int32, steps taken
-
-
-def pick(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Greedy token [B] int32 (ties to the lowest id) and its margin over the second best logit [B]."""
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    rest = jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == token[:, None], -jnp.inf, logits)
-    return token, jnp.max(logits, axis=-1) - jnp.max(rest, axis=-1)
 
 
 def is_stop(token: jax.Array, eos: jax.Array) -> jax.Array:
@@ -89,20 +84,23 @@ def is_stop(token: jax.Array, eos: jax.Array) -> jax.Array:
     return jnp.any(token[:, None] == eos[None], axis=-1)
 
 
-def greedy_chunk(decoder: Decoder, params, kv: KVState, token, done, eos, n) -> tuple[Greedy, KVState]:
-    """Up to n <= CHUNK_STEPS greedy steps from `token` [B]; ends early when every sequence is done."""
+def generate_chunk(decoder: Decoder, params, kv: KVState, token, done, eos, n, draw=None) -> tuple[Chunk, KVState]:
+    """Up to n <= CHUNK_STEPS steps from `token` [B]; ends early when every sequence is done.
+
+    draw: a `sampling.Draw`, or None for greedy steps.
+    """
     B = token.shape[0]
-    out = Greedy(
-        jnp.zeros((B, CHUNK_STEPS), jnp.int32), jnp.zeros((B, CHUNK_STEPS)), token, done, jnp.zeros((), jnp.int32)
-    )
+    empty = jnp.zeros((B, CHUNK_STEPS))
+    out = Chunk(jnp.zeros((B, CHUNK_STEPS), jnp.int32), empty, empty, token, done, jnp.zeros((), jnp.int32))
 
     def body(carry):
         out, kv = carry
         logits, kv, _ = decode(decoder, params, kv, out.token)
-        token, margin = pick(logits)
-        return Greedy(
+        token, margin, logprob = sampling.choose(logits, draw, out.steps)
+        return Chunk(
             jax.lax.dynamic_update_slice(out.tokens, token[:, None], (0, out.steps)),
             jax.lax.dynamic_update_slice(out.margins, margin[:, None], (0, out.steps)),
+            jax.lax.dynamic_update_slice(out.logprobs, logprob[:, None], (0, out.steps)),
             token,
             out.done | is_stop(token, eos),
             out.steps + 1,
@@ -118,14 +116,14 @@ class Scored(NamedTuple):
     correct: jax.Array  # [B, CHUNK_STEPS] bool: the greedy token is the target
     attended: jax.Array  # [L] float32: sum over steps and sequences of the share of the context that was attended
     loads: jax.Array  # [L] int32: rows copied from the stores
+    clipped: jax.Array  # [L] int32: elements of K and V that the codec clipped
 
 
 def score_chunk(decoder: Decoder, params, kv: KVState, tokens, targets, valid, n) -> tuple[Scored, KVState]:
     """n <= CHUNK_STEPS steps: tokens, targets [B, CHUNK_STEPS] int32, valid [B, CHUNK_STEPS] bool (what is counted)."""
     L = len(kv)
-    zero = Scored(
-        jnp.zeros(tokens.shape), jnp.zeros(tokens.shape, jnp.bool_), jnp.zeros((L,)), jnp.zeros((L,), jnp.int32)
-    )
+    none = jnp.zeros((L,), jnp.int32)
+    zero = Scored(jnp.zeros(tokens.shape), jnp.zeros(tokens.shape, jnp.bool_), jnp.zeros((L,)), none, none)
 
     def body(i, carry):
         out, kv = carry
@@ -134,12 +132,13 @@ def score_chunk(decoder: Decoder, params, kv: KVState, tokens, targets, valid, n
         logits, kv, taps = decode(decoder, params, kv, token)
         logprob, correct = judge(logits, target)
         share = jnp.stack([t.attended / (length + 1).astype(jnp.float32) for t in taps])
-        loads = jnp.stack([t.loads for t in taps])
+        loads, clipped = (jnp.stack([getattr(t, f) for t in taps]) for f in ("loads", "clipped"))
         return Scored(
             jax.lax.dynamic_update_slice(out.logprobs, logprob[:, None], (0, i)),
             jax.lax.dynamic_update_slice(out.correct, correct[:, None], (0, i)),
             out.attended + jnp.sum(jnp.where(counts[None], share, jnp.float32(0.0)), axis=1),
             out.loads + jnp.sum(jnp.where(counts[None], loads, 0), axis=1, dtype=jnp.int32),
+            out.clipped + jnp.sum(jnp.where(counts[None], clipped, 0), axis=1, dtype=jnp.int32),
         ), kv
 
     return jax.lax.fori_loop(0, n, body, (zero, kv))
@@ -154,30 +153,38 @@ def judge(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
 def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):
     """Protocol `prefill_mask`: tokens, targets [B, T] int32, valid [B, T] bool, T a multiple of 32.
 
-    Returns log-probabilities and hits [B, T], and the sum [L] over valid tokens of the share that was attended.
+    Returns log-probabilities and hits [B, T], and two sums [L] over valid tokens: of the share that was attended, and of the
+    elements that the codec clipped.
     """
     x, at = _embed(decoder, params, tokens)
-    shares = []
+    shares, clips = [], []
     for layer, (policy, codec, _) in enumerate(layers):
 
         def attend(q, k, v, policy=policy, codec=codec):
-            return attention.score_masked(policy, codec, q, k, v)
+            out, *aux = attention.score_masked(policy, codec, q, k, v)
+            return out, aux
 
-        x, attended = decoder.block(params, layer, x, at, attend)
+        x, (attended, clipped) = decoder.block(params, layer, x, at, attend)
         share = attended / (at + 1).astype(jnp.float32)
         shares.append(jnp.sum(jnp.where(valid, share, jnp.float32(0.0))))
+        clips.append(jnp.sum(jnp.where(valid, clipped, 0), dtype=jnp.int32))
     B, T, D = x.shape
     size = 32  # the logits of so many positions are held at once
     blocks = jnp.moveaxis(x.reshape(B, T // size, size, D), 1, 0)
     wanted = jnp.moveaxis(targets.reshape(B, T // size, size), 1, 0)
     logprobs, correct = jax.lax.map(lambda b: judge(decoder.unembed(params, b[0]), b[1]), (blocks, wanted))
     flat = (jnp.moveaxis(y, 0, 1).reshape(B, T) for y in (logprobs, correct))
-    return *flat, jnp.stack(shares)
+    return *flat, jnp.stack(shares), jnp.stack(clips)
 
 
 def grow(state: LayerState, S: int) -> LayerState:
     """One layer's state for the bucket S."""
     return attention.grow(state, S)
+
+
+def freeze(state: LayerState, S: int) -> LayerState:
+    """One layer's state with its tokens encoded, for the bucket S."""
+    return attention.grow(attention.freeze(state), S)
 
 
 def _embed(decoder: Decoder, params, tokens):

@@ -59,6 +59,11 @@ def take_tokens(x: jax.Array, pos: jax.Array) -> jax.Array:
     return x[_iota(pos.shape, 0), pos, _iota(pos.shape, 1)]
 
 
+def slice_tokens(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """Token-major read of a run: tokens start .. start+size-1 of `x` [B, S, K, *] as head-major rows [B, K, size, *]."""
+    return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), 1, 2)
+
+
 def pad_axis(x: jax.Array, axis: int, size: int, value) -> jax.Array:
     """`x` with `axis` extended to `size` by `value` (never shortened)."""
     width = [(0, 0)] * x.ndim

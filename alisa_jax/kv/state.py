@@ -39,7 +39,7 @@ class WorkingSet:
         """A working set with all of its M slots free."""
         shape = (B, K, M, H)
         pos = jnp.full((B, P, M), EMPTY, jnp.int32)
-        return WorkingSet(codec.empty(shape, "slots"), codec.empty(shape, "slots"), pos, bias_of(pos))
+        return WorkingSet(codec.empty(shape, "slots", "k"), codec.empty(shape, "slots", "v"), pos, bias_of(pos))
 
     def append(self, codec, k: jax.Array, v: jax.Array, length: jax.Array) -> tuple[WorkingSet, jax.Array]:
         """Put the token at position `length` [B], with `k`, `v` [B, K, H], into the first empty slot.
@@ -65,6 +65,10 @@ class WorkingSet:
             v=codec.put(self.v, codec.take(store.v, pos), slot),
         )
 
+    def freeze(self, codec) -> WorkingSet:
+        """The same tokens, all of them encoded (`Codec.freeze`)."""
+        return self.replace(k=codec.freeze(self.k, "slots"), v=codec.freeze(self.v, "slots"))
+
     def grow(self, codec, M: int) -> WorkingSet:
         """The same tokens in the same slots, with M slots in all."""
         return WorkingSet(
@@ -85,11 +89,15 @@ class Store:
     @staticmethod
     def empty(codec, B: int, S: int, K: int, H: int) -> Store:
         """A store with room for S tokens."""
-        return Store(codec.empty((B, S, K, H), "tokens"), codec.empty((B, S, K, H), "tokens"))
+        return Store(codec.empty((B, S, K, H), "tokens", "k"), codec.empty((B, S, K, H), "tokens", "v"))
 
     def append(self, codec, k: jax.Array, v: jax.Array, length: jax.Array) -> Store:
         """Write `k`, `v` [B, K, H] at row `length` [B]; a full store stays as it is."""
         return Store(codec.write_token(self.k, k, length), codec.write_token(self.v, v, length))
+
+    def freeze(self, codec) -> Store:
+        """The same rows, all of them encoded."""
+        return self.replace(k=codec.freeze(self.k, "tokens"), v=codec.freeze(self.v, "tokens"))
 
     def grow(self, codec, S: int) -> Store:
         """The same rows, with room for S tokens."""

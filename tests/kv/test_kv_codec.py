@@ -21,12 +21,12 @@ def normal(seed, *shape):
 def test_a_token_written_is_read_back_rounded_once_and_moved_bit_for_bit(dtype):
     codec, x = Raw(dtype), normal(1, B, K, H)
     rounded = np.asarray(x.astype(dtype))
-    store = codec.write_token(codec.empty((B, S, K, H), "tokens"), x, jnp.array([2, 6]))
+    store = codec.write_token(codec.empty((B, S, K, H), "tokens", "k"), x, jnp.array([2, 6]))
     np.testing.assert_array_equal(np.asarray(store)[[0, 1], [2, 6]], rounded)
     codes = codec.take(store, jnp.array([[[2]], [[6]]]))
-    slots = codec.put(codec.empty((B, K, M, H), "slots"), codes, jnp.array([[[4]], [[0]]]))
+    slots = codec.put(codec.empty((B, K, M, H), "slots", "k"), codes, jnp.array([[[4]], [[0]]]))
     np.testing.assert_array_equal(np.asarray(slots)[[0, 1], :, [4, 0]], rounded)
-    direct = codec.write_slot(codec.empty((B, K, M, H), "slots"), x, jnp.array([[4], [0]]))
+    direct = codec.write_slot(codec.empty((B, K, M, H), "slots", "k"), x, jnp.array([[4], [0]]))
     np.testing.assert_array_equal(direct, slots)
     np.testing.assert_array_equal(codec.slice_tokens(store, jnp.int32(2), 3)[0, :, 0], rounded[0])
 
@@ -34,8 +34,8 @@ def test_a_token_written_is_read_back_rounded_once_and_moved_bit_for_bit(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_filling_a_prompt_equals_writing_its_tokens_one_by_one(dtype):
     codec, x = Raw(dtype), normal(2, B, S, K, H)
-    filled = codec.fill(codec.empty((B, S, K, H), "tokens"), x, "tokens")
-    one_by_one = codec.empty((B, S, K, H), "tokens")
+    filled = codec.fill(codec.empty((B, S, K, H), "tokens", "k"), x, "tokens")
+    one_by_one = codec.empty((B, S, K, H), "tokens", "k")
     for t in range(S):
         one_by_one = codec.write_token(one_by_one, x[:, t], jnp.full((B,), t))
     np.testing.assert_array_equal(filled, one_by_one)
@@ -45,7 +45,7 @@ def test_filling_a_prompt_equals_writing_its_tokens_one_by_one(dtype):
 def test_both_products_of_attention_are_float32_and_close_to_float64(dtype, tolerance):
     codec, q, k = Raw(dtype), normal(3, B, K, G, H), normal(4, B, K, M, H)
     p = jax.nn.softmax(normal(5, B, K, G, M), axis=-1)
-    packed = codec.fill(codec.empty((B, K, M, H), "slots"), k, "slots")
+    packed = codec.fill(codec.empty((B, K, M, H), "slots", "k"), k, "slots")
     logits, mixed = codec.logits(q, packed), codec.mix(p, packed)
     assert logits.dtype == mixed.dtype == jnp.float32
     q, k, p = (np.asarray(x, np.float64) for x in (q, k, p))
@@ -56,7 +56,7 @@ def test_both_products_of_attention_are_float32_and_close_to_float64(dtype, tole
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_token_bytes_is_what_the_arrays_take(dtype):
     codec = Raw(dtype)
-    pair = [codec.empty((B, S, K, H), "tokens") for _ in "kv"]
+    pair = [codec.empty((B, S, K, H), "tokens", part) for part in "kv"]
     assert codec.token_bytes(K, H) == sum(x.nbytes for x in pair) / (B * S)
 
 

@@ -1,0 +1,157 @@
+"""Generation: the loop over chunks of steps, and what it hands back.
+
+A chunk runs without looking at text. A sequence that ends inside it, by a stop token or a stop string, is cut behind it
+and marked done, so no result depends on how many steps a chunk has; what a sequence that is done still computes is
+thrown away, and no other sequence sees it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from alisa_jax.engine import step, stops
+from alisa_jax.engine.batch import Batch
+from alisa_jax.engine.sampling import Draw, Settings
+from alisa_jax.kv.buckets import bucket, next_bucket
+
+LISTENING_STEPS = 8  # of a chunk, while stop strings are searched or text is shown as it comes
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `Engine.generate` returns; one entry per prompt in every list."""
+
+    tokens: list[list[int]]  # new tokens, up to and including the one that ended the sequence
+    texts: list[str] | None  # text of the prompt and of the new tokens; None for a model without a tokenizer
+    margins: list[np.ndarray]  # by how much each new token was chosen: see `sampling.choose`
+    compiles: int  # programs traced during the call
+    wall_s: float  # all of the call
+    completions: list[str] | None  # text of the new tokens, cut before the stop string; None without a tokenizer
+    finish_reasons: list[str]  # "stop_token", "stop_string" or "length"
+    logprobs: list[np.ndarray]  # nats, of each new token under the model's own distribution, whatever the sampling
+    prefill_s: float  # until the first new tokens are known, compilation included
+    decode_s: float  # from there to the last new token, compilation included
+
+
+class Running:
+    """One sequence on its way: its new tokens, and their text where somebody listens."""
+
+    def __init__(self, eos: frozenset[int], text: stops.Completion | None):
+        self.eos, self.text = eos, text
+        self.tokens, self.margins, self.logprobs, self.reason = [], [], [], None
+
+    def take(self, tokens: np.ndarray, margins: np.ndarray, logprobs: np.ndarray, room: int) -> None:
+        """Take in the tokens [n] of a chunk as far as the sequence goes, `room` in all at most."""
+        for i, token in enumerate(tokens.tolist()):
+            if self.reason is not None:
+                return
+            self.tokens.append(token)
+            self.margins.append(margins[i])
+            self.logprobs.append(logprobs[i])
+            if self.text is not None and self.text.push(token):
+                self.reason = "stop_string"
+            elif token in self.eos:
+                self.reason = "stop_token"
+            elif len(self.tokens) == room:
+                self.reason = "length"
+            if self.text is not None and self.reason is not None:
+                self.text.end()
+
+
+def run(
+    engine,
+    batch: Batch,
+    max_new_tokens: int,
+    eos_ids: frozenset[int],
+    drawn: tuple[jax.Array, Settings] | None,
+    stop: tuple[str, ...],
+    on_text: Callable[[int, str], None] | None,
+    progress: bool,
+) -> Generated:
+    """Continue `batch`; arguments as of `Engine.generate`, checked. drawn: keys [B] and settings; None: greedy."""
+    start, compiles = time.perf_counter(), engine.compiles
+    model = engine.model
+    given = [row[:n].tolist() for row, n in zip(batch.tokens, batch.length, strict=True)]
+    listening = bool(stop) or on_text is not None
+    texts = [None] * len(given)
+    if listening:
+        bytes_run = stops.byte_runs(model.tokenizer)
+        texts = [stops.Completion(model.decode, ids, stop, bytes_run) for ids in given]
+    running = [Running(eos_ids, text) for text in texts]
+
+    def took(*columns) -> np.ndarray:
+        """Hand out the tokens, margins and log-probabilities [B, n] of a chunk; returns [B] bool, who is done."""
+        for i, sequence in enumerate(running):
+            sequence.take(*(c[i] for c in columns), max_new_tokens)
+            if on_text is not None and (piece := sequence.text.show()):
+                on_text(i, piece)
+        return np.array([s.reason is not None for s in running])
+
+    longest = int(batch.length.max())
+    S = bucket(longest)
+    eos = jnp.asarray(sorted(eos_ids) or [-1], jnp.int32)
+    steps = LISTENING_STEPS if listening else step.CHUNK_STEPS
+    logits, kv = engine._prefill(model.params, jnp.asarray(batch.padded(S)), jnp.asarray(batch.length))
+    first = engine._choose(logits, _draw(drawn, 0), jnp.int32(0))
+    token, made = first[0], 1
+    columns = [np.asarray(x)[:, None] for x in first]  # waits for the device
+    prefill_s = time.perf_counter() - start
+    with bar(progress, max_new_tokens, "generate") as shown:
+        done = took(*columns)
+        shown.update(1)
+        while not done.all():
+            room = S - (longest + made - 1)
+            if room == 0:
+                S, layers = next_bucket(S), list(kv)
+                del kv  # `_grow_each` holds the only reference: an old layer is freed before the next one grows
+                kv = engine._grow_each(layers, S)
+                room = S - (longest + made - 1)
+            n = min(steps, room, max_new_tokens - made)
+            out, kv = engine._generate(
+                model.params, kv, token, jnp.asarray(done), eos, jnp.int32(n), _draw(drawn, made)
+            )
+            token, taken = out.token, int(out.steps)
+            done = took(*(np.asarray(x)[:, :taken] for x in (out.tokens, out.margins, out.logprobs)))
+            made += taken
+            shown.update(taken)
+    decode_s = time.perf_counter() - start - prefill_s
+    whole, new = _texts(model, given, running) if model.tokenizer is not None else (None, None)
+    return Generated(
+        [s.tokens for s in running],
+        whole,
+        [np.array(s.margins, np.float32) for s in running],
+        engine.compiles - compiles,
+        time.perf_counter() - start,
+        new,
+        [s.reason for s in running],
+        [np.array(s.logprobs, np.float32) for s in running],
+        prefill_s,
+        decode_s,
+    )
+
+
+def bar(progress: bool, total: int, label: str) -> tqdm:
+    """A progress bar on stderr: only when wanted, and silent when stderr is not a terminal."""
+    return tqdm(total=total, desc=label, unit="token", disable=None if progress else True, leave=False)
+
+
+def _draw(drawn, made: int) -> Draw | None:
+    return None if drawn is None else Draw(drawn[0], jnp.int32(made), drawn[1])
+
+
+def _texts(model, given: list[list[int]], running: list[Running]) -> tuple[list[str], list[str]]:
+    """Text of prompts with new tokens, and of the new tokens alone; both end before the stop string."""
+    whole, new = [], []
+    for ids, s in zip(given, running, strict=True):
+        text = model.decode(ids + s.tokens)
+        after = stops.behind(model.decode(ids), text)
+        new.append(after if s.text is None else s.text.end())
+        whole.append(text[: len(text) - len(after) + len(new[-1])])
+    return whole, new

@@ -1,0 +1,128 @@
+"""Streams of queries, keys and values, driven through one layer's decode step on any route of any policy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alisa_jax import attention
+from alisa_jax.kv.codec import Codec, Raw
+from alisa_jax.kv.state import EMPTY
+from alisa_jax.policies import Policy
+
+CODEC = Raw("float32")
+# Dozens of programs are compiled for a few steps each: LLVM need not optimise them. XLA's own passes all run.
+QUICK = MappingProxyType({"xla_backend_optimization_level": 0})
+
+# The stream of `Driver`: prime or unequal sizes, and runs that end with a full bucket.
+B, N, K, H, T = 3, 6, 3, 5, 96
+BUCKETS = (32, T)
+PADDED = 32  # tokens that prompts are padded to: the whole first bucket
+STARTS = MappingProxyType({"empty": None, "prompt": (5, 29, 16), "full_bucket": (11, 32, 1)})
+
+
+class Stream(NamedTuple):
+    """Queries, keys and values of one layer, float32."""
+
+    q: np.ndarray  # [B, T, N, H]
+    k: np.ndarray  # [B, T, K, H]
+    v: np.ndarray  # [B, T, K, H]
+
+
+def stream(seed: int, B: int, T: int, N: int, K: int, H: int) -> Stream:
+    """Random tokens whose attention is uneven and wanders: a key is heavy for a while, and at times again."""
+    rng = np.random.default_rng(seed)
+    themes = rng.normal(size=(B, 1, 1, H)) * np.sin(np.arange(T) / 5)[None, :, None, None]
+    q = 1.5 * (rng.normal(size=(B, T, N, H)) + themes)
+    k = rng.normal(size=(B, T, K, H)) + themes[:, ::-1]
+    return Stream(*(x.astype(np.float32) for x in (q, k, rng.normal(size=(B, T, K, H)))))
+
+
+class Run(NamedTuple):
+    """What a decoded stream attended and gave; step i of sequence b is the query at position first[b] + i."""
+
+    out: np.ndarray  # [B, steps, N, H]
+    slots: np.ndarray  # [B, steps, P, T + 1] int8: slots that hold each attended position; the last: any beyond T
+    attended: np.ndarray  # [B, steps] as the taps count them
+    loads: np.ndarray  # [B, steps]
+    free: np.ndarray  # [B, steps]: empty slots before the query came, of the head with the fewest (1 off "working_set")
+    refreshed: np.ndarray  # [B, steps] bool: the policy asked for a dense step
+    contexts: np.ndarray  # [steps], the context bucket
+    first: np.ndarray  # [B]
+    prompt: np.ndarray | None  # [B, T, N, H], the outputs over the prompts
+    state: attention.LayerState
+
+    @property
+    def sets(self) -> list:
+        """[b][step][p]: the set of attended positions."""
+        return [[[set(np.flatnonzero(head).tolist()) for head in step] for step in b] for b in self.slots]
+
+
+class Driver:
+    """Decodes streams under any policy; compiles every step once, and remembers the runs over its own stream.
+
+    codec: resolved; one that waits for tokens (`frozen_after`) needs prompts of that many.
+    """
+
+    def __init__(self, seed: int = 23, codec: Codec = CODEC):
+        self.codec = codec
+        self.tokens = stream(seed, B, T, N, K, H)
+        self.traces: Counter = Counter()  # by policy, route and context
+        self.step = jax.jit(self._decode, donate_argnums=0, compiler_options=dict(QUICK))
+        self._prefill = jax.jit(attention.prefill, compiler_options=dict(QUICK))
+        self._freeze = jax.jit(attention.freeze, compiler_options=dict(QUICK))
+        self._grow = jax.jit(attention.grow, static_argnums=1, compiler_options=dict(QUICK))
+        self._runs: dict = {}
+
+    def _decode(self, state, q, k, v):
+        self.traces[state.policy, state.route, state.context] += 1
+        return attention.decode(state, q, k, v)
+
+    def shared_run(self, policy: Policy, route: str, start: str, buckets: Sequence[int] = BUCKETS) -> Run:
+        """The run over the driver's own stream from one of STARTS."""
+        key = policy, route, start, tuple(buckets)
+        if key not in self._runs:
+            self._runs[key] = self.run(policy, route, self.tokens, buckets, STARTS[start], PADDED)
+        return self._runs[key]
+
+    def run(self, policy, route: str, tokens: Stream, buckets=(64,), prompt=None, padded: int = 0) -> Run:
+        """Decode to the end of the last bucket, from nothing or after dense prompts of `prompt` [B] tokens (padded)."""
+        with jax.default_matmul_precision("highest"):
+            return self._run(policy, route, tokens, list(buckets), prompt, padded)
+
+    def _run(self, policy, route, tokens, buckets, prompt, padded):
+        q, k, v = (jnp.asarray(x) for x in tokens)
+        (B, T, N, H), K, S = q.shape, k.shape[2], buckets.pop(0)
+        state = attention.init(policy, self.codec, route, attention.dims_of(policy, route, B, N, K, S), H)
+        length, prompt_out = np.zeros(B, np.int32), None
+        if prompt is not None:
+            length = np.array(prompt, np.int32)
+            prompt_out, state = self._prefill(state, q[:, :padded], k[:, :padded], v[:, :padded], jnp.asarray(length))
+        first, contexts, steps = length, [], []
+        while length.max() < S or buckets:
+            if length.max() == S:
+                S = buckets.pop(0)
+                state = self._grow(state, S)
+            if prompt is None and (length == self.codec.frozen_after).all():
+                state = self._freeze(state)
+            which, free = policy.refresh(jnp.asarray(length)), np.ones(B, int)
+            if route == "working_set":
+                free = (np.asarray(state.ws.pos) == EMPTY).sum(-1).min(-1)
+            out, state, taps = self.step(state, *(jnp.asarray(x[np.arange(B), length]) for x in tokens))
+            pos = np.asarray(taps.pos)
+            slots = np.zeros((*pos.shape[:2], T + 1), np.int8)
+            b, p, m = np.nonzero(pos != EMPTY)
+            at = pos[b, p, m]
+            np.add.at(slots, (b, p, np.where((at >= 0) & (at < T), at, T)), 1)
+            dense = np.zeros(B, bool) if which is None else np.asarray(which)
+            steps.append((out, slots, taps.attended, taps.loads, free, dense))
+            contexts.append(S)
+            length = length + 1
+        np.testing.assert_array_equal(state.length, length)
+        return Run(*(np.stack(x, 1) for x in zip(*steps)), np.array(contexts), first, prompt_out, state)

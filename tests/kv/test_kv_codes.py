@@ -1,0 +1,42 @@
+"""Products with int8 codes, tile by tile and in one, against float64 NumPy, and what they leave in memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alisa_jax.kv import codes
+
+# (B, K, G, M, H): several heads in a tile; one head, one tile; one head, several tiles with an overlapping last one
+SHAPES = [(2, 6, 1, 7, 5), (1, 2, 3, 511, 131), (1, 3, 2, 1100, 128)]
+
+
+def operands(B, K, G, M, H):
+    rng = np.random.default_rng(M)
+    q, p = rng.normal(size=(B, K, G, H)), rng.random((B, K, G, M))
+    return q.astype(np.float32), p.astype(np.float32), rng.integers(-128, 128, (B, K, M, H)).astype(np.int8)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_with_codes_agree_with_float64(shape):
+    q, p, c = operands(*shape)
+    want = np.einsum("bkgh,bkmh->bkgm", q.astype(np.float64), c)
+    for form in (codes.logits, codes._logits):
+        np.testing.assert_allclose(jax.jit(form)(q, c), want, rtol=1e-5, atol=2e-3)
+    want = np.einsum("bkgm,bkmh->bkgh", p.astype(np.float64), c)
+    for form in (codes.mix, codes._mix):
+        np.testing.assert_allclose(jax.jit(form)(p, c), want, rtol=1e-5, atol=2e-2)
+
+
+def test_the_tiles_cover_the_three_cases():
+    tilings = [codes._tiling(np.zeros((B, K, M, H), np.int8)) for B, K, _, M, H in SHAPES]
+    assert [(heads > 1, across > 1) for heads, _, across in tilings] == [(True, False), (False, True), (False, True)]
+    for (heads, tokens, across), (_, _, _, M, H) in zip(tilings, SHAPES):
+        assert heads * tokens * H <= codes.TILE_ELEMENTS and (across - 1) * tokens < M <= across * tokens
+
+
+def test_no_float_copy_of_the_codes_is_made_on_a_cpu():
+    q, p, c = operands(2, 4, 1, 4096, 64)
+    for form, x in ((codes.logits, q), (codes.mix, p)):
+        temporary = jax.jit(form).lower(x, jnp.asarray(c)).compile().memory_analysis().temp_size_in_bytes
+        assert temporary < c.size, temporary  # a float32 copy would be four times the codes
