@@ -1,4 +1,4 @@
-# make setup      a virtual environment with what the library, its tests and its plots need; at once when nothing changed
+# make setup      a virtual environment with what the library, its tests, plots and notebooks need; at once when nothing changed
 # make test       lint, format check and the tests
 # make reproduce  the headline table and plot on the bundled model
 # make lint | format | clean
@@ -29,7 +29,7 @@ $(VENV)/.setup: pyproject.toml constraints.txt
 	  "$(PYTHON)" -c '$(NEW_ENOUGH)' && echo "making $(VENV)" && "$(PYTHON)" -m venv "$(VENV)"; }
 	@$(BIN)/python -c '$(NEW_ENOUGH)'
 	@echo "installing into $(VENV), a few minutes the first time"
-	@$(PIP) install --quiet -c constraints.txt -e '.[dev,plots]'
+	@$(PIP) install --quiet -c constraints.txt -e '.[dev,notebooks,plots]'
 	@touch $@
 
 parity: $(VENV)/.parity-$(PARITY)

@@ -1,0 +1,102 @@
+"""The notebooks run from clean, in a kernel of their own, and what they find is sane."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "eval" / "notebooks").glob("*.ipynb"))
+NAMES = [path.name for path in NOTEBOOKS]
+LONGEST_S = 600
+# In a process of its own: the event loop, its sockets and their warnings stay out of the tests' process.
+EXECUTE = """
+import sys, nbclient, nbformat
+notebook = nbformat.read(sys.argv[1], as_version=4)
+try:
+    nbclient.NotebookClient(notebook, timeout=int(sys.argv[3]), kernel_name="python3").execute()
+finally:
+    nbformat.write(notebook, sys.argv[2])
+"""
+
+
+def executed(path: Path, folder: Path) -> dict:
+    """The notebook at `path` with its outputs; run in `folder`, which is not the repository."""
+    if missing := [name for name in ("nbclient", "nbformat", "ipykernel") if find_spec(name) is None]:
+        pytest.skip(f"{' and '.join(missing)} not installed (extra 'notebooks')")
+    home = {
+        name: str(folder)
+        for name in ("HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR")
+    }
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # installed or not
+    out = folder / "executed.ipynb"
+    command = [sys.executable, "-c", EXECUTE, str(path), str(out), str(LONGEST_S)]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **home, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, dict]:
+    """Every notebook after a run from clean, by file name."""
+    return {path.name: executed(path, tmp_path_factory.mktemp("notebook")) for path in NOTEBOOKS}
+
+
+def code_cells(notebook: dict) -> list[dict]:
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def test_there_is_a_notebook():
+    assert "write_your_own_policy.ipynb" in NAMES
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_a_committed_notebook_holds_no_outputs_and_names_no_machine(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert set(notebook["metadata"]) <= {"kernelspec", "language_info"}
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert notebook["metadata"].get("language_info", {"name": "python"}) == {"name": "python"}
+    for cell in code_cells(notebook):
+        assert cell["outputs"] == [] and cell["execution_count"] is None and cell["metadata"] == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_cell_of_a_notebook_runs_and_none_raises(name, results):
+    cells = code_cells(results[name])
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
+
+
+def test_the_wrong_policy_is_refused_the_right_one_passes_and_the_comparison_is_sane(results):
+    cells = code_cells(results["write_your_own_policy.ipynb"])
+    found = json.loads("".join(cells[-1]["outputs"][0]["text"]))
+    assert "breaks the rule 'capacity'" in found["refused"] and "no slot is empty for its own token" in found["refused"]
+    reports = [out["data"]["text/plain"] for cell in cells for out in cell["outputs"] if "data" in out]
+    passed = ["".join(text) for text in reports if "".join(text).startswith("Report(policy=Landmarks(")]
+    assert len(passed) == 1 and all(f"'{rule}'" in passed[0] for rule in ("routes", "gone", "no_sparsity"))
+
+    dense, *others = found["rows"]
+    budgets = {(row["policy"], row["kv_sparsity"]) for row in others}
+    assert budgets == {(name, s) for name in ("local", "strided", "swa", "landmarks") for s in (0.8, 0.9)}
+    assert dense["policy"] == "dense" and dense["attended_frac"] == pytest.approx(1)
+    for row in found["rows"]:
+        assert all(math.isfinite(value) for value in row.values() if not isinstance(value, str))
+        assert 0 <= row["recall"] <= 1 and row["perplexity"] > 1 and row["perplexity_stderr"] > 0
+    for row in others:
+        assert row["perplexity"] > dense["perplexity"] - 2 * dense["perplexity_stderr"]
+        assert row["recall"] <= dense["recall"] + 2 * dense["recall_stderr"]
+        past = 1 - row["kv_sparsity"]
+        assert past < row["attended_frac"] < past + 0.1, "a budget is kept up to the query itself and the first tokens"
+
+
+def test_the_figures_of_the_notebook_are_drawn(results):
+    cells = code_cells(results["write_your_own_policy.ipynb"])
+    images = [out for cell in cells for out in cell["outputs"] if "image/png" in out.get("data", {})]
+    assert len(images) == 2
