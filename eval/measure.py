@@ -15,16 +15,21 @@ from eval.common import UserError
 
 
 def footprint(scores) -> dict:
-    """Attended fraction and bytes per token over calls of `score`, weighted by the tokens they predicted."""
+    """Attended and clipped fractions and bytes per token over calls of `score`, weighted by the tokens they predicted.
+
+    `clipped_frac` is the share of the elements of K and V that lay outside the codec's range, 0 for `raw`.
+    """
     weights = [sum(len(row) for row in score.logprobs) for score in scores]
 
     def mean(name: str) -> np.ndarray:
         return np.average([np.asarray(getattr(score, name), np.float64) for score in scores], axis=0, weights=weights)
 
-    per_layer = mean("attended_frac")
+    attended, clipped = mean("attended_frac"), mean("clipped_frac")
     return {
-        "attended_frac": float(per_layer.mean()),
-        "attended_frac_per_layer": per_layer.tolist(),
+        "attended_frac": float(attended.mean()),
+        "attended_frac_per_layer": attended.tolist(),
+        "clipped_frac": float(clipped.mean()),
+        "clipped_frac_per_layer": clipped.tolist(),
         "kv_bytes_per_token": float(mean("kv_bytes_per_token")),
         "stats_bytes_per_token": float(mean("stats_bytes_per_token")),
     }
@@ -41,18 +46,21 @@ def how(scores) -> dict:
     }
 
 
-def perplexities(text: windows.Text, plan, logprobs) -> dict:
-    """The values above, with standard errors over windows.
+def per_window(plan, logprobs) -> tuple[list[float], list[int]]:
+    """Negative log-likelihood in nats of the tokens that each window scores, and their number.
 
     `logprobs[i]` holds the log-probability, in nats, of every token of window i but its first.
     """
-    totals, counts, n_bytes, n_words = [], [], 0, 0
-    for window, row in zip(plan, logprobs, strict=True):
-        count = window.stop - window.score
-        totals.append(-math.fsum(np.asarray(row, np.float64)[len(row) - count :]))
-        counts.append(count)
-        n_bytes += int(text.byte_count[window.score : window.stop].sum())
-        n_words += int(text.word_count[window.score : window.stop].sum())
+    counts = [window.stop - window.score for window in plan]
+    rows = zip(logprobs, counts, strict=True)
+    return [-math.fsum(np.asarray(row, np.float64)[len(row) - count :]) for row, count in rows], counts
+
+
+def perplexities(text: windows.Text, plan, logprobs) -> dict:
+    """The values above, with standard errors over windows; `logprobs` as in `per_window`."""
+    totals, counts = per_window(plan, logprobs)
+    n_bytes = sum(int(text.byte_count[window.score : window.stop].sum()) for window in plan)
+    n_words = sum(int(text.word_count[window.score : window.stop].sum()) for window in plan)
     nll, n = math.fsum(totals), sum(counts)
     if not math.isfinite(nll):
         raise UserError("the model gave a log-probability that is not finite, so there is no perplexity to report")

@@ -11,9 +11,12 @@ the n scored tokens:
     bits_per_byte    = nll / (ln 2 * UTF-8 bytes of the scored text)
 
 `stderr` is the standard error of token_perplexity over windows; `*_stderr` those of the values they are named
-after. `attended_frac` is attended tokens over past tokens, averaged over layers; bytes per token are over all
-layers. Protocols: `decode` goes token by token through the decode path; `prefill_mask` is one pass with the
-causal selection mask row by row. Nothing here is drawn at random: `--seed` is recorded only.
+after. `attended_frac` is attended tokens over past tokens, and `clipped_frac` the share of the elements of K and V
+that lay outside the codec's range, both averaged over layers; bytes per token are over all layers. A codec that
+takes its range from the first tokens of a sequence needs windows that are longer.
+
+Protocols: `decode` goes token by token through the decode path; `prefill_mask` is one pass with the causal selection
+mask row by row. Nothing here is drawn at random: `--seed` is recorded only.
 """
 
 import sys
@@ -91,10 +94,12 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     context, stride = inputs.window(setup.context, setup.stride, card, DEFAULT_CONTEXT)
     for policy in setup.policies:
         inputs.check_policy(policy, context)
+    inputs.check_codec(setup.codec, context, "windows")
     results = inputs.results(setup.out)
     model = inputs.model(load, setup.model)
     text = windows.tokenize(source.characters, inputs.tokenizer(model), setup.max_tokens)
     plan = windows.plan(len(text.tokens), context, stride, model.bos_id is not None)
+    plan = long_enough(plan, setup.codec, model.bos_id)
 
     records, reused = [], 0
     for policy in tqdm(setup.policies, desc="policies", disable=None, leave=False):
@@ -127,6 +132,19 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     common.emit(records, report(records), setup.json)
 
 
+def long_enough(plan: Sequence[windows.Window], codec: str, bos_id: int | None) -> list[windows.Window]:
+    """`plan` without a last window that is too short for the codec to take its range from, and a line that says so."""
+    last = plan[-1].stop - plan[-1].start + (bos_id is not None)
+    needed = inputs.calibration_tokens(codec)
+    if last > needed:
+        return list(plan)
+    common.say(
+        f"the last window is left out: it has {last} tokens, and {codec} takes its range from the first {needed} of"
+        f" a window (--max_tokens or --stride can avoid it)"
+    )
+    return list(plan[:-1])
+
+
 def evaluate(engine, text: windows.Text, plan, bos_id, batch: int, protocol: str) -> tuple[dict, dict]:
     """Score every window of `plan`; returns (values, how they were got)."""
     logprobs, scores = [], []
@@ -140,6 +158,7 @@ def evaluate(engine, text: windows.Text, plan, bos_id, batch: int, protocol: str
 
 def report(records: Sequence[dict]) -> str:
     """The table for people; the settings that all rows share stand above it."""
+    coded = not records[0]["codec"].startswith("raw")
     head = [
         "policy",
         "token ppl",
@@ -148,6 +167,7 @@ def report(records: Sequence[dict]) -> str:
         "attended",
         "KV B/token",
         "stats B/token",
+        *(["clipped"] if coded else []),
         "ran",
         "s",
     ]
@@ -162,6 +182,7 @@ def report(records: Sequence[dict]) -> str:
                 common.number(r["attended_frac"], ".1f", 100) + " %",
                 common.number(r["kv_bytes_per_token"], ".0f"),
                 common.number(r["stats_bytes_per_token"], ".0f"),
+                *([common.number(r["clipped_frac"], ".4f", 100) + " %"] if coded else []),
                 r["implementation"],
                 common.number(r["wall_s"], ".1f"),
             ]

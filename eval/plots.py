@@ -1,11 +1,14 @@
 """Figures. matplotlib is an extra: where it is not installed, a script says so and goes on."""
 
+import importlib.util
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 from eval.common import UserError
+from eval.quality import difference
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the markers do without colour.
 STYLES = MappingProxyType(
@@ -14,71 +17,220 @@ STYLES = MappingProxyType(
         "local": ("local", "#E69F00", "-", "s"),
         "strided": ("strided", "#56B4E9", "-", "^"),
         "swa": ("SWA", "#D55E00", "-", "o"),
+        "swa+int8": ("SWA, INT8", "#0072B2", ":", "D"),
     }
 )
+SERIES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 RECIPE = MappingProxyType({"font.family": "serif", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
+WITHOUT = "no figure: matplotlib is not installed (it comes with the extra 'plots')"
+
+# (metric, value, scale, label)
+PANELS = (
+    ("perplexity", "token_perplexity", 1, "token perplexity (lower is better)"),
+    ("recall", "recall_accuracy_frac", 100, "recall accuracy, % (higher is better)"),
+)
+CHANGES = (
+    ("perplexity", "change of perplexity, %\n(lower is better)"),
+    ("recall", "change of recall, points\n(higher is better)"),
+)
 
 
 def quality(records: Mapping[tuple[str, float], dict], methods: Sequence[str], path: Path) -> str:
     """Perplexity and recall accuracy against KV sparsity, two panels, as a PNG; returns a sentence on what
     was done.
 
-    `records` are those of `eval.reproduce`, by (method, kv_sparsity). Raises UserError where `path` cannot be
-    written.
+    `records` are those of `eval.reproduce`, by (method, kv_sparsity), dense among them; bars are one standard error of the
+    paired difference from dense. Raises UserError where `path` cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        return "no figure: matplotlib is not installed (it comes with the extra 'plots')"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    first = next(iter(records.values()))
-    panels = (
-        ("token_perplexity", "stderr", 1, "token perplexity (lower is better)"),
-        ("recall_accuracy_frac", "recall_accuracy_frac_stderr", 100, "recall accuracy, % (higher is better)"),
-    )
+    pyplot = _pyplot()
+    if pyplot is None:
+        return WITHOUT
+    dense = records["dense", 0.0]
     with pyplot.rc_context(RECIPE):
         figure, axes = pyplot.subplots(1, 2, figsize=(7.2, 3.4), layout="constrained")
-        for axis, (key, error, scale, label) in zip(axes, panels, strict=True):
-            dense = records.get(("dense", 0.0))
-            if dense:
-                axis.axhline(scale * dense[key], **_style("dense"))
+        for axis, (metric, key, scale, label) in zip(axes, PANELS, strict=True):
+            axis.axhline(scale * dense[key], **_style("dense"))
             for method in methods:
-                points = sorted((s, r) for (m, s), r in records.items() if m == method)
+                points = {0.0: dense}  # what a method without sparsity is
+                points |= {s: r for (m, s), r in records.items() if m == method}
+                points = sorted(points.items())
                 axis.errorbar(
                     [100 * s for s, _ in points],
                     [scale * r[key] for _, r in points],
-                    yerr=[scale * (r[error] or 0.0) for _, r in points],
-                    markersize=4,
+                    yerr=[_bar(r, dense, metric, key, scale) for _, r in points],
+                    markersize=6 if "int8" in method else 4,
                     capsize=2,
                     linewidth=1.2,
+                    markerfacecolor="none" if "int8" in method else None,
                     **_style(method),
                 )
             axis.set_xlabel("KV sparsity, %")
             axis.set_ylabel(label)
-        axes[0].set_yscale("log")
-        axes[0].yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes[0].yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
-        axes[0].yaxis.set_minor_formatter(ticker.NullFormatter())
-        axes[1].set_ylim(bottom=0)
+        _log_scale(axes[0])
+        axes[1].set_ylim(bottom=-4)
         axes[0].legend(frameon=False)
         figure.suptitle(
-            f"{first['model']} on {first['data']}: {first['windows']} windows of {first['window_tokens']} "
-            f"tokens (n = {first['n']});\n"
-            f"{first['recall_episodes']} recall episodes (n = {first['recall_n']}); "
-            "decode protocol, bars: one standard error",
+            f"{_sample(dense)};\ndecode protocol, bars: one standard error of the paired difference from dense",
             fontsize=8,
         )
-        part = path.with_name(path.name + ".part")
-        try:
-            figure.savefig(part, dpi=200, format="png")
-            os.replace(part, path)
-        except OSError as error:
-            raise UserError(f"cannot write the figure {path.name!r}: {error.strerror}") from None
-        finally:
-            pyplot.close(figure)
-            part.unlink(missing_ok=True)
+        return _save(figure, path)
+
+
+def ablations(panels: Mapping[float, Sequence], dense: Mapping, path: Path) -> str:
+    """What the variants of each group change in perplexity (above) and recall (below), as a PNG; returns a sentence on what
+    was done.
+
+    `panels` are those of `eval.ablations`: for each sparsity (variant, record, record of the default). Points are paired
+    differences from the default, filled where they are above two standard errors; bars are one. Each panel has a scale of
+    its own. Raises UserError where `path` cannot be written.
+    """
+    pyplot = _pyplot()
+    if pyplot is None:
+        return WITHOUT
+    variants = [variant for variant, _, _ in next(iter(panels.values()))]
+    groups = {v.group: [w.label for w in variants if w.group == v.group] for v in variants}
+    with pyplot.rc_context(RECIPE):
+        figure, grid = pyplot.subplots(
+            2,
+            len(groups),
+            figsize=(max(5.0, 0.7 * len(groups) + 0.28 * len(variants)), 5.6),
+            layout="constrained",
+            sharex="col",
+            squeeze=False,
+            gridspec_kw={"width_ratios": [len(labels) + 1.0 for labels in groups.values()]},
+        )
+        for axes, (metric, label) in zip(grid, CHANGES, strict=True):
+            axes[0].set_ylabel(label)
+            for axis, (group, labels) in zip(axes, groups.items(), strict=True):
+                for at, (sparsity, rows) in enumerate(panels.items()):
+                    default = rows[0][2]
+                    values = f"{default['token_perplexity']:.2f} and {100 * default['recall_accuracy_frac']:.1f} %"
+                    shift = 0.2 * (at - (len(panels) - 1) / 2)
+                    mine = [(v, *_change(r, default, metric)) for v, r, _ in rows if v.group == group]
+                    _changes(axis, mine, shift, *SERIES[at % len(SERIES)], f"SWA at {100 * sparsity:g} % ({values})")
+                low, high = axis.get_ylim()
+                axis.set_ylim(min(low, -1.0), max(high, 1.0))
+                axis.axhline(0, color="#000000", linewidth=0.8)
+                axis.set_xlim(-0.6, len(labels) - 0.4)
+                axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor")
+                axis.grid(visible=False, axis="x")
+        for axis, group in zip(grid[0], groups, strict=True):
+            axis.set_title(group, fontsize=9)
+        handles, names = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+        figure.suptitle(
+            f"{_sample(dense)}; {dense['protocol']} protocol.\nDense: {dense['token_perplexity']:.2f} and "
+            f"{100 * dense['recall_accuracy_frac']:.1f} %. Ringed: the default. Bars: one standard error of the paired "
+            "difference from it; filled: above two",
+            fontsize=8,
+        )
+        return _save(figure, path)
+
+
+def training(record: Mapping, path: Path) -> str:
+    """Loss and accuracy over the steps of a training run, two panels, as a PNG; returns a sentence on what was done.
+
+    `record` is the `training.json` of `eval.train`. Raises UserError where `path` cannot be written.
+    """
+    pyplot = _pyplot()
+    if pyplot is None:
+        return WITHOUT
+    history, steps = record["history"], [point["step"] for point in record["history"]]
+    with pyplot.rc_context(RECIPE):
+        figure, axes = pyplot.subplots(1, 2, figsize=(7.2, 3.0), layout="constrained")
+        for key, label, colour in (("text_nats", "text", "#0072B2"), ("answer_nats", "recall answers", "#D55E00")):
+            axes[0].plot(steps, [point[key] for point in history], label=label, color=colour, linewidth=1.2)
+        axes[0].set_ylabel("training loss, nats per token")
+        axes[0].set_ylim(bottom=0)
+        axes[0].legend(frameon=False)
+        axes[1].plot(steps, [100 * point["answer_accuracy"] for point in history], color="#D55E00", linewidth=1.2)
+        axes[1].set_ylabel("recall answers right, %")
+        before = None
+        for point in history:  # where the curriculum goes on to longer sequences
+            if point["length"] != before:
+                for axis in axes:
+                    axis.axvline(point["step"], color="#000000", linewidth=0.5, alpha=0.4)
+                axes[1].annotate(f" {point['length']}", (point["step"], 2), fontsize=6)
+            before = point["length"]
+        for axis in axes:
+            axis.set_xlabel("step (lines: a new length of sequences, tokens)")
+        last = record["evaluation"][-1]
+        figure.suptitle(
+            f"{record['non_embedding_params'] / 1e6:.2f} M parameters, {record['trained_tokens'] / 1e6:.1f} M tokens; held out "
+            f"at {last['length']} tokens: {last['heldout_nats_per_token']:.2f} nats per token",
+            fontsize=8,
+        )
+        return _save(figure, path)
+
+
+def _change(record: Mapping, reference: Mapping, metric: str) -> tuple:
+    """The paired difference, and it and its standard error in % of the reference's perplexity or in points of recall."""
+    d = difference(record, reference, metric)
+    stderr = d.stderr or 0.0
+    if metric == "perplexity":  # from a logarithm
+        return d, 100 * math.expm1(d.value), 100 * math.exp(d.value) * stderr
+    return d, 100 * d.value, 100 * stderr
+
+
+def _changes(axis, rows: Sequence, shift: float, colour: str, marker: str, label: str) -> None:
+    """One sparsity's points of a panel; `rows` are (variant, difference from the default, change and its error in %)."""
+    for x, (variant, d, value, bar) in enumerate(rows):
+        fill = colour if d.shown else "#FFFFFF"
+        axis.errorbar(
+            x + shift, value, bar, fmt=marker, color=colour, markerfacecolor=fill, markersize=4, capsize=2, label=label
+        )
+        label = None
+        if variant.is_default:
+            axis.plot(x + shift, value, "o", markersize=9, color=colour, fillstyle="none")
+
+
+def _pyplot():
+    """matplotlib.pyplot without a screen, or None where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _bar(record: Mapping, reference: Mapping, metric: str, key: str, scale: float) -> float:
+    """One standard error of the paired difference, in the unit of the panel; 0 where there is none."""
+    stderr = difference(record, reference, metric).stderr or 0.0
+    return scale * stderr * (record[key] if metric == "perplexity" else 1)  # from that of a logarithm
+
+
+def _log_scale(axis) -> None:
+    from matplotlib import ticker
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0)))
+    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _sample(record: Mapping) -> str:
+    """What was measured, in one sentence for the head of a figure."""
+    return (
+        f"{record['model']} on {record['data']}: {record['windows']} windows of {record['window_tokens']} tokens "
+        f"(n = {record['n']}), {record['recall_episodes']} recall episodes (n = {record['recall_n']})"
+    )
+
+
+def _save(figure, path: Path) -> str:
+    from matplotlib import pyplot
+
+    part = path.with_name(path.name + ".part")
+    try:
+        figure.savefig(part, dpi=200, format="png")
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write the figure {path.name!r}: {error.strerror}") from None
+    finally:
+        pyplot.close(figure)
+        part.unlink(missing_ok=True)
     return f"figure: {path}"
 
 

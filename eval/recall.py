@@ -38,13 +38,18 @@ def draw(model, kinds: Sequence[str], lengths: Sequence[int], count: int, seed: 
     return drawn
 
 
-def accuracies(drawn: Sequence[Episode], correct: Sequence[np.ndarray]) -> dict:
-    """Accuracy over all episodes, of each kind, and of each kind and length.
+def per_episode(drawn: Sequence[Episode], correct: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
+    """Right answers and answers of each episode.
 
     `correct[i]` [length - 1] bool: whether token t + 1 of episode i was the first choice after tokens 0 .. t.
     """
-    answers = [int(e.answers[1:].sum()) for e in drawn]
     right = [int(np.asarray(row)[e.answers[1:]].sum()) for e, row in zip(drawn, correct, strict=True)]
+    return right, [int(e.answers[1:].sum()) for e in drawn]
+
+
+def accuracies(drawn: Sequence[Episode], correct: Sequence[np.ndarray]) -> dict:
+    """Accuracy over all episodes, of each kind, and of each kind and length; `correct` as in `per_episode`."""
+    right, answers = per_episode(drawn, correct)
 
     def over(which: Sequence[int]) -> tuple[float, int, float | None]:
         hits, n = [right[i] for i in which], [answers[i] for i in which]

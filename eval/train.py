@@ -9,7 +9,10 @@ the newest checkpoint is exported as it is. A run goes on from its checkpoint un
 already done are the same in it.
 
 Without `--json` a summary goes to stdout; with it, stdout holds one JSON line, the record without its loss curve. The
-whole record, loss curve and held-out list included, is `training.json` in the exported folder.
+whole record, loss curve and held-out list included, is `training.json` in the exported folder. `--figure=FILE.png` draws the
+loss curve of the `training.json` that is in `--out`, and trains nothing:
+
+    python -m eval.train --out=alisa_jax/bundled/pylib_1m --figure=eval/results/pylib_1m_training.png
 """
 
 import dataclasses
@@ -32,7 +35,7 @@ from tqdm import tqdm
 from alisa_jax.models import checkpoint
 from alisa_jax.models.decoder import Decoder
 from alisa_jax.records import environment
-from eval import common, curriculum, episodes, learning
+from eval import common, curriculum, episodes, learning, plots
 
 EVALUATED_LENGTHS = (128, 256, 512, 1024, 2048)
 EVALUATED_EPISODES = 16  # of each kind and filler
@@ -128,7 +131,10 @@ def main(argv: Sequence[str]) -> None:
     flags.DEFINE_integer("save_every", 100, "Steps between checkpoints.", lower_bound=1, **where)
     flags.DEFINE_bool("json", False, "The record on stdout as one JSON line; all else on stderr.", **where)
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", **where)
+    flags.DEFINE_string("figure", None, "Draw the loss curve of --out as this PNG and stop.", **where)
     values = common.parse(values, argv, __doc__)
+    if values.figure:
+        return _draw(values.out, values.figure)
     logging.set_verbosity(logging.WARNING)
     try:
         config = curriculum.load_config(values.config)
@@ -150,6 +156,18 @@ def main(argv: Sequence[str]) -> None:
     ]
     short = {key: value for key, value in record.items() if key != "history"}
     common.emit([short], f"{head}\n{common.table(columns, rows, left=0)}", values.json)
+
+
+def _draw(out: str | None, figure: str) -> None:
+    """The loss curve of the record in the folder `out`."""
+    if out is None:
+        raise common.UserError("--figure draws the training.json of --out: give --out")
+    path = Path(out) / "training.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise common.UserError(f"--out: no training record at {str(path)!r}: {error}") from None
+    common.say(plots.training(record, Path(figure)))
 
 
 def _tokenizer(path: Path, files: episodes.Corpus, vocab_size: int) -> tokenizers.Tokenizer:

@@ -1,4 +1,4 @@
-"""Every policy with every codec that encodes: the routes agree, and the output is attention over what the codes stand for."""
+"""Every policy with every codec that encodes: routes agree, and outputs are attention over what the codes stand for."""
 
 import functools
 
@@ -12,7 +12,7 @@ from alisa_jax.kv import codec as codecs
 from alisa_jax.kv.codec import NO_ROTATION, Rotation
 from alisa_jax.kv.state import tree_bytes
 from alisa_jax.policies import POLICIES, parse
-from alisa_jax.testing.streams import QUICK, STARTS, Driver, H
+from alisa_jax.testing.streams import QUICK, Driver, H
 from tests.policies.test_policy_contract import EXAMPLES, label
 
 TURNS = Rotation((1.0,), 96)  # one rotated pair of the 5 channels

@@ -36,6 +36,7 @@ class BigramEngine:
             logprobs=[self.table[a, b].astype(np.float32) for a, b in pairs],
             correct=[self.table[a].argmax(-1) == b for a, b in pairs],
             attended_frac=np.asarray([1.0, 0.25], np.float32),
+            clipped_frac=np.asarray([0.0, 0.0005 * len(sequences)]),
             kv_bytes_per_token=64.0,
             stats_bytes_per_token=4.0,
             compiles=2,
@@ -139,6 +140,33 @@ def test_without_json_the_table_is_on_stdout_and_one_window_has_no_stderr(bench,
     assert len(rows) == 2 and all("±" not in row for row in rows)
 
 
+def test_a_codec_that_quantises_has_a_clipped_column_and_field(bench, capsys):
+    """Weighted by the tokens that each batch predicted: here 2 x 63 of a batch of two and 62 of one alone."""
+    flags = ["--context=64", "--max_tokens=188", "--stride=63", "--batch=2"]
+    assert bench.call(*flags, "--codec=int8(axis=token)", f"--out={bench.text.parent / 'r.jsonl'}") == 0
+    table = capsys.readouterr().out
+    record = json.loads((bench.text.parent / "r.jsonl").read_text())
+    assert bench.calls == [[64, 64], [63]]
+    per_layer = [0.0, (126 * 0.001 + 62 * 0.0005) / 188]
+    np.testing.assert_allclose(record["clipped_frac_per_layer"], per_layer, rtol=1e-9)
+    assert math.isclose(record["clipped_frac"], per_layer[1] / 2, rel_tol=1e-9)
+    assert "clipped" in table and f"{100 * record['clipped_frac']:.4f} %" in table
+    assert bench.call(*flags) == 0
+    assert "clipped" not in capsys.readouterr().out
+
+
+def test_a_last_window_too_short_to_calibrate_on_is_left_out_and_told(bench, capsys):
+    flags = ["--context=64", "--max_tokens=150", "--json"]
+    assert bench.call(*flags, "--codec=int8(calibration_tokens=24)") == 0
+    (record,), err = records_of(capsys)
+    assert bench.calls == [[64, 64, 25]] and record["windows"] == 3 and record["n"] == 150
+    bench.calls.clear()
+    assert bench.call(*flags, "--codec=int8(calibration_tokens=25)") == 0
+    (record,), err = records_of(capsys)
+    assert bench.calls == [[64, 64]] and record["windows"] == 2 and record["n"] == 126
+    assert "the last window is left out: it has 25 tokens" in err and "the first 25 of a window" in err
+
+
 def test_the_same_command_gives_the_same_values(bench, capsys):
     both = []
     for _ in range(2):
@@ -198,6 +226,12 @@ MISTAKES = [
     ("--policy=swa(kv_sparsity=1.0)", "kv_sparsity"),
     ("--policy=local(kv_sparsity=-0.1)", "kv_sparsity"),
     ("--codec=int9", "unknown name 'int9'"),
+    ("--codec=int8(axis=row)", "axis"),
+    ("--codec=int8(axis=token,headroom=1.0)", "headroom goes with axis=channel"),
+    (
+        "--codec=int8",
+        "int8 takes its range from the first 64 tokens of a sequence, so windows need more than 64, got 64",
+    ),
     ("--protocol=prefill", "should be one of <decode|prefill_mask>"),
     ("--polcy=dense", "Unknown command line flag 'polcy'"),
     ("dense", "unexpected argument 'dense'"),

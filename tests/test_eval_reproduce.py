@@ -2,84 +2,53 @@
 
 import json
 import math
+import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from eval import common, recall, reproduce
+from eval import common, inputs, quality, recall, reproduce, windows
+from tests import induction
 
-TEXT = "the cat sat on the mat and the dog did not, " * 40
 SIZES = reproduce.Sizes(sparsities=(0.0, 0.5), context_tokens=48, windows=3, episode_lengths=(24, 48), episodes=2)
-N_CELLS = 7
-
-
-class InductionEngine:
-    """Says what followed the latest earlier place of the same token within `reach` tokens (p = 1/2)."""
-
-    def __init__(self, vocab_size: int, policy: str, calls: list, stop_at: int | None):
-        self.vocab_size, self.calls, self.stop_at = vocab_size, calls, stop_at
-        self.reach = 10**6 if policy in ("dense", "local(kv_sparsity=0.0)") or "swa" in policy else 4
-
-    def guess(self, tokens, t):
-        earlier = [p for p in range(max(0, t - self.reach), t) if tokens[p] == tokens[t]]
-        return tokens[earlier[-1] + 1] if earlier else -1
-
-    def score(self, sequences, protocol="decode", progress=False):
-        if len(self.calls) == self.stop_at:
-            raise KeyboardInterrupt
-        self.calls.append(sequences)
-        hits = [np.asarray([self.guess(s, t) == s[t + 1] for t in range(len(s) - 1)]) for s in sequences]
-        return SimpleNamespace(
-            logprobs=[np.where(h, math.log(0.5), -math.log(self.vocab_size)).astype(np.float32) for h in hits],
-            correct=hits,
-            attended_frac=np.asarray([0.5, 0.5], np.float32),
-            kv_bytes_per_token=64.0,
-            stats_bytes_per_token=0.0,
-            compiles=1,
-            wall_s=0.0,
-            implementation="induction",
-        )
+N_CELLS = 7  # dense; local, strided and both SWA at 50 %; both SWA at 0 %
+METHODS = ("local", "strided", "swa", "swa+int8")
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=280, initial_alphabet=alphabet, special_tokens=["<bos>"], show_progress=False
-    )
-    made.train_from_iterator([TEXT], trainer)
-    return made
-
-
-@pytest.fixture
-def model(tokenizer):
-    config = SimpleNamespace(vocab_size=tokenizer.get_vocab_size())
-    decoder = SimpleNamespace(config=config)
-    return SimpleNamespace(tokenizer=tokenizer, bos_id=0, eos_ids=(), name="tiny", decoder=decoder)
+def model():
+    return induction.make_model()
 
 
 @pytest.fixture
 def bench(tmp_path, model):
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
-    (folder / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "text.txt").write_text(TEXT)
+    given = induction.write_inputs(tmp_path, max_positions=64)
     setup = SimpleNamespace(calls=[], stop_at=None, out=tmp_path / "r.jsonl", png=tmp_path / "r.png")
 
     def make_engine(model, policy, codec):
-        return InductionEngine(model.decoder.config.vocab_size, policy, setup.calls, setup.stop_at)
+        return engine(model, policy, codec, setup.calls, setup.stop_at)
 
     def call(*flags):
-        argv = ["x", f"--model={folder}", f"--text={tmp_path / 'text.txt'}", f"--out={setup.out}", *flags]
+        argv = ["x", *given, f"--out={setup.out}", *flags]
         return common.run(lambda a: reproduce.main(a, lambda name: model, make_engine, SIZES), argv)
 
     setup.call = call
     return setup
+
+
+@pytest.fixture
+def without_figure(monkeypatch):
+    """A figure takes seconds."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def engine(model, policy, codec="raw", calls=None, stop_at=None):
+    """Dense and SWA see everything, the others 4 tokens."""
+    reach = 10**6 if policy == "dense" or "swa" in policy else 4
+    calls = [] if calls is None else calls
+    return induction.InductionEngine(model.decoder.config.vocab_size, reach, codec, calls, stop_at)
 
 
 def test_every_method_and_sparsity_has_a_row_a_record_and_a_point(bench, capsys):
@@ -88,23 +57,68 @@ def test_every_method_and_sparsity_has_a_row_a_record_and_a_point(bench, capsys)
     records = [json.loads(line) for line in out.out.splitlines()]
     assert len(records) == N_CELLS
     pairs = {(r["method"], r["kv_sparsity"]) for r in records}
-    assert pairs == {("dense", 0.0), *((m, s) for m in ("local", "strided", "swa") for s in (0.0, 0.5))}
+    assert pairs == {("dense", 0.0), ("swa", 0.0), ("swa+int8", 0.0), *((m, 0.5) for m in METHODS)}
     by = {(r["method"], r["kv_sparsity"]): r for r in records}
     assert by["swa", 0.5]["token_perplexity"] == by["dense", 0.0]["token_perplexity"]
     assert by["local", 0.5]["recall_accuracy_frac"] < by["dense", 0.0]["recall_accuracy_frac"]
     assert by["local", 0.5]["policy"] == "local(kv_sparsity=0.5)" and by["swa", 0.5]["windows"] == 3
+    assert (by["swa+int8", 0.5]["policy"], by["swa+int8", 0.5]["codec"]) == ("swa(kv_sparsity=0.5)", "int8")
+    assert by["swa+int8", 0.5]["clipped_frac"] == pytest.approx(0.0002) and by["swa", 0.5]["clipped_frac"] == 0.0
     assert "Figure 8" in out.err and "LLaMA-7B" in out.err and "another model" in out.err
     assert bench.png.read_bytes().startswith(b"\x89PNG") and "figure:" in out.err
 
 
-def test_all_sequences_of_a_cell_are_one_batch_and_the_same_in_every_cell(bench):
+def test_all_sequences_of_a_cell_are_one_batch_and_the_same_in_every_cell(bench, without_figure):
     assert bench.call() == 0
     assert len(bench.calls) == N_CELLS
     assert all(call == bench.calls[0] for call in bench.calls)
     assert sorted(map(len, bench.calls[0])) == [24] * 4 + [48] * 7
 
 
-def test_a_second_run_measures_nothing_and_prints_the_same_table(bench, capsys):
+def test_a_record_holds_what_the_paired_errors_need(bench, without_figure, capsys):
+    assert bench.call("--json") == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for r in records:
+        assert sum(r["nll_nats_per_window"]) / sum(r["scored_tokens_per_window"]) == r["nll_nats_per_token"]
+        assert sum(r["hits_per_episode"]) / sum(r["answers_per_episode"]) == r["recall_accuracy_frac"]
+        assert (len(r["nll_nats_per_window"]), len(r["hits_per_episode"])) == (3, 8)
+        assert all(r[count] == records[0][count] for count in ("scored_tokens_per_window", "answers_per_episode"))
+
+
+def test_cells_side_by_side_give_the_records_of_cells_one_after_the_other(bench, without_figure, capsys):
+    names = ("method", "kv_sparsity", "nll_nats_per_window", "hits_per_episode", "recall_accuracy_frac")
+    runs = []
+    for jobs in (1, 3):
+        assert bench.call("--json", "--rerun", f"--jobs={jobs}") == 0
+        runs.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert [[r[name] for name in names] for r in runs[0]] == [[r[name] for name in names] for r in runs[1]]
+    assert [r["jobs"] for r in runs[1]] == [3] * N_CELLS
+
+
+def test_a_record_from_before_single_windows_were_kept_is_measured_again(bench, without_figure, capsys):
+    assert bench.call() == 0
+    ran, lines = len(bench.calls), bench.out.read_text().splitlines()
+    old = json.loads(lines[0])
+    del old["nll_nats_per_window"]
+    bench.out.write_text("\n".join([json.dumps(old), *lines[1:]]) + "\n")
+    assert bench.call() == 0
+    assert len(bench.calls) == ran + 1
+
+
+def test_only_differences_above_two_paired_standard_errors_are_claimed(bench, without_figure, capsys):
+    assert bench.call() == 0
+    text = capsys.readouterr().out
+    claimed = text.split("left open by this sample):\n")[1].split("\n\n")[0].splitlines()
+    rows = [line.split() for line in text.split("Paired differences")[1].split("\n\n")[1].splitlines()[2:]]
+    by = {(row[0], row[1]): row[3:] for row in rows}
+    assert by["swa", "50"][:2] == ["+0.0000", "±0.0000"]  # the same values as dense
+    assert "  recall: strided is lower at 50 % than dense" in claimed
+    assert "  recall: swa is higher at 50 % than local" in claimed
+    assert not any(line.startswith(("  perplexity: swa is higher", "  recall: swa is lower")) for line in claimed)
+    assert len(claimed) == sum(value.endswith("*") for row in rows for value in row)
+
+
+def test_a_second_run_measures_nothing_and_prints_the_same_table(bench, without_figure, capsys):
     assert bench.call() == 0
     first, ran = capsys.readouterr().out, len(bench.calls)
     assert bench.call() == 0
@@ -116,21 +130,43 @@ def test_a_second_run_measures_nothing_and_prints_the_same_table(bench, capsys):
 
 def test_an_interrupted_run_shows_missing_cells_as_a_dash_and_goes_on(bench, capsys):
     bench.stop_at = 3
-    assert bench.call() == common.EXIT_INTERRUPTED
+    assert bench.call("--jobs=1") == common.EXIT_INTERRUPTED
     out = capsys.readouterr().out
-    assert [line.split()[:3] for line in out.splitlines() if line.startswith("swa")] == [
-        ["swa", "0", "%"],
-        ["swa", "50", "%"],
-    ]
-    assert all(line.split()[3] == "-" for line in out.splitlines() if line.startswith("swa"))
-    assert not bench.png.exists()
+    rows = [line.split()[:4] for line in out.split("\n\n")[1].splitlines() if line.startswith("swa")]
+    assert rows == [[method, s, "%", "-"] for method in ("swa", "swa+int8") for s in ("0", "50")]
+    assert not bench.png.exists() and len(bench.out.read_text().splitlines()) == 3
     bench.stop_at = None
     assert bench.call() == 0
     assert len(bench.calls) == N_CELLS and bench.png.exists()
 
 
-def test_without_matplotlib_the_script_says_so_and_ends_well(bench, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+def test_a_cell_that_is_running_at_an_interrupt_is_finished_and_kept(tmp_path, model, capsys):
+    folder = induction.write_inputs(tmp_path, max_positions=64)[0].removeprefix("--model=")
+    source = windows.read(str(tmp_path / "text.txt"))
+    sample = quality.draw(lambda name: model, folder, inputs.card(folder), source, SIZES, seed=0)
+    both_run, never = threading.Barrier(2), threading.Event()
+
+    def make_engine(model, policy, codec):
+        known = engine(model, policy)
+
+        def score(batch, protocol):
+            both_run.wait(timeout=60)
+            if policy == "dense":
+                raise KeyboardInterrupt
+            never.wait(timeout=1.0)  # so this cell ends well after the interrupt
+            return known.score(batch, protocol)
+
+        return SimpleNamespace(score=score)
+
+    cells = [{"policy": p, "codec": "raw", "protocol": "decode", **sample.fields} for p in ("dense", "local(tokens=4)")]
+    out = inputs.results(str(tmp_path / "q.jsonl"))
+    made, reused, interrupted = quality.run(cells, sample, make_engine, out, rerun=False, jobs=2)
+    assert (made[0], reused, interrupted) == (None, 0, True)
+    assert made[1]["policy"] == "local(tokens=4)" and list(out) == [made[1]]
+    assert "the cells that are running are finished first" in capsys.readouterr().err
+
+
+def test_without_matplotlib_the_script_says_so_and_ends_well(bench, capsys, without_figure):
     assert bench.call() == 0
     assert "no figure: matplotlib is not installed" in capsys.readouterr().err
     assert not bench.png.exists()
@@ -164,8 +200,7 @@ def test_episodes_are_the_same_for_a_seed_and_use_no_special_token(model):
 def test_an_induction_model_answers_copies_and_cannot_without_reach(model):
     drawn = recall.draw(model, ("copy",), (64,), 4, seed=0)
     for policy, expected in [("dense", 1.0), ("strided(kv_sparsity=0.5)", 0.0)]:
-        engine = InductionEngine(model.decoder.config.vocab_size, policy, [], None)
-        correct = engine.score([e.tokens.tolist() for e in drawn]).correct
+        correct = engine(model, policy).score([e.tokens.tolist() for e in drawn]).correct
         values = recall.accuracies(drawn, correct)
         if expected:
             assert values["recall_accuracy_frac"] == 1.0
@@ -173,8 +208,47 @@ def test_an_induction_model_answers_copies_and_cannot_without_reach(model):
             assert values["recall_accuracy_frac"] < 0.5
 
 
-def test_the_default_cells_are_the_four_methods_and_six_sparsities():
+@pytest.mark.parametrize("metric", quality.METRICS)
+def test_a_paired_difference_is_that_of_a_least_squares_fit_with_clustered_errors(metric):
+    """The ratio of sums is the weighted mean of the parts; its clustered error, written out in float64."""
+    total, count, _ = quality.METRICS[metric]
+    rng = np.random.default_rng(7)
+    counts, hard = rng.integers(5, 50, 11), rng.normal(3.0, 2.0, 11)
+    one, other = (counts * (hard + shift + rng.normal(0, 0.1, 11)) for shift in (0.3, 0.0))
+    records = [{total: x.tolist(), count: counts.tolist()} for x in (one, other)]
+    d = quality.difference(*records, metric)
+    weights = counts / counts.sum()
+    parts = (one - other) / counts
+    mean = float(np.sum(weights * parts))
+    stderr = np.sqrt(11 / 10 * np.sum((weights * (parts - mean)) ** 2))
+    np.testing.assert_allclose([d.value, d.stderr], [mean, stderr], rtol=1e-12)
+    unpaired = [common.ratio_stderr(x.tolist(), counts.tolist()) for x in (one, other)]
+    assert d.shown and d.stderr < 0.2 * math.hypot(*unpaired)
+    jackknife = [np.delete(one - other, i).sum() / np.delete(counts, i).sum() for i in range(11)]
+    assert d.stderr == pytest.approx(math.sqrt(10 / 11 * np.sum((jackknife - np.mean(jackknife)) ** 2)), rel=0.25)
+
+
+def test_no_difference_is_shown_from_one_window_from_rounding_or_within_two_standard_errors():
+    def shown(one, other, metric="perplexity"):
+        total, count, _ = quality.METRICS[metric]
+        return quality.difference(*({total: x, count: [10] * len(x)} for x in (one, other)), metric).shown
+
+    assert not shown([50.0], [10.0])
+    assert not shown([10.0, 20.0, 30.0], [10.0, 20.0, 30.0])
+    assert not shown([10.0 + 5e-6, 20.0 + 5e-6], [10.0, 20.0])
+    assert not shown([9.0, 21.0], [10.0, 20.0]) and not shown([3, 9], [5, 9], "recall")
+    assert shown([11.0, 21.1], [10.0, 20.0]) and shown([4, 8], [5, 9], "recall")
+
+
+def test_records_of_different_samples_are_not_compared():
+    one = {"hits_per_episode": [1, 2], "answers_per_episode": [3, 4]}
+    with pytest.raises(ValueError, match="different samples"):
+        quality.difference(one, one | {"answers_per_episode": [3, 5]}, "recall")
+
+
+def test_the_default_cells_are_the_methods_at_six_sparsities_and_dense_is_not_run_thrice():
     cells = reproduce.Sizes().cells()
-    assert cells[0] == ("dense", 0.0, "dense") and len(cells) == 19
-    assert {s for _, s, _ in cells} == {0.0, 0.2, 0.4, 0.6, 0.8, 0.9}
-    assert ("swa", 0.8, "swa(kv_sparsity=0.8)") in cells
+    assert cells[0] == ("dense", 0.0, "dense", "raw") and len(cells) == 1 + 2 * 5 + 2 * 6
+    assert {s for _, s, _, _ in cells} == {0.0, 0.2, 0.4, 0.6, 0.8, 0.9}
+    assert ("swa+int8", 0.8, "swa(kv_sparsity=0.8)", "int8") in cells
+    assert not {("local", 0.0), ("strided", 0.0)} & {cell[:2] for cell in cells}

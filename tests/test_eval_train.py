@@ -13,7 +13,7 @@ import pytest
 
 from alisa_jax.models import checkpoint
 from alisa_jax.models.decoder import Decoder, ModelConfig
-from eval import curriculum, episodes, learning, train
+from eval import common, curriculum, episodes, learning, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BUNDLED_CONFIG = str(REPOSITORY / "configs" / "train" / "pylib_1m.py")
@@ -274,3 +274,12 @@ def test_the_command_line_names_a_missing_config_and_ends_with_an_error(tmp_path
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert result.returncode != 0 and result.stdout == ""
     assert "no training config at 'nowhere.py'" in result.stderr
+
+
+def test_the_loss_curve_of_the_bundled_model_is_drawn_and_a_missing_record_is_told(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / "curve.png"
+    assert common.run(train.main, ["train", f"--out={checkpoint.BUNDLED}", f"--figure={figure}"]) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG") and len(figure.read_bytes()) > 10_000
+    assert common.run(train.main, ["train", f"--out={tmp_path}", f"--figure={figure}"]) == common.EXIT_MISTAKE
+    assert "no training record" in capsys.readouterr().err
