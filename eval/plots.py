@@ -156,8 +156,8 @@ def training(record: Mapping, path: Path) -> str:
             axis.set_xlabel("step (lines: a new length of sequences, tokens)")
         last = record["evaluation"][-1]
         figure.suptitle(
-            f"{record['non_embedding_params'] / 1e6:.2f} M parameters, {record['trained_tokens'] / 1e6:.1f} M tokens; held out "
-            f"at {last['length']} tokens: {last['heldout_nats_per_token']:.2f} nats per token",
+            f"{record['non_embedding_params'] / 1e6:.2f} M parameters, {record['trained_tokens'] / 1e6:.1f} M tokens; "
+            f"held out at {last['length']} tokens: {last['heldout_nats_per_token']:.2f} nats per token",
             fontsize=8,
         )
         return _save(figure, path)
