@@ -1,0 +1,32 @@
+"""`accelerate()`: the whole cache on the host, streamed to the device layer by layer, as Hugging Face Accelerate does.
+
+The device keeps a page per layer and sequence that is not full yet. Nothing is fetched ahead. Where a policy selects,
+what it wants travels, at every step anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from alisa_jax.placement.moves import fetch, full_pages, host_bytes, refuse_device, refuse_host, refuse_store, settle
+from alisa_jax.placement.plan import Controller, Plan, Span
+
+
+@dataclass(frozen=True)
+class Accelerate(Controller):
+    """All full pages on the host."""
+
+    def check(self, setting):
+        refuse_store("accelerate", setting)
+        tails = setting.layers * setting.page_bytes * setting.batch
+        refuse_device("accelerate", setting, setting.fixed_bytes + tails + setting.staging_bytes(ahead=0))
+        refuse_host("accelerate", setting, host_bytes(setting, (Span(0, full_pages(t)) for t in setting.final_tokens)))
+
+    def spans(self, view):
+        return tuple(Span(0, full_pages(have)) for have in (view.after if view.step == 0 else view.lengths))
+
+    def decide(self, view):
+        spans = self.spans(view)
+        store, _ = settle(view, spans)
+        load, _ = ((), ()) if view.step == 0 else fetch(view, spans, view.wanted)
+        return Plan(store=store, load=load)

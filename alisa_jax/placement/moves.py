@@ -1,0 +1,121 @@
+"""From "where should it be" to the rows that a plan lists: what every offloading controller shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Positions, Rows, Setting, Span, Tier, View, pages
+
+
+def full_pages(tokens: int) -> int:
+    """`tokens` rounded down to whole pages."""
+    return tokens // PAGE_TOKENS * PAGE_TOKENS
+
+
+def settle(view: View, spans: Sequence[Span]) -> tuple[tuple[Rows, ...], tuple[Rows, ...]]:
+    """(store, drop): the rows that take the tokens from `view.spans` to `spans`.
+
+    What is deleted without having been on the host goes from the device straight to nowhere.
+    """
+    before, store, drop = view.spans, [], []
+    for old, new in zip(before, spans):
+        store.append(((max(old.host, new.dropped), new.host, Tier.DEVICE, Tier.HOST),))
+        drop.append(
+            (
+                (old.dropped, min(new.dropped, old.host), Tier.HOST, Tier.NOWHERE),
+                (max(old.dropped, old.host), new.dropped, Tier.DEVICE, Tier.NOWHERE),
+            )
+        )
+    return _folded(store), _folded(drop)
+
+
+def fetch(view: View, spans: Sequence[Span], wanted: Positions | None) -> tuple[tuple[Rows, ...], tuple[Rows, ...]]:
+    """(load, recompute) of the `wanted` positions that are off the device; None: of all tokens, a layer at a time.
+
+    A deleted token is recomputed by a prefill of the prefix that ends with it, through all layers.
+    """
+    if wanted is None:
+        load = [((s.dropped, s.host, Tier.HOST, Tier.STAGING),) for s in spans]
+        again = [((0, s.dropped, Tier.NOWHERE, Tier.STAGING),) for s in spans]
+        return _folded(load), _folded(again)
+    load, prefix = [], [0] * len(spans)
+    alike = len(set(spans)) == 1
+    for (layer, sequence), positions in wanted.items():
+        sequences = range(len(spans)) if sequence == ALL else (sequence,)
+        for one in sequences[:1] if alike else sequences:
+            name = sequence if alike else one
+            away = [p for p in positions if p < min(spans[one].host, view.lengths[one])]
+            lost = [p for p in away if p < spans[one].dropped]
+            load += [Rows(start, stop, Tier.HOST, Tier.WORKING, layer, name) for start, stop in runs(away[len(lost) :])]
+            for b in sequences if alike else (one,):
+                prefix[b] = max(prefix[b], lost[-1] + 1 if lost else 0)
+    return tuple(load), _folded([((0, stop, Tier.NOWHERE, Tier.WORKING),) for stop in prefix])
+
+
+def runs(positions: Iterable[int]) -> list[tuple[int, int]]:
+    """Ascending positions as ranges (start, stop)."""
+    found: list[tuple[int, int]] = []
+    for p in positions:
+        if found and found[-1][1] == p:
+            found[-1] = (found[-1][0], p + 1)
+        else:
+            found.append((p, p + 1))
+    return found
+
+
+def refuse_store(name: str, setting: Setting) -> None:
+    """Raise ValueError when the policy keeps nothing that could be offloaded."""
+    if setting.evicts:
+        raise ValueError(
+            f"{name} keeps tokens on the host until they are wanted, and the policy evicts what it does not keep: "
+            "give a policy that selects (dense, swa), or the controller resident or waves"
+        )
+
+
+def refuse_device(name: str, setting: Setting, least: float, budget: float | None = None) -> None:
+    """Raise ValueError when the device budget is below `least` bytes."""
+    budget = setting.device_kv_bytes if budget is None else budget
+    if least > budget:
+        raise ValueError(f"{name} needs device_kv_bytes of at least {_ceil(least)} here; got {int(budget)}")
+
+
+def refuse_host(name: str, setting: Setting, least: float) -> None:
+    """Raise ValueError when the host budget is below `least` bytes."""
+    if least > setting.host_kv_bytes:
+        raise ValueError(
+            f"{name} needs host_kv_bytes of at least {_ceil(least)} here; got {int(setting.host_kv_bytes)}"
+        )
+
+
+def host_bytes(setting: Setting, spans: Iterable[Span]) -> float:
+    """Bytes of the host pages."""
+    return setting.layers * setting.page_bytes * sum((s.host - s.dropped) // PAGE_TOKENS for s in spans)
+
+
+def device_bytes(setting: Setting, spans: Iterable[Span], tokens: Iterable[int]) -> float:
+    """Bytes of what stays on the device between steps, for sequences of `tokens` tokens."""
+    if setting.evicts:
+        return setting.fixed_bytes
+    held = sum(pages(t) - s.host // PAGE_TOKENS for s, t in zip(spans, tokens))
+    return setting.fixed_bytes + setting.layers * setting.page_bytes * held
+
+
+def largest(fits: Callable[[int], bool], stop: int) -> int:
+    """The largest number in 0 .. stop for which `fits` holds, 0 included, when it holds up to some number."""
+    low, high = 0, stop
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _folded(by_sequence: Sequence[Iterable[tuple]]) -> tuple[Rows, ...]:
+    """(start, stop, source, target) of each sequence as rows without the empty ones; all alike: one row for ALL."""
+    found = [tuple(one for one in ranges if one[0] < one[1]) for ranges in by_sequence]
+    if len(set(found)) == 1:
+        return tuple(Rows(*one) for one in found[0])
+    return tuple(Rows(*one, sequence=b) for b, ranges in enumerate(found) for one in ranges)
+
+
+def _ceil(number: float) -> int:
+    return -int(-number // 1)

@@ -1,0 +1,250 @@
+"""What a controller knows and what it answers: numbers in, a plan out; nothing here holds an array.
+
+Tokens are numbered by position. Step 0 is the prefill, which writes the prompt; step j > 0 reads what is cached and writes
+one token more, so that s + j tokens are cached after it (s the prompt), and the last of n new tokens is made by step n - 1.
+Where the K and V of a token are:
+
+    DEVICE     rows of the store on the device, in pages of 16 tokens per layer and sequence: the newest tokens
+    WORKING    slots of the working set, always on the device: copies of the rows that a selecting policy wants
+    STAGING    device memory that holds the rows of one layer until its attention is done
+    HOST       immutable pages of 16 tokens per layer and sequence; only full pages go there
+    NOWHERE    deleted, or not yet computed
+
+A step obeys its plan in the order store, drop, load, recompute, then attends, then writes its token; only the prefill writes
+first, a layer at a time, and a layer's rows leave before the next layer runs. A store moves rows (the device
+pages are free afterwards), a load copies them, a drop deletes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+ALL = -1  # every layer, sequence or head
+PAGE_TOKENS = 16
+
+
+class Tier(enum.StrEnum):
+    """A place for rows; see above."""
+
+    DEVICE = "device"
+    WORKING = "working"
+    STAGING = "staging"
+    HOST = "host"
+    NOWHERE = "nowhere"
+
+
+class Rows(NamedTuple):
+    """Positions start .. stop - 1 of (layer | ALL, sequence | ALL, head | ALL), from one tier to another.
+
+    Positions that a shorter sequence of a ragged batch does not have are not meant.
+    """
+
+    start: int
+    stop: int
+    source: Tier
+    target: Tier
+    layer: int = ALL
+    sequence: int = ALL
+    head: int = ALL
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to move at one step, in the order of the fields.
+
+    ahead: layers whose loads are in flight while one computes (the layer-at-a-time driver); 0: loads come first.
+    lag: 1 where the loads were chosen a step earlier, so that they hide behind that step.
+    notes: sentences for the reader, such as a clamped deletion.
+    """
+
+    store: tuple[Rows, ...] = ()
+    drop: tuple[Rows, ...] = ()
+    load: tuple[Rows, ...] = ()
+    recompute: tuple[Rows, ...] = ()
+    ahead: int = 0
+    lag: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        """Nothing moves: the engine may run on without asking."""
+        return not (self.store or self.drop or self.load or self.recompute)
+
+
+class Span(NamedTuple):
+    """Where a sequence's tokens are: [0, dropped) NOWHERE, [dropped, host) HOST, from host on DEVICE."""
+
+    dropped: int = 0
+    host: int = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a run before it starts.
+
+    prompt_tokens: one length per sequence. token_bytes: K and V of one token in one layer and one home.
+    slots: slots of the working set per layer and sequence; 0 where attention reads the store itself.
+    sequence_bytes, stats_bytes: further device bytes of one sequence over all layers: constants of the codec, and
+    statistics of the policy. device_kv_bytes, host_kv_bytes: budgets for everything that a cache keeps there.
+    selects: a policy chooses tokens; evicts: what it does not choose is gone; refreshes: it attends all at times.
+    gather: single rows can be read from host pages; False: whole pages travel.
+
+    Raises ValueError where a number is out of its range.
+    """
+
+    layers: int
+    prompt_tokens: tuple[int, ...]
+    new_tokens: int
+    token_bytes: float
+    device_kv_bytes: float
+    host_kv_bytes: float = math.inf
+    slots: int = 0
+    sequence_bytes: float = 0.0
+    stats_bytes: float = 0.0
+    selects: bool = False
+    evicts: bool = False
+    refreshes: bool = False
+    gather: bool = True
+
+    def __post_init__(self):
+        for name in ("layers", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not self.prompt_tokens or min(self.prompt_tokens) < 1:
+            raise ValueError(f"prompt_tokens needs one length of at least 1 per sequence; got {self.prompt_tokens}")
+        if not self.token_bytes > 0:
+            raise ValueError(f"token_bytes must be above 0; got {self.token_bytes}")
+
+    @property
+    def batch(self) -> int:
+        return len(self.prompt_tokens)
+
+    @property
+    def final_tokens(self) -> tuple[int, ...]:
+        """Tokens of each sequence that are cached at the end; the last new one is not."""
+        return tuple(s + self.new_tokens - 1 for s in self.prompt_tokens)
+
+    @property
+    def page_bytes(self) -> float:
+        """A page of one layer and sequence."""
+        return PAGE_TOKENS * self.token_bytes
+
+    @property
+    def fixed_bytes(self) -> float:
+        """Device bytes that do not depend on placement: working set, codec constants, statistics."""
+        slots = self.layers * self.slots * self.token_bytes
+        return self.batch * (slots + self.sequence_bytes + self.stats_bytes)
+
+    def store_bytes(self, tokens: Iterable[int]) -> float:
+        """The store's bytes for sequences of `tokens` tokens, all layers, in whole pages; 0 where nothing is stored."""
+        return 0.0 if self.evicts else self.layers * self.page_bytes * sum(pages(t) for t in tokens)
+
+    def staging_bytes(self, ahead: int, sequences: slice = slice(None)) -> float:
+        """Device bytes that offloading `sequences` needs for rows on their way.
+
+        Dense: a layer of the context and `ahead` more. Selecting: a page for each layer and sequence (more rows than that
+        travel in rounds), and the prompt of the layer in flight.
+        """
+        finals, prompts = self.final_tokens[sequences], self.prompt_tokens[sequences]
+        if not self.selects:
+            return (ahead + 1) * self.page_bytes * sum(pages(t) for t in finals)
+        return self.page_bytes * (self.layers * len(finals) + sum(pages(t) for t in prompts))
+
+    def part(self, first: int, stop: int) -> Setting:
+        """The same run for sequences first .. stop - 1."""
+        return dataclasses.replace(self, prompt_tokens=self.prompt_tokens[first:stop])
+
+
+Positions = Mapping[tuple[int, int], tuple[int, ...]]  # (layer | ALL, sequence | ALL) to positions, ascending
+
+
+@dataclass(frozen=True)
+class View:
+    """What a controller may know at a step.
+
+    lengths, new: tokens of each sequence that are cached, and that this step writes (step 0: none, and the prompts).
+    spans: where they are before the step. wanted: what this step attends besides its own token; None: everything.
+    entering: of these, what the working set does not hold yet; empty at step 1, because the prefill seeds the set.
+    """
+
+    setting: Setting
+    step: int
+    lengths: tuple[int, ...]
+    new: tuple[int, ...]
+    spans: tuple[Span, ...]
+    wanted: Positions | None = None
+    entering: Positions | None = None
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """Tokens of each sequence after this step."""
+        return tuple(a + b for a, b in zip(self.lengths, self.new))
+
+
+class Controller:
+    """Base of all controllers: frozen dataclasses whose `decide` is a pure function of the view."""
+
+    offloads: ClassVar[bool] = True  # needs a store to offload
+
+    def check(self, setting: Setting) -> None:
+        """Raise ValueError, naming the smallest value that would do, when `setting` cannot be run."""
+        raise NotImplementedError
+
+    def groups(self, setting: Setting) -> tuple[Setting, ...]:
+        """The runs that the batch is split into, one after another."""
+        return (setting,)
+
+    def decide(self, view: View) -> Plan:
+        """The plan of one step."""
+        raise NotImplementedError
+
+    def spans(self, view: View) -> tuple[Span, ...]:
+        """Where everything is after the step's stores and drops."""
+        return view.spans
+
+
+def pages(tokens: int) -> int:
+    """Pages that hold `tokens` tokens."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+def views(setting: Setting):
+    """(step, lengths, new) of every step of a run."""
+    yield 0, (0,) * setting.batch, setting.prompt_tokens
+    for step in range(1, setting.new_tokens):
+        yield step, tuple(s + step - 1 for s in setting.prompt_tokens), (1,) * setting.batch
+
+
+def moved_bytes(rows: Iterable[Rows], setting: Setting, lengths: tuple[int, ...]) -> float:
+    """Bytes that `rows` are on the link, where sequences have `lengths` tokens.
+
+    Stores are whole pages. Loads are rows where the setting gathers, else each page that a row lies in, once.
+    """
+    if setting.gather:
+        return setting.token_bytes * sum(
+            _layers(row, setting) * sum(max(0, min(row.stop, n) - row.start) for n in _of(row, lengths)) for row in rows
+        )
+    touched: dict[tuple[int, int], set[int]] = {}
+    for row in rows:
+        for sequence, length in enumerate(lengths):
+            stop = min(row.stop, length)
+            if row.sequence in (ALL, sequence) and row.start < stop:
+                touched.setdefault((row.layer, sequence), set()).update(range(row.start // PAGE_TOKENS, pages(stop)))
+    total = 0
+    for (layer, sequence), ids in touched.items():
+        beside = touched.get((ALL, sequence), set()) if layer != ALL else set()
+        total += (setting.layers if layer == ALL else 1) * len(ids - beside)
+    return total * setting.page_bytes
+
+
+def _layers(row: Rows, setting: Setting) -> int:
+    return setting.layers if row.layer == ALL else 1
+
+
+def _of(row: Rows, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    return lengths if row.sequence == ALL else (lengths[row.sequence],)
