@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from alisa_jax.kv.ring import Due, Ring
 from alisa_jax.kv.state import LayerState, Store, WorkingSet, bias_of
 from alisa_jax.policies.base import Dims, Policy, column, positions, settle
 from pallas_kernels import partial
@@ -124,39 +125,52 @@ def _decode_working_set(state: LayerState, q, k, v):
     policy, codec, S, length = state.policy, state.codec, state.context, state.length
     store = None if state.store is None else state.store.append(codec, k, v, length)
     ws, slot = state.ws.append(codec, k, v, length)
-    part, mass = attend(codec, q, ws.k, ws.v, ws.bias)
-    taps, dense = _taps(mass, ws.pos, ws.bias), None
+    due = getattr(store, "due", None)
+    bias = ws.bias if due is None else due.hide(ws.bias)
+    part, mass = attend(codec, q, ws.k, ws.v, bias)
+    taps, dense = _taps(mass, ws.pos, bias), None
     which = policy.refresh(length)
     if which is not None:
         part, row = _refreshed(store, codec, q, length, which, part, ws.pos.shape[1], S)
         dense = (which, row)
         taps = taps._replace(attended=jnp.where(which, (length + 1).astype(jnp.float32), taps.attended))
     stats = policy.observe(state.stats, mass, ws.pos, slot, length, dense)
-    stats, ws, loads = exchange(policy, codec, store, stats, ws, length + 1, S, after=part.out)
+    stats, ws, store, loads = exchange(policy, codec, store, stats, ws, length + 1, S, after=part.out)
     return part, state.replace(ws=ws, store=store, stats=stats), taps._replace(loads=loads)
 
 
 def exchange(policy, codec, store, stats, ws: WorkingSet, length, S, after):
     """Let the policy change the working set and copy in the rows it asks for, until it asks for no more.
 
+    Returns statistics, working set, store and loads [B]. Rows that a `Ring` does not hold become due there; where it can
+    note no more of them the exchange breaks off, to be called again.
+
     The loop overwrites slots, so it must come after the last read of them. XLA copies the values whole unless it can prove
     that; the loop's first condition therefore reads the attention output `after` (true unless all of it is NaN).
     """
+    ring = isinstance(store, Ring)
 
-    def once(stats, ws, loads):
+    def once(stats, ws, due, loads, _):
         stats, ex = policy.exchange(stats, ws.pos, ws.bias, length, S)
-        ws = ws.replace(pos=ex.pos, bias=ex.bias)
-        if ex.load_pos.shape[-1]:
-            ws = ws.load(codec, store, ex.load_slot, ex.load_pos)
+        ws, more = ws.replace(pos=ex.pos, bias=ex.bias), ex.more
+        if E := ex.load_pos.shape[-1]:
+            slot = ex.load_slot
+            if ring:
+                absent = (ex.load_pos >= 0) & (ex.load_pos < column(store.host))
+                due = due.note(slot, ex.load_pos, absent)
+                due = due.replace(more=more & ~due.room(E))
+                slot, more = jnp.where(absent, -1, slot), more & ~due.more
+            ws = ws.load(codec, store, slot, ex.load_pos)
             loads = loads + jnp.sum(ex.load_pos >= 0, axis=(1, 2), dtype=jnp.int32)
-        return stats, ws, loads, ex.more
+        return stats, ws, due, loads, more
 
-    loads = jnp.zeros(length.shape, jnp.int32)
+    due = Due.empty(*ws.pos.shape[:2]) if ring else ()
+    start = (stats, ws, due, jnp.zeros(length.shape, jnp.int32), jnp.any(after == after))
     if policy.evicts:
-        stats, ws, loads, _ = once(stats, ws, loads)
-        return stats, ws, loads
-    start = (stats, ws, loads, jnp.any(after == after))
-    return jax.lax.while_loop(lambda c: c[3], lambda c: once(*c[:3]), start)[:3]
+        stats, ws, _, loads, _ = once(*start)
+        return stats, ws, store, loads
+    stats, ws, due, loads, _ = jax.lax.while_loop(lambda c: c[4], lambda c: once(*c), start)
+    return stats, ws, store.replace(due=due) if ring else store, loads
 
 
 def _refreshed(store: Store, codec, q, length, which, part: Partial, P: int, S: int):
@@ -262,6 +276,13 @@ def prefill(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState]:
     q [B, T, N, H], k and v [B, T, K, H], T <= context; prompts are aligned at position 0 and padded behind. Returns
     out [B, T, N, H] (padding rows hold nothing of use) and the state after the prompts.
     """
+    out, state, rows = prefill_rows(state, q, k, v, length)
+    store = None if state.store is None else rows.grow(state.codec, state.context)
+    return out, state.replace(store=store)
+
+
+def prefill_rows(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState, Store]:
+    """As `prefill`, with what a store of T tokens would hold beside the state, whose own store is as it was."""
     policy, codec, S = state.policy, state.codec, state.context
     B, T, N, H = q.shape
     K = k.shape[2]
@@ -273,9 +294,8 @@ def prefill(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState]:
     elif policy.seed_kind == "sum":
         rows = jnp.pad(total, ((0, 0), (0, 0), (0, S - T)))
     stats, pos = policy.seed(state.stats, rows, length, dims)
-    pad = ((0, 0), (0, S - T), (0, 0), (0, 0))
-    empty = Store.empty(codec, B, S, K, H)
-    store = Store(codec.fill(empty.k, jnp.pad(k, pad), "tokens"), codec.fill(empty.v, jnp.pad(v, pad), "tokens"))
+    empty = Store.empty(codec, B, T, K, H)
+    store = Store(codec.fill(empty.k, k, "tokens"), codec.fill(empty.v, v, "tokens"))
     ws = state.ws
     if ws is not None:
         if state.route == "masked" and not policy.evicts:
@@ -283,7 +303,12 @@ def prefill(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState]:
             pos = jnp.broadcast_to(pos, ws.pos.shape)
         slot = jnp.where(pos >= 0, jax.lax.broadcasted_iota(jnp.int32, pos.shape, 2), -1)
         ws = ws.freeze(codec).load(codec, store, slot, pos).replace(pos=pos, bias=bias_of(pos))
-    return out, state.replace(ws=ws, store=None if state.store is None else store, stats=stats, length=length)
+    return out, state.replace(ws=ws, stats=stats, length=length), store
+
+
+def causal(q, k, v, length) -> jax.Array:
+    """Dense causal attention over prompts, as in `prefill`, and nothing kept: out [B, T, N, H]."""
+    return prefill_kernels.attend(q, k, v, length, 1, False)[0]
 
 
 def score_masked(policy: Policy, codec, q, k, v) -> tuple[jax.Array, jax.Array, jax.Array]:

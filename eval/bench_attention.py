@@ -190,7 +190,7 @@ def replay(policy: str, trace, steps: int) -> dict[str, np.ndarray]:
 
     def change(state):
         s = state
-        stats, ws, _ = attention.exchange(s.policy, codec, s.store, s.stats, s.ws, s.length, s.context, s.ws.bias)
+        stats, ws, _, _ = attention.exchange(s.policy, codec, s.store, s.stats, s.ws, s.length, s.context, s.ws.bias)
         return s.replace(stats=stats, ws=ws)
 
     attend = jax.jit(attend)

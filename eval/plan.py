@@ -13,8 +13,10 @@ dense KV such as 0.33x; the device's budget is by default what weights and activ
 p1, p2, alpha and beta are those of the greedy search over the cost model (a share is 0 where its phase never begins).
 `alisa` is the controller whose phases follow from the budgets, `alisa searched` the one with the searched phases, `alisa
 paper` the one with the traffic of the paper's model, which loads the selected tokens at every step. The others attend
-densely. `offload_wins_from_batch` is the smallest batch, up to --batch * 8 and 512, at which `alisa` is at least as fast as
-`waves`, the device alone; below it offloaded sparsity loses.
+densely. Layers select alike, except where tokens are deleted and only what enters travels: there each layer has a selection
+of its own, because a deleted token is recomputed as soon as one layer wants it. `offload_wins_from_batch` is the smallest
+batch, up to --batch * 8 and 512, at which `alisa` is at least as fast as `waves`, the device alone; below it offloaded
+sparsity loses.
 
 --profile measures this machine (copies both ways, a product of matrices, a read) and writes what --hardware reads.
 """
@@ -31,7 +33,7 @@ from absl import flags
 from alisa_jax import placement
 from alisa_jax.placement import planner
 from alisa_jax.placement.cost import Cost, kv_bytes
-from alisa_jax.placement.simulate import ENTERING_TOKENS, Simulated, simulate, swa_trace
+from alisa_jax.placement.simulate import ENTERING_TOKENS, Simulated, Trace, simulate, swa_trace
 from eval import common, hardware_profile, inputs, sizes
 from eval.common import UserError
 
@@ -40,12 +42,14 @@ DENSE = ("resident", "waves", "accelerate", "flexgen")
 
 @dataclass(frozen=True)
 class Run:
-    """A workload with everything that prices it: the sparse and the dense setting, and the cost of a step."""
+    """A workload with everything that prices it: the sparse and the dense setting, the cost of a step, and what is
+    selected, in all layers alike and in each of its own."""
 
     sparse: placement.Setting
     dense: placement.Setting
     cost: Cost
-    trace: object
+    trace: Trace | None
+    by_layer: Trace | None
 
 
 def config(argv: Sequence[str]) -> flags.FlagValues:
@@ -132,10 +136,11 @@ def _maker(values):
     cost = Cost(
         machine, model, values.matmul_efficiency, values.read_efficiency, selection_s=values.selection_us * 1e-6
     )
-    counts = chosen.counts(context) if values.kv_sparsity else None
-    trace = values.kv_sparsity and swa_trace(
-        lambda n: int(counts.local[n]), lambda n: int(counts.top[n]), values.entering_tokens
-    )
+    traces = (None, None)
+    if values.kv_sparsity:
+        counts = chosen.counts(context)
+        sizes_of = (lambda n: int(counts.local[n]), lambda n: int(counts.top[n]), values.entering_tokens)
+        traces = swa_trace(*sizes_of), swa_trace(*sizes_of, layers=shaped.n_layers)
     if values.entering_tokens > values.prompt_tokens:
         raise UserError(f"--entering_tokens must be at most the prompt, {values.prompt_tokens} tokens")
 
@@ -179,7 +184,7 @@ def _maker(values):
             "device_kv_bytes": left,
             "host_kv_bytes": host,
         }
-        return Run(sparse, dense, cost, trace or None), cell, totals
+        return Run(sparse, dense, cost, *traces), cell, totals
 
     return make
 
@@ -240,7 +245,10 @@ def searched(found: planner.Phases, new_tokens: int) -> placement.Controller:
 
 def _simulated(controller, setting, run: Run) -> Simulated | str:
     try:
-        return simulate(controller, setting, run.cost, run.trace)
+        found = simulate(controller, setting, run.cost, run.trace)
+        if found.p2 < setting.new_tokens and not controller.reads_wanted:
+            found = simulate(controller, setting, run.cost, run.by_layer)
+        return found
     except ValueError as error:
         return str(error)
 

@@ -12,12 +12,11 @@ from pathlib import Path
 
 from alisa_jax import policies
 from alisa_jax.kv import codec as codecs
-from alisa_jax.kv.buckets import bucket
 from alisa_jax.models import checkpoint, hf, shapes
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder
 from alisa_jax.placement.cost import Hardware, Shape, statistics_bytes
-from alisa_jax.placement.plan import Setting
+from alisa_jax.placement.plan import PAGE_TOKENS, Setting, pages
 from eval import inputs
 from eval.common import UserError
 
@@ -103,8 +102,11 @@ def policy(kv_sparsity: float, window: str = "k") -> policies.Policy:
 
 
 def setting(config: ModelConfig, stored, chosen, batch: int, prompt_tokens: int, new_tokens: int) -> Setting:
-    """A run of `batch` equal prompts without budgets, under the policy `chosen` and the codec `stored`."""
-    context = bucket(prompt_tokens + new_tokens)
+    """A run of `batch` equal prompts without budgets, under the policy `chosen` and the codec `stored`.
+
+    Working set and statistics are as large as the context at the end, in pages.
+    """
+    context = PAGE_TOKENS * pages(prompt_tokens + new_tokens - 1)
     K, H, L = config.n_kv_heads, config.head_dim, config.n_layers
     selects = isinstance(chosen, policies.Swa)
     statistics = 0.0

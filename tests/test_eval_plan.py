@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from alisa_jax import placement
+from alisa_jax.placement.simulate import simulate
 from eval import common, hardware_profile, plan, sizes
 
 SMALL = ("--model=opt_125m", "--hardware=t4_16gb", "--batch=4", "--prompt_tokens=64", "--new_tokens=65")
@@ -59,7 +61,7 @@ def test_offloading_loses_below_some_batch_and_wins_above_it(capsys):
 
 def test_a_fixed_window_has_a_row_of_statistics_for_each_of_its_rows(capsys):
     few, many = (record(capsys, f"--window={rows}")["statistics_bytes"] for rows in (4, 9))
-    assert many - few == 5 * 4 * 12 * sizes.bucket(64 + 65) * 4  # rows, batch, layers, context, float32
+    assert many - few == 5 * 4 * 12 * 128 * 4  # rows, batch, layers, context, float32
 
 
 def test_int8_holds_the_same_cache_in_about_half_the_bytes(capsys):
@@ -70,6 +72,16 @@ def test_int8_holds_the_same_cache_in_about_half_the_bytes(capsys):
 def test_a_small_host_brings_deletions(capsys):
     found = record(capsys, "--device_kv_bytes=0.8x", "--host_kv_bytes=0.4x", "--read=pages")
     assert found["alisa_p2"] < 65 and found["alisa_host_peak_bytes"] <= found["host_kv_bytes"]
+
+
+def test_where_tokens_are_deleted_each_layer_has_a_selection_of_its_own():
+    values = plan.config(["plan", *SMALL, "--device_kv_bytes=0.8x", "--host_kv_bytes=0.4x"])
+    run, _, _ = plan._maker(values)(4)
+    folded, layered = (simulate(placement.Alisa(), run.sparse, run.cost, one) for one in (run.trace, run.by_layer))
+    assert layered.recompute_s > folded.recompute_s
+    assert plan._simulated(placement.Alisa(), run.sparse, run) == layered
+    paper = placement.Alisa(traffic="paper")
+    assert plan._simulated(paper, run.sparse, run) == simulate(paper, run.sparse, run.cost, run.trace)
 
 
 def test_further_controllers_are_priced_by_their_specs(capsys):

@@ -3,7 +3,7 @@
     0   axes, spec, records                    and the leaf package pallas_kernels
     1   kv, policies                           siblings: neither imports the other
     2   attention                              the only part of alisa_jax that imports pallas_kernels
-    3   models                                 the only part that imports flax.linen
+    3   models, parts                          siblings; models is the only part that imports flax.linen
     4   placement                              knows no model; only placement/mover.py speaks of memory kinds
     5   engine, parallel                       siblings too
     top alisa_jax itself, lm_eval and testing
@@ -31,7 +31,7 @@ LAYERS = {
     **dict.fromkeys(["axes", "spec", "records"], 0),
     **dict.fromkeys(["kv", "policies"], 1),
     "attention": 2,
-    "models": 3,
+    **dict.fromkeys(["models", "parts"], 3),
     "placement": 4,
     **dict.fromkeys(["engine", "parallel"], 5),
     **dict.fromkeys(["", "lm_eval", "testing"], TOP),

@@ -124,19 +124,28 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     return pick(logits if sampling.greedy else scores(logits, keys, sampling.settings()))[0]
 
 
-def choose(logits: jax.Array, draw: Draw | None, step) -> tuple[jax.Array, jax.Array, jax.Array]:
+class Forced(NamedTuple):
+    """In place of a `Draw`: the tokens of a text, whatever the model would have said."""
+
+    tokens: jax.Array  # [B, T] int32
+    made: jax.Array  # [] int32: tokens[:, made] is the next
+
+
+def choose(logits: jax.Array, draw: Draw | Forced | None, step) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Token [B] int32, margin [B] and log-probability [B] from logits [B, V]; `draw` None is greedy.
 
     step: [] int32, steps since `draw` was made. margin: by how much the token won: the best minus the second best of
-    the logits, or, when drawn, of x / T + g over what is kept (inf where one token is kept). log-probability: of the
-    token under the model's own distribution, in nats, whatever the sampling.
+    the logits (where a token is forced too), or, when drawn, of x / T + g over what is kept (inf where one token is kept).
+    log-probability: of the token under the model's own distribution, in nats, whatever the sampling.
     """
     logits = clean(logits)
     compared = logits
-    if draw is not None:
+    if isinstance(draw, Draw):
         keys = jax.vmap(jax.random.fold_in, (0, None))(draw.keys, draw.made + step)
         compared = scores(logits, keys, draw.settings)
     token, margin = pick(compared)
+    if isinstance(draw, Forced):
+        token = jax.lax.dynamic_index_in_dim(draw.tokens, draw.made + step, 1, keepdims=False)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, margin, chosen - jax.nn.logsumexp(logits, axis=-1)
 

@@ -11,20 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alisa_jax import attention
+from alisa_jax import attention, parts
 from alisa_jax.engine import sampling
+from alisa_jax.kv.ring import Ring
 from alisa_jax.kv.state import KVState, LayerState
 from alisa_jax.models.decoder import Decoder
 
 CHUNK_STEPS = 64
-
-
-class Layer(NamedTuple):
-    """How one layer keeps its past."""
-
-    policy: object
-    codec: object
-    route: str
+Layer = parts.Kind
 
 
 def init(decoder: Decoder, layers: tuple[Layer, ...], B: int, S: int) -> KVState:
@@ -52,20 +46,33 @@ def prefill(decoder: Decoder, layers, params, tokens, length) -> tuple[jax.Array
 
 
 def decode(decoder: Decoder, params, kv: KVState, token) -> tuple[jax.Array, KVState, list[attention.Taps]]:
-    """One step: token [B] int32 -> logits [B, V], new states, taps of each layer."""
-    at = kv[0].length[:, None]
+    """One step: token [B] int32 -> logits [B, V], new states, taps of each layer. A layer may be in parts."""
+    at = lengths(kv[0])[:, None]
     x = decoder.embed(params, token[:, None], at)
     states, taps = [], []
     for layer, state in enumerate(kv):
 
         def attend(q, k, v, state=state):
-            out, state, tap = attention.decode(state, q[:, 0], k[:, 0], v[:, 0])
+            one = attention.decode if isinstance(state, LayerState) else parts.decode
+            out, state, tap = one(state, q[:, 0], k[:, 0], v[:, 0])
             return out[:, None], (state, tap)
 
         x, (state, tap) = decoder.block(params, layer, x, at, attend)
         states.append(state)
         taps.append(tap)
     return decoder.unembed(params, x)[:, 0], tuple(states), taps
+
+
+def lengths(layer) -> jax.Array:
+    """[B] int32: tokens that a layer, in parts or not, has seen."""
+    return layer.length if isinstance(layer, LayerState) else jnp.concatenate([part.length for part in layer])
+
+
+def waits(kv) -> jax.Array:
+    """[] bool: some layer waits for rows that are not on the device."""
+    stores = [part.store for layer in kv if not isinstance(layer, LayerState) for part in layer]
+    due = [store.due.any() for store in stores if isinstance(store, Ring)]
+    return jnp.any(jnp.stack(due)) if due else jnp.zeros((), jnp.bool_)
 
 
 class Chunk(NamedTuple):
@@ -85,9 +92,10 @@ def is_stop(token: jax.Array, eos: jax.Array) -> jax.Array:
 
 
 def generate_chunk(decoder: Decoder, params, kv: KVState, token, done, eos, n, draw=None) -> tuple[Chunk, KVState]:
-    """Up to n <= CHUNK_STEPS steps from `token` [B]; ends early when every sequence is done.
+    """Up to n <= CHUNK_STEPS steps from `token` [B]; ends early when every sequence is done, and after a step that leaves
+    rows due.
 
-    draw: a `sampling.Draw`, or None for greedy steps.
+    draw: a `sampling.Draw` or `Forced`, or None for greedy steps.
     """
     B = token.shape[0]
     empty = jnp.zeros((B, CHUNK_STEPS))
@@ -106,7 +114,11 @@ def generate_chunk(decoder: Decoder, params, kv: KVState, token, done, eos, n, d
             out.steps + 1,
         ), kv
 
-    return jax.lax.while_loop(lambda c: (c[0].steps < n) & ~jnp.all(c[0].done), body, (out, kv))
+    def goes_on(carry):
+        out, kv = carry
+        return (out.steps < n) & ~jnp.all(out.done) & ((out.steps == 0) | ~waits(kv))
+
+    return jax.lax.while_loop(goes_on, body, (out, kv))
 
 
 class Scored(NamedTuple):

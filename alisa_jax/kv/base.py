@@ -91,6 +91,18 @@ class Codec:
         """Codes of tokens start .. start+size-1 of a token-major array, head-major."""
         raise NotImplementedError
 
+    def leaves(self, packed: Packed) -> tuple[jax.Array, ...]:
+        """The arrays of `packed` that have a token axis: what the row of a token is made of."""
+        raise NotImplementedError
+
+    def rebuild(self, packed: Packed, leaves: tuple[jax.Array, ...]) -> Packed:
+        """`packed` with other rows, as `leaves` has them; what a sequence has as a whole stays."""
+        raise NotImplementedError
+
+    def encode(self, packed: Packed, x: jax.Array, layout: Layout) -> tuple[jax.Array, ...]:
+        """Leaves of the rows that tokens `x`, in `layout`, would have in `packed`, in which nothing is raw any more."""
+        raise NotImplementedError
+
     def logits(self, q: jax.Array, k: Packed) -> jax.Array:
         """`q` [B, K, G, H] against head-major keys: [B, K, G, M] float32. The caller has scaled `q`."""
         raise NotImplementedError

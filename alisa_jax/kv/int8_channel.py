@@ -107,6 +107,16 @@ class ChannelInt8(Codec):
     def slice_tokens(self, packed, start, size):
         return _moved(packed, lambda x: rows.slice_tokens(x, start, size))
 
+    def leaves(self, packed):
+        return (packed.values,) if isinstance(packed, Calibrating) else (packed.codes,)
+
+    def rebuild(self, packed, leaves):
+        return _moved(packed, lambda _: leaves[0])
+
+    def encode(self, packed, x, layout):
+        scale, zero = (jnp.expand_dims(y, TOKEN_AXIS(layout)) for y in (packed.scale, packed.zero))
+        return (products.encode(self.raw.rounded(x), scale, zero),)
+
     def logits(self, q, k):
         if isinstance(k, Calibrating):
             return self.raw.logits(q, k.values)

@@ -62,6 +62,15 @@ class TokenInt8(Codec):
     def slice_tokens(self, packed, start, size):
         return jax.tree.map(lambda x: rows.slice_tokens(x, start, size), packed)
 
+    def leaves(self, packed):
+        return packed.codes, packed.scale, packed.zero
+
+    def rebuild(self, packed, leaves):
+        return TokenCodes(*leaves)
+
+    def encode(self, packed, x, layout):
+        return self.leaves(self._encode(x))
+
     def logits(self, q, k):
         q = q.astype(jnp.float32)
         offset = jnp.sum(q, axis=-1, keepdims=True) * k.zero.astype(jnp.float32)[:, :, None]

@@ -58,6 +58,15 @@ class Raw(Codec):
     def slice_tokens(self, packed, start, size):
         return rows.slice_tokens(packed, start, size)
 
+    def leaves(self, packed):
+        return (packed,)
+
+    def rebuild(self, packed, leaves):
+        return leaves[0]
+
+    def encode(self, packed, x, layout):
+        return (x.astype(packed.dtype),)
+
     def logits(self, q, k):
         return jnp.einsum("bkgh,bkmh->bkgm", q.astype(k.dtype), k, preferred_element_type=jnp.float32)
 

@@ -64,6 +64,22 @@ def slice_tokens(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
     return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), 1, 2)
 
 
+def put_rows(x: jax.Array, rows: jax.Array, sequence: jax.Array, slot: jax.Array) -> jax.Array:
+    """Head-major write of R single tokens: `x` [B, K, M, *] with `rows` [R, K, *] at `sequence` [R] and `slot` [R, P].
+
+    Distinct places; a sequence or slot out of range writes nothing.
+    """
+    B, K, M = x.shape[:3]
+    slot = jnp.broadcast_to(_write_index(slot, M), (slot.shape[0], K))
+    sequence = jnp.broadcast_to(_write_index(sequence, B)[:, None], slot.shape)
+    return x.at[sequence, _iota(slot.shape, 1), slot].set(rows, mode="drop")
+
+
+def slice_rows(x: jax.Array, sequences: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
+    """`size` tokens from `start` on of some `sequences` [n] of `x`, whose token axis is `axis`: [n, ...]."""
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)[sequences]
+
+
 def pad_axis(x: jax.Array, axis: int, size: int, value) -> jax.Array:
     """`x` with `axis` extended to `size` by `value` (never shortened)."""
     width = [(0, 0)] * x.ndim

@@ -58,12 +58,10 @@ class WorkingSet:
             jnp.where(here, jnp.float32(0.0), self.bias),
         ), slot
 
-    def load(self, codec, store: Store, slot: jax.Array, pos: jax.Array) -> WorkingSet:
-        """Copy codes of tokens `pos` [B, P, E] of the store into `slot` [B, P, E]; -1 copies nothing."""
-        return self.replace(
-            k=codec.put(self.k, codec.take(store.k, pos), slot),
-            v=codec.put(self.v, codec.take(store.v, pos), slot),
-        )
+    def load(self, codec, store, slot: jax.Array, pos: jax.Array) -> WorkingSet:
+        """Copy codes of tokens `pos` [B, P, E] of the store or ring into `slot` [B, P, E]; -1 copies nothing."""
+        k, v = store.take(codec, pos)
+        return self.replace(k=codec.put(self.k, k, slot), v=codec.put(self.v, v, slot))
 
     def freeze(self, codec) -> WorkingSet:
         """The same tokens, all of them encoded (`Codec.freeze`)."""
@@ -95,6 +93,10 @@ class Store:
         """Write `k`, `v` [B, K, H] at row `length` [B]; a full store stays as it is."""
         return Store(codec.write_token(self.k, k, length), codec.write_token(self.v, v, length))
 
+    def take(self, codec, pos: jax.Array) -> tuple[Any, Any]:
+        """Codes of K and V of tokens `pos` [B, P, E], head-major."""
+        return codec.take(self.k, pos), codec.take(self.v, pos)
+
     def freeze(self, codec) -> Store:
         """The same rows, all of them encoded."""
         return self.replace(k=codec.freeze(self.k, "tokens"), v=codec.freeze(self.v, "tokens"))
@@ -109,7 +111,7 @@ class LayerState:
     """All that one layer remembers. `KVState` is the tuple of the layers' states."""
 
     ws: WorkingSet | None
-    store: Store | None
+    store: Any  # Store, or a Ring of its newest rows, or None
     stats: Any  # the policy's pytree, () when it keeps none
     length: jax.Array  # [B] int32, tokens seen per sequence
     policy: Any = flax.struct.field(pytree_node=False)

@@ -12,7 +12,7 @@ from alisa_jax import spec
 from alisa_jax.placement.accelerate import Accelerate
 from alisa_jax.placement.alisa import Alisa
 from alisa_jax.placement.flexgen import FlexGen
-from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Controller, Plan, Rows, Setting, Span, Tier, View
+from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Controller, Layout, Plan, Rows, Setting, Span, Tier, View
 from alisa_jax.placement.resident import Resident
 from alisa_jax.placement.waves import Waves
 
@@ -28,6 +28,7 @@ __all__ = [
     "Alisa",
     "Controller",
     "FlexGen",
+    "Layout",
     "Plan",
     "Resident",
     "Rows",

@@ -8,19 +8,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alisa_jax.placement.moves import fetch, full_pages, host_bytes, refuse_device, refuse_host, refuse_store, settle
-from alisa_jax.placement.plan import Controller, Plan, Span
+from alisa_jax.placement.moves import (
+    device_bytes,
+    fetch,
+    full_pages,
+    host_bytes,
+    refuse_device,
+    refuse_host,
+    refuse_store,
+    settle,
+)
+from alisa_jax.placement.plan import Controller, Layout, Plan, Span
 
 
 @dataclass(frozen=True)
 class Accelerate(Controller):
     """All full pages on the host."""
 
+    @property
+    def reads_wanted(self):
+        return True
+
     def check(self, setting):
         refuse_store("accelerate", setting)
-        tails = setting.layers * setting.page_bytes * setting.batch
-        refuse_device("accelerate", setting, setting.fixed_bytes + tails + setting.staging_bytes(ahead=0))
+        refuse_device("accelerate", setting, device_bytes(setting, self.layout(setting), ahead=0))
         refuse_host("accelerate", setting, host_bytes(setting, (Span(0, full_pages(t)) for t in setting.final_tokens)))
+
+    def layout(self, setting):
+        return Layout(whole=0, kept_pages=1)
 
     def spans(self, view):
         return tuple(Span(0, full_pages(have)) for have in (view.after if view.step == 0 else view.lengths))

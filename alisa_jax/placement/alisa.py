@@ -14,10 +14,15 @@
 
 Shares are of the tokens of each sequence, in whole pages. Only prompt tokens are deleted, because a prefill gives exactly
 what the first prefill gave for them alone: a plan that would delete generated tokens is clamped, and its notes say so.
+
+A run whose tokens all fit keeps them, unless p1 says otherwise. Any other run reserves its staging from the first step on,
+because tokens cannot leave through room that is not there; what is left is as many pages for each layer and sequence.
+Without p1, a sequence leaves Phase I when it has more pages than these.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,13 +33,12 @@ from alisa_jax.placement.moves import (
     fetch,
     full_pages,
     host_bytes,
-    largest,
     refuse_device,
     refuse_host,
     refuse_store,
     settle,
 )
-from alisa_jax.placement.plan import PAGE_TOKENS, Controller, Plan, Setting, Span, View, pages
+from alisa_jax.placement.plan import PAGE_TOKENS, Controller, Layout, Plan, Setting, Span, View, pages
 
 Auto = Literal["auto"]
 
@@ -76,26 +80,34 @@ class Alisa(Controller):
                 "a policy that refreshes attends every token, so deleted ones would all be recomputed: "
                 "give recompute=false, or refresh_every=0"
             )
-        phase_one = _phase_one(setting)
-        if (phase_one if self.p1 == "auto" else min(self.p1, phase_one)) < setting.new_tokens:
-            refuse_device("alisa", setting, least_device_bytes(setting))
-        if self.p1 != "auto" and self.p1 > phase_one:
+        least, everything = least_device_bytes(setting), device_bytes(setting, Layout(setting.batch, 0), 0)
+        early = self.p1 != "auto" and self.p1 < setting.new_tokens
+        refuse_device("alisa", setting, least if early else min(least, everything))
+        if self.p1 != "auto" and self._leaves(setting) and self.p1 > (first := _phase_one(setting)):
+            instead = f", or {setting.new_tokens}: everything fits" if everything <= setting.device_kv_bytes else ""
             raise ValueError(
-                f"p1 must be at most {phase_one} here, the first step at which the device budget does not hold "
-                f"everything; got {self.p1}"
+                f"p1 must be at most {first} here, the first step after which a sequence has more than the "
+                f"{PAGE_TOKENS * _pages_kept(setting)} tokens that the device budget leaves it room for{instead}; "
+                f"got {self.p1}"
             )
         if self.alpha != "auto":
             least = self._least_alpha(setting)
             if self.alpha < least:
                 raise ValueError(
-                    f"alpha must be at least {math.ceil(least * 1000) / 1000} here, so that the rest fits the device "
+                    f"alpha must be at least {math.ceil(least * 1e6) / 1e6} here, so that the rest fits the device "
                     f"budget; got {self.alpha}"
                 )
-        spans, need = (Span(),) * setting.batch, 0.0
-        for step in self._steps_that_matter(setting):
-            spans = self._spans(setting, step, _after(setting, step), spans)
-            need = max(need, host_bytes(setting, spans))
-        refuse_host("alisa, which deletes prompt tokens at most," if self.recompute else "alisa", setting, need)
+        name, need = "alisa, which deletes prompt tokens at most," if self.recompute else "alisa", setting.host_kv_bytes
+        while (more := self._host_need(dataclasses.replace(setting, host_kv_bytes=need))) > need:
+            need = math.ceil(more)  # with a larger budget each sequence may keep more, and need more
+        refuse_host(name, setting, need)
+
+    @property
+    def reads_wanted(self):
+        return self.traffic == "paper"
+
+    def layout(self, setting):
+        return Layout(0, _pages_kept(setting)) if self._leaves(setting) else Layout(setting.batch, 0)
 
     def spans(self, view):
         return self._spans(view.setting, view.step, view.after, view.spans)
@@ -105,19 +117,27 @@ class Alisa(Controller):
         store, drop = settle(view, spans)
         load, again = ((), ()) if view.step == 0 else fetch(view, spans, self._to_fetch(view))
         notes = (_CLAMPED.format(view.step),) if self._clamped(view) else ()
-        ahead = 0 if view.setting.selects else 1
-        return Plan(store, drop, load, again, ahead=ahead, lag=self.lag, notes=notes)
+        return Plan(store, drop, load, again, ahead=_ahead(view.setting), lag=self.lag, notes=notes)
 
     def _to_fetch(self, view: View):
         return view.wanted if view.wanted is None or self.traffic == "paper" else view.entering
 
+    def _leaves(self, setting: Setting) -> bool:
+        """Some token may leave the device: not all fit, or p1 is a step of the run."""
+        if self.p1 != "auto" and self.p1 < setting.new_tokens:
+            return True
+        return device_bytes(setting, Layout(setting.batch, 0), 0) > setting.device_kv_bytes
+
     def _spans(self, setting: Setting, step: int, after: Sequence[int], old: Sequence[Span]) -> tuple[Span, ...]:
         """Phases II and III: how far each sequence is off the device, and deleted."""
-        if not self._offloading(setting, step, after):
+        if not self._leaves(setting):
             return tuple(old)
         keep, share = _pages_kept(setting), 0.0 if self.alpha == "auto" else self.alpha
+        begun = self.p1 != "auto" and step >= self.p1
         away = [
             max(have.host, PAGE_TOKENS * max(0, pages(n) - keep), full_pages(int(share * n)))
+            if begun or pages(n) > keep
+            else have.host
             for n, have in zip(after, old)
         ]
         lost = self._lost(setting, step, after, away)
@@ -125,11 +145,6 @@ class Alisa(Controller):
             Span(max(have.dropped, min(gone, full_pages(s), host)), host)
             for gone, host, s, have in zip(lost, away, setting.prompt_tokens, old)
         )
-
-    def _offloading(self, setting: Setting, step: int, after: Sequence[int]) -> bool:
-        if self.p1 != "auto" and step >= self.p1:
-            return True
-        return setting.fixed_bytes + setting.store_bytes(after) > setting.device_kv_bytes
 
     def _lost(self, setting: Setting, step: int, after: Sequence[int], away: Sequence[int]) -> list[int]:
         """Tokens to delete of each sequence, before the clamp to the prompt."""
@@ -147,18 +162,25 @@ class Alisa(Controller):
         return [max(more, full_pages(int(share * n))) for more, n in zip(over, after)]
 
     def _clamped(self, view: View) -> bool:
-        setting, spans = view.setting, self.spans(view)
-        if not self._offloading(setting, view.step, view.after):
-            return False
-        lost = self._lost(setting, view.step, view.after, [span.host for span in spans])
-        return any(more > full_pages(s) for more, s in zip(lost, setting.prompt_tokens))
+        setting, away = view.setting, [span.host for span in self.spans(view)]
+        lost = self._lost(setting, view.step, view.after, away)
+        return any(min(more, host) > full_pages(s) for more, host, s in zip(lost, away, setting.prompt_tokens))
 
     def _least_alpha(self, setting: Setting) -> float:
-        """The smallest share that leaves the device no more than its budget at every step from p1 on."""
-        first = _phase_one(setting) if self.p1 == "auto" else self.p1
-        keep, longest = _pages_kept(setting), max(setting.prompt_tokens)
-        totals = (longest + step for step in range(first, setting.new_tokens))
-        return max((PAGE_TOKENS * max(0, pages(n) - keep) / n for n in totals), default=0.0)
+        """The smallest share that leaves the device no more than its budget at every step of every sequence."""
+        if not self._leaves(setting):
+            return 0.0
+        keep = _pages_kept(setting)
+        totals = {s + step for s in set(setting.prompt_tokens) for step in range(setting.new_tokens)}
+        return max(PAGE_TOKENS * max(0, pages(n) - keep) / n for n in totals)
+
+    def _host_need(self, setting: Setting) -> float:
+        """The most bytes that the host holds at any step."""
+        spans, need = (Span(),) * setting.batch, 0.0
+        for step in self._steps_that_matter(setting):
+            spans = self._spans(setting, step, tuple(s + step for s in setting.prompt_tokens), spans)
+            need = max(need, host_bytes(setting, spans))
+        return need
 
     def _steps_that_matter(self, setting: Setting) -> tuple[int, ...]:
         """Steps at which the host may hold most: the last, and from the last before deletions begin."""
@@ -174,8 +196,7 @@ _CLAMPED = "step {}: the plan would delete generated tokens; it is clamped to th
 
 def least_device_bytes(setting: Setting) -> float:
     """The smallest device budget under which `alisa` can offload: one page per layer and sequence beside what is fixed."""
-    tails = setting.layers * setting.page_bytes * setting.batch
-    return setting.fixed_bytes + tails + setting.staging_bytes(_ahead(setting))
+    return device_bytes(setting, Layout(0, 1), _ahead(setting))
 
 
 def _ahead(setting: Setting) -> int:
@@ -183,19 +204,12 @@ def _ahead(setting: Setting) -> int:
 
 
 def _pages_kept(setting: Setting) -> int:
-    """Pages per layer and sequence that stay on the device while the others are on the host."""
-    room = setting.device_kv_bytes - setting.fixed_bytes - setting.staging_bytes(_ahead(setting))
-    return max(1, int(min(room / (setting.layers * setting.page_bytes * setting.batch), 1e12)))
-
-
-def _after(setting: Setting, step: int) -> tuple[int, ...]:
-    return tuple(s + step for s in setting.prompt_tokens)
+    """Pages per layer and sequence that stay on the device in a run that offloads."""
+    room = setting.device_kv_bytes - device_bytes(setting, Layout(0, 0), _ahead(setting))
+    most = room / (setting.layers * setting.page_bytes * setting.batch)
+    return max(1, int(min(most, pages(max(setting.final_tokens)))))
 
 
 def _phase_one(setting: Setting) -> int:
-    """The first step after which the device cannot hold everything; new_tokens where it always can."""
-    spans = (Span(),) * setting.batch
-    fits = lambda steps: (
-        steps == 0 or (device_bytes(setting, spans, _after(setting, steps - 1)) <= setting.device_kv_bytes)
-    )
-    return largest(fits, setting.new_tokens)
+    """The first step after which a sequence has more pages than are kept; new_tokens where none ever has."""
+    return min(setting.new_tokens, max(0, PAGE_TOKENS * _pages_kept(setting) + 1 - max(setting.prompt_tokens)))

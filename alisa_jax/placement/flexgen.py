@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alisa_jax.placement.moves import (
+    device_bytes,
     fetch,
     full_pages,
     host_bytes,
-    largest,
     refuse_device,
     refuse_host,
     refuse_store,
     settle,
 )
-from alisa_jax.placement.plan import Controller, Plan, Span
+from alisa_jax.placement.plan import Controller, Layout, Plan, Span
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,28 @@ class FlexGen(Controller):
         if self.cache_device_frac != "auto" and not 0.0 <= self.cache_device_frac <= 1.0:
             raise ValueError(f"cache_device_frac must be auto or in [0, 1]; got {self.cache_device_frac}")
 
+    @property
+    def reads_wanted(self):
+        return True
+
     def device_sequences(self, setting) -> int:
-        """How many sequences, the first ones, stay on the device."""
+        """How many sequences, the first ones, stay on the device; 0 where the budget holds no split."""
         if self.cache_device_frac != "auto":
             return int(setting.batch * self.cache_device_frac + 1e-9)
-        if _need(setting, setting.batch) <= setting.device_kv_bytes:
-            return setting.batch
-        return largest(lambda some: _need(setting, some) <= setting.device_kv_bytes, setting.batch - 1)
+        # Not bisected: with more of them on the device, a run may need less, because the longest is not staged.
+        fits = lambda stay: _need(setting, stay) <= setting.device_kv_bytes
+        return next(filter(fits, range(setting.batch, -1, -1)), 0)
 
     def check(self, setting):
         refuse_store("flexgen", setting)
         stay = self.device_sequences(setting)
-        refuse_device("flexgen", setting, _need(setting, stay))
+        splits = range(setting.batch + 1) if self.cache_device_frac == "auto" else (stay,)
+        refuse_device("flexgen", setting, min(_need(setting, some) for some in splits))
         away = (Span(0, full_pages(t)) for t in setting.final_tokens[stay:])
         refuse_host("flexgen", setting, host_bytes(setting, away))
+
+    def layout(self, setting):
+        return _layout(setting, self.device_sequences(setting))
 
     def spans(self, view):
         stay, have = self.device_sequences(view.setting), view.after if view.step == 0 else view.lengths
@@ -60,9 +68,8 @@ class FlexGen(Controller):
 
 
 def _need(setting, stay: int) -> float:
-    """Device bytes with the first `stay` sequences on the device."""
-    here = setting.fixed_bytes + setting.store_bytes(setting.final_tokens[:stay])
-    if stay == setting.batch:
-        return here
-    tails = setting.layers * setting.page_bytes * (setting.batch - stay)
-    return here + tails + setting.staging_bytes(1, slice(stay, None))
+    return device_bytes(setting, _layout(setting, stay), ahead=1)
+
+
+def _layout(setting, stay: int) -> Layout:
+    return Layout(stay, kept_pages=int(stay < setting.batch))

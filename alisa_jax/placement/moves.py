@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Positions, Rows, Setting, Span, Tier, View, pages
+from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Layout, Positions, Rows, Setting, Span, Tier, View
 
 
 def full_pages(tokens: int) -> int:
@@ -92,12 +92,13 @@ def host_bytes(setting: Setting, spans: Iterable[Span]) -> float:
     return setting.layers * setting.page_bytes * sum((s.host - s.dropped) // PAGE_TOKENS for s in spans)
 
 
-def device_bytes(setting: Setting, spans: Iterable[Span], tokens: Iterable[int]) -> float:
-    """Bytes of what stays on the device between steps, for sequences of `tokens` tokens."""
-    if setting.evicts:
-        return setting.fixed_bytes
-    held = sum(pages(t) - s.host // PAGE_TOKENS for s, t in zip(spans, tokens))
-    return setting.fixed_bytes + setting.layers * setting.page_bytes * held
+def device_bytes(setting: Setting, layout: Layout, ahead: int) -> float:
+    """Device bytes of a run, from its first step to its last: what is fixed, the store as it is laid out, and staging where
+    a sequence is not kept whole."""
+    stay, away = layout.whole, setting.batch - layout.whole
+    rings = setting.layers * setting.page_bytes * away * layout.kept_pages
+    staging = setting.staging_bytes(ahead, slice(stay, None))
+    return setting.fixed_bytes + setting.store_bytes(setting.final_tokens[:stay]) + rings + staging
 
 
 def largest(fits: Callable[[int], bool], stop: int) -> int:

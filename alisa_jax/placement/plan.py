@@ -10,6 +10,9 @@ Where the K and V of a token are:
     HOST       immutable pages of 16 tokens per layer and sequence; only full pages go there
     NOWHERE    deleted, or not yet computed
 
+Arrays on the device are rectangular and made once, as large as the run ends: a sequence has room for as many pages as the
+longest one beside it, and bytes count that room.
+
 A step obeys its plan in the order store, drop, load, recompute, then attends, then writes its token; only the prefill writes
 first, a layer at a time, and a layer's rows leave before the next layer runs. A store moves rows (the device
 pages are free afterwards), a load copies them, a drop deletes them.
@@ -83,6 +86,19 @@ class Span(NamedTuple):
     host: int = 0
 
 
+class Layout(NamedTuple):
+    """How the store lies on the device for a whole run.
+
+    whole: the first `whole` sequences keep every token there, in room for the longest of them at its end. kept_pages: each
+    other sequence keeps a ring of so many pages per layer, its newest tokens; the row of a token is its position modulo
+    16 kept_pages, so that a token must have been stored before the one that comes 16 kept_pages later is written. 0 where
+    all are whole, and only there.
+    """
+
+    whole: int
+    kept_pages: int
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is known of a run before it starts.
@@ -141,19 +157,27 @@ class Setting:
         return self.batch * (slots + self.sequence_bytes + self.stats_bytes)
 
     def store_bytes(self, tokens: Iterable[int]) -> float:
-        """The store's bytes for sequences of `tokens` tokens, all layers, in whole pages; 0 where nothing is stored."""
-        return 0.0 if self.evicts else self.layers * self.page_bytes * sum(pages(t) for t in tokens)
+        """The store's bytes for sequences of `tokens` tokens, all layers; 0 where nothing is stored.
+
+        The array is rectangular: each sequence has the pages of the longest.
+        """
+        tokens = tuple(tokens)
+        return 0.0 if self.evicts else self.layers * self.page_bytes * len(tokens) * pages(max(tokens, default=0))
 
     def staging_bytes(self, ahead: int, sequences: slice = slice(None)) -> float:
         """Device bytes that offloading `sequences` needs for rows on their way.
 
-        Dense: a layer of the context and `ahead` more. Selecting: a page for each layer and sequence (more rows than that
-        travel in rounds), and the prompt of the layer in flight.
+        Dense: a layer of the final context and `ahead` more, and one more where streamed rows are laid out anew, because
+        sequences are not equally long or there are many pages. Selecting: a page for each layer and sequence (more rows than
+        that travel in rounds), and the prompt of the layer in flight. Rectangular: as many pages for each sequence as the
+        longest of them has.
         """
-        finals, prompts = self.final_tokens[sequences], self.prompt_tokens[sequences]
+        prompts = self.prompt_tokens[sequences]
+        longest = max(prompts, default=0)
         if not self.selects:
-            return (ahead + 1) * self.page_bytes * sum(pages(t) for t in finals)
-        return self.page_bytes * (self.layers * len(finals) + sum(pages(t) for t in prompts))
+            widened = len(set(prompts)) > 1 or pages(longest + self.new_tokens - 1) > 64  # see `stream_pages`
+            return (ahead + 1 + widened) * self.page_bytes * len(prompts) * pages(longest + self.new_tokens - 1)
+        return self.page_bytes * len(prompts) * (self.layers + pages(longest))
 
     def part(self, first: int, stop: int) -> Setting:
         """The same run for sequences first .. stop - 1."""
@@ -187,9 +211,18 @@ class View:
 
 
 class Controller:
-    """Base of all controllers: frozen dataclasses whose `decide` is a pure function of the view."""
+    """Base of all controllers: frozen dataclasses whose `decide` is a pure function of the view.
 
-    offloads: ClassVar[bool] = True  # needs a store to offload
+    offloads: it needs a store to offload. reads_wanted: once something is off the device, the plan of a step of a run
+    that selects depends on `view.wanted`; False: on lengths, spans and `view.entering` alone. (A dense run has no
+    `wanted`: every step moves everything.)
+    """
+
+    offloads: ClassVar[bool] = True
+
+    @property
+    def reads_wanted(self) -> bool:
+        return False
 
     def check(self, setting: Setting) -> None:
         """Raise ValueError, naming the smallest value that would do, when `setting` cannot be run."""
@@ -198,6 +231,13 @@ class Controller:
     def groups(self, setting: Setting) -> tuple[Setting, ...]:
         """The runs that the batch is split into, one after another."""
         return (setting,)
+
+    def layout(self, setting: Setting) -> Layout:
+        """How the store of one of the `groups` lies on the device, from its first step to its last.
+
+        Read it where `check` accepts the setting.
+        """
+        raise NotImplementedError
 
     def decide(self, view: View) -> Plan:
         """The plan of one step."""
@@ -211,6 +251,13 @@ class Controller:
 def pages(tokens: int) -> int:
     """Pages that hold `tokens` tokens."""
     return -(-tokens // PAGE_TOKENS)
+
+
+def stream_pages(number: int, most: int) -> int:
+    """Room in pages for `number` streamed ones, at most `most`: rounded up by less than a 32nd where there are many, so
+    that long runs meet few sizes."""
+    step = 1 << max(0, number.bit_length() - 6)
+    return min(most, -(-number // step) * step)
 
 
 def views(setting: Setting):

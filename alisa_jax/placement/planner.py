@@ -48,8 +48,8 @@ class Problem:
     traffic: "delta" fetches `entering` tokens a step, "paper" all that are wanted and off the device.
     rebuild: "prefix" recomputes the whole deleted prefix when one of its tokens is wanted (exact), "wanted" prices the
     wanted tokens alone (what the paper's times suggest). layers: a prefix is needed when any of them wants it.
-    staging_tokens: what of the device budget is needed for rows on their way, once there are any. page_tokens: budgets
-    hold whole pages, and what leaves the device are full ones.
+    staging_tokens: what of the device budget is reserved for rows on their way, from the first step on, wherever p1 < n.
+    page_tokens: budgets hold whole pages, and what leaves the device are full ones.
     """
 
     prompt_tokens: int
@@ -118,21 +118,21 @@ class _Tables:
         self.memo: dict = {}
         self.prefills: dict[float, float] = {}
 
-    def one(self) -> tuple[np.ndarray, np.ndarray]:
-        """Phase I: nothing moves. (seconds, excess) of each step."""
-        return self.compute, np.maximum(self.held - self.problem.device_tokens, 0.0)
+    def one(self, staging: float) -> tuple[np.ndarray, np.ndarray]:
+        """Phase I: nothing moves. (seconds, excess) of each step, with `staging` tokens reserved."""
+        return self.compute, self._over(0.0, staging)
 
     def two(self, alpha: float) -> tuple[np.ndarray, np.ndarray]:
         """Phase II."""
         away = self._pages(alpha * self.total)
-        over = self._over(away) + np.maximum(away - self.problem.host_tokens, 0.0)
+        over = self._over(away, self.problem.staging_tokens) + np.maximum(away - self.problem.host_tokens, 0.0)
         return self.compute + self._moved(alpha) + self._fetched(away) * self.problem.load_token_s, over
 
     def three(self, alpha: float, beta: float) -> tuple[np.ndarray, np.ndarray]:
         """Phase III."""
         problem, away = self.problem, self._pages(alpha * self.total)
         lost = self._pages(np.minimum(np.minimum(beta * self.total, problem.prompt_tokens), away))
-        over = self._over(away) + np.maximum(away - lost - problem.host_tokens, 0.0)
+        over = self._over(away, problem.staging_tokens) + np.maximum(away - lost - problem.host_tokens, 0.0)
         again = lambda tokens: np.array([self._recompute_s(float(m)) for m in tokens])
         load = (self._fetched(away) - self._fetched(lost)) * problem.load_token_s
         if problem.rebuild == "wanted":
@@ -152,9 +152,8 @@ class _Tables:
     def _pages(self, tokens: np.ndarray) -> np.ndarray:
         return np.floor(tokens.astype(int) / self.problem.page_tokens) * self.problem.page_tokens
 
-    def _over(self, away: np.ndarray) -> np.ndarray:
-        room = self.problem.device_tokens - self.problem.staging_tokens
-        return np.maximum(self.held - away - room, 0.0)
+    def _over(self, away: np.ndarray | float, staging: float) -> np.ndarray:
+        return np.maximum(self.held - away - (self.problem.device_tokens - staging), 0.0)
 
     def _moved(self, alpha: float) -> np.ndarray:
         """Seconds of what a step adds to the host; the bulk move at p1 is priced by `seconds`."""
@@ -184,13 +183,19 @@ class _Tables:
         return np.where((p1 < p2) | (np.minimum(p1, p2) == n), over, np.inf), time + bulk
 
     def _phase_one(self) -> tuple[np.ndarray, np.ndarray]:
+        """(seconds, excess) of phase I, summed over the steps before each p1; nothing is staged where p1 = n."""
         if "one" not in self.memo:
-            self.memo["one"] = tuple(_cumulative(part) for part in self.one())
+            seconds, over = (_cumulative(part) for part in self.one(self.problem.staging_tokens))
+            over[-1] = self.one(0.0)[1].sum()
+            self.memo["one"] = seconds, over
         return self.memo["one"]
 
     def point(self, p1: int, p2: int, alpha: float, beta: float) -> Phases:
-        over, seconds = self.grid(p1, p2, alpha, beta)
-        return Phases(int(p1), int(p2), float(alpha), float(beta), float(seconds), float(over))
+        key = (int(p1), int(p2), float(alpha), float(beta))
+        if key not in self.memo:
+            over, seconds = self.grid(*key)
+            self.memo[key] = Phases(*key, float(seconds), float(over))
+        return self.memo[key]
 
 
 def search(problem: Problem) -> Phases:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Positions, Rows, Setting, Tier, View
+from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Layout, Plan, Positions, Rows, Setting, Tier, View
 
 
 class PlanError(AssertionError):
@@ -29,8 +29,8 @@ class Moved(NamedTuple):
 class Residency:
     """The rows of one run. Masks are [L, B, S]: layers, sequences, positions (L = 1 stands for layers that are alike)."""
 
-    def __init__(self, setting: Setting, layers: int | None = None):
-        self.setting, L = setting, setting.layers if layers is None else layers
+    def __init__(self, setting: Setting, layout: Layout, layers: int | None = None):
+        self.setting, self.layout, L = setting, layout, setting.layers if layers is None else layers
         if setting.layers % L:
             raise ValueError(f"layers must divide {setting.layers}; got {L}")
         self.weight = setting.layers // L
@@ -83,6 +83,7 @@ class Residency:
             self._attend(view, loaded, staged, again)
             self._write(view)
             device = max(device, self._device_bytes(loaded, staged, again, plan.ahead))
+        self._check_rings(view)
         host = self._pages(self.host).sum() * self.weight * setting.page_bytes
         link = self._link_bytes(loaded | staged), self._link_bytes(stored, whole=True)
         return self._within(view, Moved(*link, device, host))
@@ -93,6 +94,17 @@ class Residency:
             if used > budgets[name]:
                 raise PlanError(f"step {view.step}: {used:.0f} bytes on the {name}; its budget is {budgets[name]:.0f}")
         return moved
+
+    def _check_rings(self, view: View) -> None:
+        ring, whole = PAGE_TOKENS * self.layout.kept_pages, self.layout.whole
+        oldest = np.asarray(view.after)[whole:, None] - ring
+        lost = self.device[:, whole:] & (np.arange(self.device.shape[2]) < oldest)
+        if lost.any():
+            layer, sequence, position = (int(i) for i in np.argwhere(lost)[0])
+            raise PlanError(
+                f"step {view.step}: position {position} of layer {layer} and sequence {sequence + whole} is overwritten on "
+                f"the device before it was stored: the ring has {ring} rows"
+            )
 
     def _mask(self, row: Rows, there: np.ndarray) -> np.ndarray:
         if row.head != ALL:

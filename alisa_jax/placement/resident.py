@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from alisa_jax.placement.moves import refuse_device
-from alisa_jax.placement.plan import Controller, Plan
+from alisa_jax.placement.plan import Controller, Layout, Plan
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,9 @@ class Resident(Controller):
 
     def check(self, setting):
         refuse_device("resident", setting, setting.fixed_bytes + setting.store_bytes(setting.final_tokens))
+
+    def layout(self, setting):
+        return Layout(setting.batch, 0)
 
     def decide(self, view):
         return Plan()

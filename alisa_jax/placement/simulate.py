@@ -14,7 +14,7 @@ import numpy as np
 
 from alisa_jax.placement.cost import Cost, Price
 from alisa_jax.placement.moves import device_bytes, host_bytes
-from alisa_jax.placement.plan import ALL, Controller, Positions, Setting, Span, Tier, View, views
+from alisa_jax.placement.plan import ALL, Controller, Positions, Setting, Span, View, views
 from alisa_jax.placement.residency import PlanError, Residency
 
 Trace = Callable[[int, tuple[int, ...]], Positions | None]  # (step, lengths) to what is wanted; None: everything
@@ -23,12 +23,15 @@ ENTERING_TOKENS = (
     0.2  # per step, layer and sequence; 0.16 - 0.19 at 80 % sparsity, 0.24 - 0.28 at 60 %, on trained models
 )
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+_APART = math.e - 2.0  # phases of layers; multiples of a square root fall into step with those of _GOLDEN
+_OWN_PHASES = 64
 
 
 @dataclass(frozen=True)
 class Simulated:
     """A modelled run. `p1`, `p2`: the first steps that keep something off the device, and delete something; new_tokens
-    where none does. Peaks are of the cache alone. off_device_frac, deleted_frac: shares of the tokens at the end."""
+    where none does. Peaks are of the cache alone; the device's is that of the layout, the same at every step.
+    off_device_frac, deleted_frac: shares of the tokens at the end."""
 
     new_tokens: int
     batch: int
@@ -109,10 +112,11 @@ def _run(controller: Controller, setting: Setting, cost: Cost, trace: Trace | No
     device = host = 0.0
     p1 = p2 = setting.new_tokens
     notes: list[str] = []
-    rows = Residency(setting, strict) if strict else None
+    layout = controller.layout(setting)
+    rows = Residency(setting, layout, strict) if strict else None
     for view, plan, spans in walk(controller, setting, trace):
         prices.append(cost.price(plan, view))
-        here = device_bytes(setting, spans, view.after) + _staging(setting, plan, view, spans)
+        here = device_bytes(setting, layout, plan.ahead)
         if rows is not None:
             if view.step == 1:
                 rows.seed(view.wanted)
@@ -149,34 +153,32 @@ def _run(controller: Controller, setting: Setting, cost: Cost, trace: Trace | No
 _SUMMED = ("total_s", "compute_s", "load_s", "store_s", "recompute_s", "load_bytes", "store_bytes")
 
 
-def _staging(setting: Setting, plan, view: View, spans) -> float:
-    """What the step reserves for rows on their way: the whole of it wherever something is off the device."""
-    away = [b for b, span in enumerate(spans) if span.host]
-    if setting.evicts or not away:
-        return 0.0
-    first = away[0]
-    if any(row.target is Tier.STAGING for row in (*plan.load, *plan.recompute)) or view.step == 0 or setting.selects:
-        return setting.staging_bytes(plan.ahead, slice(first, None))
-    return 0.0
-
-
-def swa_trace(local: Callable[[int], int], top: Callable[[int], int], entering: float = ENTERING_TOKENS) -> Trace:
-    """Selections of `local(n)` recent and `top(n)` other tokens of n past ones, the same for all layers and sequences.
+def swa_trace(
+    local: Callable[[int], int], top: Callable[[int], int], entering: float = ENTERING_TOKENS, layers: int = 1
+) -> Trace:
+    """Selections of `local(n)` recent and `top(n)` other tokens of n past ones.
 
     The others are those with the highest frac(p g + t), g the golden section: evenly spread, and stable but for the
     phase t, which moves so that about `entering` tokens enter per step besides those that leave the local part.
+
+    layers: 1 selects the same for all layers and sequences (of one length). More gives each layer a phase of its own, and
+    each sequence too where layers times sequences are at most 64: tokens then enter at steps of their own, and a deleted
+    one is wanted as soon as any layer wants it. That takes as many times longer.
     """
 
     def wanted(step: int, lengths: tuple[int, ...]) -> Positions:
-        alike = len(set(lengths)) == 1
+        own = 1 < layers and layers * len(lengths) <= _OWN_PHASES
+        alike = len(set(lengths)) == 1 and not own
         found = {}
         for sequence, n in enumerate(lengths[:1] if alike else lengths):
             older = n - local(n)
-            phase = entering * step / n
-            score = (np.arange(older) * _GOLDEN + phase) % 1.0
-            chosen = np.sort(np.argsort(-score, kind="stable")[: top(n)])
-            found[ALL if alike else sequence] = (*chosen.tolist(), *range(older, n))
-        return {(ALL, sequence): positions for sequence, positions in found.items()}
+            spread = np.arange(older) * _GOLDEN + entering * step / n
+            for layer in range(layers):
+                phase = (layer + layers * sequence * own) * _APART
+                chosen = np.sort(np.argsort(-((spread + phase) % 1.0), kind="stable")[: top(n)])
+                key = ALL if layers == 1 else layer, ALL if alike else sequence
+                found[key] = (*chosen.tolist(), *range(older, n))
+        return found
 
     return wanted
 

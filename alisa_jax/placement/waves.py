@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from alisa_jax.placement.moves import largest, refuse_device
-from alisa_jax.placement.plan import Controller, Plan
+from alisa_jax.placement.plan import Controller, Layout, Plan
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,9 @@ class Waves(Controller):
             found.append(setting.part(first, first + size))
             first += size
         return tuple(found)
+
+    def layout(self, setting):
+        return Layout(setting.batch, 0)
 
     def decide(self, view):
         return Plan()

@@ -46,6 +46,7 @@ class Policy:
     """Base of all policies; what is not overridden is a stateless policy that shares its selection between heads."""
 
     evicts: ClassVar[bool] = True  # what is not kept is gone; no store
+    selects: ClassVar[bool] = True  # False: every query attends every token
     needs_query: ClassVar[bool] = False  # cannot be chosen one step ahead
     routes: ClassVar[tuple[str, ...]] = ("working_set", "indexed", "masked")
     seed_kind: ClassVar[str] = "none"  # what a prefill hands to `seed`: "none" | "rows" | "sum"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from alisa_jax.policies import base
 @dataclass(frozen=True)
 class Dense(base.Policy):
     """Keeps all tokens; slot = position."""
+
+    selects: ClassVar[bool] = False
 
     def capacity(self, S: int) -> int:
         return S

@@ -1,6 +1,7 @@
 """Every controller on random workloads: budgets hold, nothing that is attended is missing, bytes are as priced."""
 
 import dataclasses
+import math
 import re
 
 import numpy as np
@@ -77,8 +78,12 @@ def workloads(draw):
 
 
 def allowed(controller, setting):
-    """Both, with each value that is refused replaced by the one that the refusal names; None where it names none."""
-    for _ in range(6):
+    """Both, with each value that is refused replaced by the one that the refusal names; None where it names none.
+
+    No value is refused twice, and a budget that is a byte smaller than the one that is named is refused too.
+    """
+    seen = set()
+    for _ in range(5):
         try:
             controller.check(setting)
             return controller, setting
@@ -86,8 +91,13 @@ def allowed(controller, setting):
             text = str(error)
         budget = re.search(r"needs (device_kv_bytes|host_kv_bytes) of at least (\d+)", text)
         value = re.search(r"(p1|alpha) must be at (?:most|least) ([0-9.]+)", text)
+        name = (budget or value or [None, None])[1]
+        assert name is None or name not in seen, f"{controller} refuses what it asked for: {text}, {setting}"
+        seen.add(name)
         if budget:
             assert int(budget[2]) > getattr(setting, budget[1])
+            with pytest.raises(ValueError, match=f"{budget[1]} of at least {budget[2]}"):
+                controller.check(dataclasses.replace(setting, **{budget[1]: float(budget[2]) - 1}))
             setting = dataclasses.replace(setting, **{budget[1]: float(budget[2])})
         elif value and (value[1] == "p1" or float(value[2]) < 1):
             controller = dataclasses.replace(controller, **{value[1]: (int if value[1] == "p1" else float)(value[2])})
@@ -108,13 +118,34 @@ def test_budgets_hold_and_bytes_are_as_priced(spec, workload):
     trace = random_trace(setting, seed) if setting.selects else None
     run = simulate(controller, setting, COST, trace, strict=setting.layers)  # raises where a rule is broken
     assert run.device_peak_bytes <= setting.device_kv_bytes and run.host_peak_bytes <= setting.host_kv_bytes
+    assert run.device_peak_bytes == max(_laid_out(controller, part) for part in controller.groups(setting))
     assert run.total_s >= run.compute_s > 0
+
+
+def _laid_out(controller, setting):
+    """Bytes of rectangular arrays, by hand: fixed, whole sequences, rings, and staging where there are rings."""
+    whole, kept = controller.layout(setting)
+    page, prompts = 16 * setting.token_bytes, setting.prompt_tokens
+    longest = lambda some, more=0: math.ceil((max(some, default=0) + more) / 16)
+    found = setting.fixed_bytes
+    if not setting.evicts:
+        found += 3 * page * whole * longest(prompts[:whole], setting.new_tokens - 1)
+    assert (whole == setting.batch) == (kept == 0)
+    for _ in prompts[whole:]:
+        found += 3 * page * kept
+        if setting.selects:
+            found += page * (3 + longest(prompts[whole:]))
+        else:
+            ahead = 0 if isinstance(controller, placement.Accelerate) else 1
+            found += (ahead + 1) * page * longest(prompts[whole:], setting.new_tokens - 1)
+    return found
 
 
 @settings(max_examples=60)
 @given(workload=workloads(), spec=st.sampled_from(SPECS))
 def test_dictionaries_of_rows_agree_with_the_plans(workload, spec):
-    """A second reader of plans, row by row in plain sets: nothing missing, nothing deleted and loaded, the newest stay."""
+    """A second reader of plans, row by row in plain sets: nothing missing, nothing deleted and loaded, the newest stay,
+    and no two of them in one row of a ring."""
     setting, seed = workload
     found = allowed(placement.parse(spec), setting)
     if found is None or setting.evicts:
@@ -129,6 +160,7 @@ def _replay(controller, setting, trace):
     keys = [(l, b) for l in range(setting.layers) for b in range(setting.batch)]
     where = {key: {} for key in keys}  # position -> tier
     working = {key: set() for key in keys}
+    whole, kept = controller.layout(setting)
     for view, plan, _ in walk(controller, setting, trace):
         if view.step == 0:
             for key in keys:
@@ -149,6 +181,10 @@ def _replay(controller, setting, trace):
                             brought[l, b].add(p)
                         else:
                             brought[l, b].add(p)
+        for key in keys:
+            written = {view.lengths[key[1]]} if view.step else set()
+            on_device = {p for p, tier in where[key].items() if tier is Tier.DEVICE} | written
+            assert key[1] < whole or len({p % (16 * kept) for p in on_device}) == len(on_device)
         if view.step == 0:
             continue
         for key in keys:

@@ -10,7 +10,9 @@ import pytest
 from alisa_jax import placement, spec
 from alisa_jax.placement import ALL, Rows, Setting, Span, Tier
 from alisa_jax.placement.cost import Cost, Hardware, Shape
+from alisa_jax.placement.moves import device_bytes
 from alisa_jax.placement.plan import moved_bytes
+from alisa_jax.placement.residency import PlanError, Residency
 from alisa_jax.placement.simulate import simulate, swa_trace, walk
 
 COST = Cost(
@@ -119,10 +121,10 @@ def test_pages_travel_whole_where_rows_cannot_be_read():
 
 
 def test_the_host_budget_brings_phase_three():
-    setting = with_pages(dataclasses.replace(SMALL, **KEPT), 1, host=2 * 2 * 3 * PAGE)
+    setting = with_pages(dataclasses.replace(SMALL, new_tokens=73, **KEPT), 3, host=2 * 2 * 3 * PAGE)
     found = run("alisa", setting)
-    assert found.p1 == 9 and found.p2 == 25  # from 49 and 65 tokens; then 1 page stays, and the host has room for 3
-    assert found.host_peak_bytes == setting.host_kv_bytes and found.recompute_s > 0
+    assert found.p1 == 9 and found.p2 == 57  # from 49 and 97 tokens: 3 pages stay, and the host has room for 3
+    assert found.host_peak_bytes == setting.host_kv_bytes and run("alisa(traffic=paper)", setting).recompute_s > 0
     plans = [plan for _, plan, _ in walk(placement.Alisa(), setting, TRACE)]
     assert all(row.stop <= 16 for plan in plans for row in plan.drop)  # 64 tokens are away at the end, 48 fit
     assert all(row.start == 0 and row.layer == ALL for plan in plans for row in plan.recompute)
@@ -145,11 +147,83 @@ def test_lag_hides_loads_behind_compute():
 
 def test_ragged_batches_move_each_sequence_by_its_own_length():
     ragged = with_pages(dataclasses.replace(SMALL, prompt_tokens=(90, 7), **KEPT), 2)
-    spans = [spans for _, _, spans in walk(placement.Alisa(), ragged, TRACE)][-1]
-    assert spans == (Span(0, 112), Span(0, 16))  # 130 and 47 tokens, 2 pages kept of each
+    steps = [(view.step, spans) for view, _, spans in walk(placement.Alisa(), ragged, TRACE)]
+    assert steps[-1][1] == (Span(0, 112), Span(0, 16))  # 130 and 47 tokens, 2 pages kept of each
+    assert steps[0][1] == (Span(0, 64), Span())
+    assert next(step for step, spans in steps if spans[1].host) == 26  # 33 tokens: more than 2 pages
     assert run("alisa", ragged).load_bytes > 0
 
 
+@pytest.mark.parametrize(
+    ("text", "layouts"),  # with everything on the device; with 400 bytes; with 2000
+    [
+        ("resident", ((2, 0), None, None)),
+        ("waves", ((2, 0), None, (1, 0))),
+        ("accelerate", ((0, 1), (0, 1), (0, 1))),
+        ("flexgen", ((2, 0), (0, 1), (1, 1))),
+        ("flexgen(cache_device_frac=0.5)", ((1, 1), None, (1, 1))),
+        ("alisa", ((2, 0), (0, 1), (0, 26))),
+        ("alisa(alpha=0.999,traffic=paper)", ((2, 0), (0, 1), (0, 26))),
+        ("alisa(p1=0)", ((0, 60), (0, 1), (0, 26))),
+        ("alisa(p1=941)", ((2, 0), None, None)),
+    ],
+)
+def test_a_layout_is_how_many_stay_whole_and_the_pages_of_the_others(text, layouts):
+    controller = placement.parse(text)
+    for room, layout in zip((1e9, 400.0, 2000.0), layouts, strict=True):
+        setting = dataclasses.replace(SMALL, prompt_tokens=(7, 90), new_tokens=871, device_kv_bytes=room, **KEPT)
+        try:
+            controller.check(setting)
+        except ValueError:
+            assert layout is None
+        else:
+            assert controller.layout(controller.groups(setting)[0]) == placement.Layout(*layout)
+
+
+def test_evicting_policies_have_no_store_to_lay_out():
+    evicts = dataclasses.replace(SMALL, **KEPT, evicts=True, device_kv_bytes=80.0)
+    assert run("resident", evicts).device_peak_bytes == 80.0 and run("waves", evicts).groups == 1
+
+
+def test_a_token_that_was_not_stored_in_time_is_overwritten():
+    setting = with_pages(dataclasses.replace(SMALL, **KEPT), 2)
+    controller = placement.Alisa()
+    assert controller.layout(setting) == placement.Layout(0, 2)
+    for kept, last in ((2, 40), (1, -1)):
+        rows, done = Residency(setting, placement.Layout(0, kept), layers=1), -1
+        try:
+            for view, plan, _ in walk(controller, setting, TRACE):
+                if view.step == 1:
+                    rows.seed(view.wanted)
+                rows.step(view, plan)
+                done = view.step
+        except PlanError as error:
+            assert "position 16 of layer 0 and sequence 0 is overwritten" in str(error)
+        assert done == last
+
+
+@pytest.mark.parametrize("text", ["accelerate", "flexgen(cache_device_frac=0.5)", "alisa", "alisa(traffic=paper)"])
+def test_only_a_controller_that_says_so_reads_what_is_wanted(text):
+    controller = placement.parse(text)
+    setting = with_pages(dataclasses.replace(SMALL, **KEPT), 1)
+    differs = False
+    for view, plan, _ in walk(controller, setting, TRACE):
+        if view.step:
+            other = dataclasses.replace(view, wanted={(ALL, ALL): (0, 1, 2, 30)})
+            differs |= controller.decide(other) != plan
+    assert differs is controller.reads_wanted
+
+
+def test_a_split_is_found_where_more_on_the_device_need_less():
+    one = Setting(1, (16, 160, 16), new_tokens=1, token_bytes=1.0, device_kv_bytes=25 * PAGE)
+    needs = [63, 43, 23, 30]  # pages with 0, 1, 2, 3 on the device: two layers of the longest of the others are staged
+    assert [device_bytes(one, placement.Layout(b, int(b < 3)), ahead=1) / PAGE for b in range(4)] == needs
+    assert placement.FlexGen().device_sequences(one) == 2
+    assert placement.FlexGen().device_sequences(dataclasses.replace(one, device_kv_bytes=30 * PAGE)) == 3
+
+
+RAGGED = dict(KEPT, prompt_tokens=(90, 7))
+UNEVEN = dict(KEPT, prompt_tokens=(7, 640), new_tokens=129)
 REFUSED = (
     ("resident", {}, 100.0, 1e9, "resident needs device_kv_bytes of at least 320 here; got 100"),
     ("waves", {}, 100.0, 1e9, "waves needs device_kv_bytes of at least 160 here; got 100"),
@@ -159,8 +233,39 @@ REFUSED = (
     ("alisa", KEPT, 150.0, 1e9, "alisa needs device_kv_bytes of at least 304 here; got 150"),
     ("alisa(recompute=false)", KEPT, 310.0, 100.0, "alisa needs host_kv_bytes of at least 256 here; got 100"),
     ("alisa", KEPT, 310.0, 100.0, "alisa, which deletes prompt tokens at most, needs host_kv_bytes of at least 128"),
-    ("alisa(p1=30)", KEPT, 360.0, 1e9, "p1 must be at most 25 here"),
-    ("alisa(alpha=0.1)", KEPT, 310.0, 1e9, "alpha must be at least 0.985 here"),
+    (
+        "alisa(p1=30)",
+        KEPT,
+        360.0,
+        1e9,
+        "p1 must be at most 0 here, the first step after which a sequence has more than the 16",
+    ),
+    ("alisa(p1=41)", KEPT, 399.0, 1e9, "leaves it room for; got 41"),
+    ("alisa(p1=30)", KEPT, 440.0, 1e9, "p1 must be at most 9 here"),
+    ("alisa(p1=30)", KEPT, 440.0, 1e9, "room for, or 41: everything fits; got 30"),
+    ("alisa(alpha=0.1)", KEPT, 310.0, 1e9, "alpha must be at least 0.984616 here"),
+    ("alisa", dict(KEPT, prompt_tokens=(10, 10), new_tokens=2), 100.0, 1e9, "device_kv_bytes of at least 144 here"),
+    (
+        "alisa(p1=1)",
+        dict(KEPT, prompt_tokens=(10, 10), new_tokens=2),
+        150.0,
+        1e9,
+        "device_kv_bytes of at least 240 here",
+    ),
+    # 90 and 7 tokens, 130 and 47 at the end: 9 pages each where both are whole, 6 each for the prompt of a layer.
+    ("resident", RAGGED, 100.0, 1e9, "device_kv_bytes of at least 656 here"),
+    ("waves", RAGGED, 100.0, 1e9, "device_kv_bytes of at least 328 here"),
+    ("accelerate", RAGGED, 100.0, 1e9, "device_kv_bytes of at least 400 here"),
+    ("accelerate", dict(prompt_tokens=(90, 7)), 100.0, 1e9, "device_kv_bytes of at least 352 here"),
+    ("flexgen", RAGGED, 100.0, 1e9, "device_kv_bytes of at least 400 here"),
+    ("flexgen(cache_device_frac=0.5)", RAGGED, 100.0, 1e9, "device_kv_bytes of at least 448 here"),
+    ("flexgen", dict(prompt_tokens=(7, 90)), 100.0, 1e9, "device_kv_bytes of at least 416 here"),
+    ("alisa", RAGGED, 100.0, 1e9, "device_kv_bytes of at least 400 here"),
+    ("alisa(alpha=0.5)", RAGGED, 464.0, 1e9, "alpha must be at least 0.868218 here"),
+    ("alisa(alpha=0.9)", dict(KEPT, prompt_tokens=(112, 17), new_tokens=1), 450.0, 1e9, "at least 0.941177 here"),
+    ("alisa(p1=4)", dict(KEPT, prompt_tokens=(30, 7)), 344.0, 1e9, "p1 must be at most 3 here"),
+    # 7 and 43 pages are away at the end; the first sequence can delete none of them, the other keeps half the budget.
+    ("alisa(alpha=0.9,p1=0)", UNEVEN, 1808.0, 320.0, "needs host_kv_bytes of at least 416 here; got 320"),
     ("alisa", dict(KEPT, refreshes=True), 1e9, 1e9, "give recompute=false, or refresh_every=0"),
     *((name, dict(KEPT, evicts=True), 1e9, 1e9, "evicts what it does not keep") for name in ("alisa", "flexgen")),
     ("accelerate", dict(KEPT, evicts=True), 1e9, 1e9, "evicts what it does not keep"),

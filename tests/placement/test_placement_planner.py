@@ -64,7 +64,7 @@ def _loop(problem, p1, p2, alpha, beta):
         away = math.floor(int(alpha * t) / page) * page if j >= p1 else 0
         lost = math.floor(int(min(beta * t, problem.prompt_tokens, away)) / page) * page if j >= p2 else 0
         seconds += problem.compute_s(t)
-        room = problem.device_tokens - (problem.staging_tokens if j >= p1 else 0.0)
+        room = problem.device_tokens - (problem.staging_tokens if p1 < problem.new_tokens else 0.0)
         excess += max(0.0, held - away - room) + max(0.0, away - lost - problem.host_tokens)
         if j < p1:
             continue
@@ -89,8 +89,8 @@ def test_the_tables_agree_with_a_plain_loop():
     rng = np.random.default_rng(5)
     for _ in range(60):
         problem = random_problem(rng)
-        p1 = int(rng.integers(0, problem.new_tokens))
-        p2 = int(rng.integers(p1 + 1, problem.new_tokens + 1))
+        p1 = int(rng.integers(0, problem.new_tokens + 1))
+        p2 = int(rng.integers(min(p1 + 1, problem.new_tokens), problem.new_tokens + 1))
         alpha, beta = rng.uniform(0.05, 0.95, 2)
         found = planner.seconds(problem, p1, p2, alpha, beta)
         assert (found.seconds, found.excess_tokens) == pytest.approx(_loop(problem, p1, p2, alpha, beta), abs=1e-6)

@@ -1,0 +1,115 @@
+"""The part of a store that is on the device when older tokens are elsewhere: a ring of the newest rows.
+
+Position p lies in row p mod C, C a multiple of the page, so a page is one run of rows and nothing ever shifts. Rows below
+`host` [B] are not here, whatever the ring still holds of them. What a policy asks for and is not here becomes *due*: the
+slot of the working set waits for its row, and somebody outside has to bring it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from alisa_jax.kv import rows
+
+DUE_ROWS = 16  # per layer, sequence and selection head; an exchange that needs more breaks off and is called again
+
+
+@flax.struct.dataclass
+class Due:
+    """Rows that slots wait for; -1 where none."""
+
+    pos: jax.Array  # [B, P, DUE_ROWS] int32
+    slot: jax.Array  # [B, P, DUE_ROWS] int32
+    more: jax.Array  # [] bool: the exchange broke off
+
+    @staticmethod
+    def empty(B: int, P: int) -> Due:
+        """Nothing is due."""
+        none = jnp.full((B, P, DUE_ROWS), -1, jnp.int32)
+        return Due(none, none, jnp.zeros((), jnp.bool_))
+
+    def note(self, slot: jax.Array, pos: jax.Array, absent: jax.Array) -> Due:
+        """With the loads `slot`, `pos` [B, P, E] that are `absent` [B, P, E] added behind those that are due already."""
+        rank = jnp.cumsum(absent, axis=-1, dtype=jnp.int32) - 1
+        at = jnp.where(absent, rank + self.count()[..., None], DUE_ROWS)
+        b, p = (jax.lax.broadcasted_iota(jnp.int32, at.shape, i) for i in (0, 1))
+        put = lambda old, new: old.at[b, p, at].set(new, mode="drop")
+        return self.replace(pos=put(self.pos, pos), slot=put(self.slot, slot))
+
+    def count(self) -> jax.Array:
+        """[B, P] int32."""
+        return jnp.sum(self.pos >= 0, axis=-1, dtype=jnp.int32)
+
+    def room(self, E: int) -> jax.Array:
+        """[] bool: `E` more fit for each sequence and head."""
+        return jnp.max(self.count()) + E <= DUE_ROWS
+
+    def any(self) -> jax.Array:
+        """[] bool: something is due, or the exchange broke off."""
+        return self.more | jnp.any(self.pos >= 0)
+
+    def hide(self, bias: jax.Array) -> jax.Array:
+        """`bias` [B, P, M] with the waiting slots at -inf."""
+        b, p = (jax.lax.broadcasted_iota(jnp.int32, self.slot.shape, i) for i in (0, 1))
+        at = jnp.where(self.slot >= 0, self.slot, bias.shape[-1])
+        return bias.at[b, p, at].set(-jnp.inf, mode="drop")
+
+
+@flax.struct.dataclass
+class Ring:
+    """Takes the place of a `Store` in a `LayerState`."""
+
+    k: Any  # packed [B, C, K, H]
+    v: Any  # packed [B, C, K, H]
+    host: jax.Array  # [B] int32: positions below are not here
+    due: Due
+
+    @staticmethod
+    def empty(codec, B: int, C: int, K: int, H: int, P: int) -> Ring:
+        """A ring of C rows that holds nothing."""
+        k, v = (codec.empty((B, C, K, H), "tokens", part) for part in "kv")
+        return Ring(k, v, jnp.zeros((B,), jnp.int32), Due.empty(B, P))
+
+    def append(self, codec, k: jax.Array, v: jax.Array, length: jax.Array) -> Ring:
+        """Write `k`, `v` [B, K, H] of the token at position `length` [B]."""
+        row = jnp.mod(length, self.rows(codec))
+        return self.replace(k=codec.write_token(self.k, k, row), v=codec.write_token(self.v, v, row))
+
+    def take(self, codec, pos: jax.Array) -> tuple[Any, Any]:
+        """Codes of K and V of tokens `pos` [B, P, E], head-major; what is not here is not meant."""
+        row = jnp.mod(pos, self.rows(codec))
+        return codec.take(self.k, row), codec.take(self.v, row)
+
+    def rows(self, codec) -> int:
+        """C."""
+        return codec.leaves(self.k)[0].shape[1]
+
+    def freeze(self, codec) -> Ring:
+        """The same rows, all of them encoded."""
+        return self.replace(k=codec.freeze(self.k, "tokens"), v=codec.freeze(self.v, "tokens"))
+
+
+def newest(length: jax.Array, host: jax.Array, C: int) -> jax.Array:
+    """Which position each of C rows of a ring holds: [B, C] int32, -1 where none, for `length` and `host` [B]."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (length.shape[0], C), 1)
+    last = length[:, None] - 1
+    pos = last - jnp.mod(last - row, C)
+    return jnp.where((pos >= host[:, None]) & (pos >= 0), pos, -1)
+
+
+def fill(codec, packed: Any, pos: jax.Array, layout: str) -> tuple[jax.Array, ...]:
+    """Leaves of a ring whose rows hold positions `pos` [B, C], from token-major rows `packed` [B, T, K, H]."""
+    b = jax.lax.broadcasted_iota(jnp.int32, pos.shape, 0)
+    at = jnp.maximum(pos, 0)
+    taken = [leaf[b, at] for leaf in codec.leaves(packed)]
+    return tuple(jnp.swapaxes(x, 1, 2) if layout == "slots" else x for x in taken)
+
+
+def put(codec, packed: Any, leaves: tuple[jax.Array, ...], sequence: jax.Array, slot: jax.Array) -> Any:
+    """Head-major `packed` with the single rows `leaves` [R, K, *] at `sequence` [R], `slot` [R, P]; see `rows.put_rows`."""
+    old = codec.leaves(packed)
+    return codec.rebuild(packed, tuple(rows.put_rows(x, r, sequence, slot) for x, r in zip(old, leaves, strict=True)))

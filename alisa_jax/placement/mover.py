@@ -1,0 +1,199 @@
+"""Rows between device memory and pinned host memory: the only module that chooses a memory kind.
+
+On the host there are pages: 16 tokens of one layer and of one group of sequences whose prompts are equally long (a group
+fills, loses and wants its pages together; ragged batches have many groups). A page is a tuple of arrays, those that K and
+then V are made of in the codec, in pinned memory, written once and never changed; it is freed whole. Layout "tokens" is
+[n, 16, K, *], for rows that are wanted one by one; "slots" is [n, K, 16, *], for pages that are streamed.
+
+Reads take what `self_test` found to work: `rows`, where the host's memory can be read in place and only the wanted rows
+travel; else `pages`, which travel whole. Bytes are counted as the sizes of the arrays that travel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from alisa_jax.placement.plan import PAGE_TOKENS
+
+Leaves = tuple[jax.Array, ...]
+Reads = Literal["rows", "pages"]
+HOST_KIND = "pinned_host"
+
+
+class HostReport(NamedTuple):
+    """What works here: memory kinds of the device, and how host pages are read."""
+
+    kinds: tuple[str, ...]
+    reads: Reads
+
+
+def self_test() -> HostReport:
+    """Send pages of every element type to the host and back, and compare bits.
+
+    Raises RuntimeError where there is no pinned host memory or a page does not come back as it went.
+    """
+    device = jax.devices()[0]
+    kinds = tuple(sorted(memory.kind for memory in device.addressable_memories()))
+    if HOST_KIND not in kinds:
+        raise RuntimeError(f"{device} has no {HOST_KIND} memory, only {', '.join(kinds)}: use the controller resident")
+    in_place = True
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8):
+        bits = np.random.default_rng(0).integers(0, 256, 3 * PAGE_TOKENS * 2 * 8 * jnp.dtype(dtype).itemsize, np.uint8)
+        page = jnp.asarray(bits.view(jnp.dtype(dtype)).reshape(3, PAGE_TOKENS, 2, 8))
+        there = jax.device_put(page, _place(HOST_KIND))
+        back = jax.device_put(there, _place("device"))
+        if there.sharding.memory_kind != HOST_KIND or _bits(back) != bits.tobytes():
+            raise RuntimeError(f"a {jnp.dtype(dtype).name} page did not come back from {HOST_KIND} memory as it went")
+        in_place &= _in_place(there) and _bits(there) == bits.tobytes()
+    return HostReport(kinds, "rows" if in_place else "pages")
+
+
+class Meter:
+    """Live bytes on both sides, their peaks, and what travelled. Raises RuntimeError beyond a budget."""
+
+    def __init__(self, device_kv_bytes: float, host_kv_bytes: float):
+        self.budgets = {"device": device_kv_bytes, "host": host_kv_bytes}
+        self.live = {"device": 0, "host": 0}
+        self.peak = {"device": 0, "host": 0}
+        self.load_bytes = self.store_bytes = 0
+        self.loaded_rows = self.stored_rows = self.recomputed_rows = self.recomputed_tokens = 0
+
+    def hold(self, side: str, more: int) -> None:
+        """`more` bytes are live on `side`, fewer where it is negative."""
+        self.live[side] += more
+        self.peak[side] = max(self.peak[side], self.live[side])
+        if self.live[side] > self.budgets[side]:
+            raise RuntimeError(f"{self.live[side]} KV bytes on the {side}, whose budget is {self.budgets[side]:.0f}")
+
+
+class Mover:
+    """The host pages of one run.
+
+    groups: sequences of the away part, counted from its first. layout: see above.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], layout: str, reads: Reads, meter: Meter):
+        self.groups, self.layout, self.reads, self.meter = groups, layout, reads, meter
+        self.of = {b: (g, j) for g, members in enumerate(groups) for j, b in enumerate(members)}
+        self.pages: dict[tuple[int, int, int], Leaves] = {}  # (layer, group, page)
+
+    def store(self, pages: Iterable[tuple[int, int, int, Leaves]]) -> None:
+        """Send (layer, group, page, leaves) to the host, all in one transfer that is not waited for."""
+        pages = list(pages)
+        sent = jax.device_put([leaves for *_, leaves in pages], _place(HOST_KIND))
+        for (layer, group, page, _), leaves in zip(pages, sent, strict=True):
+            if (layer, group, page) in self.pages:
+                raise RuntimeError(f"page {page} of layer {layer}, group {group} is already on the host")
+            self.pages[layer, group, page] = leaves
+            size = _size(leaves)
+            self.meter.store_bytes += size
+            self.meter.stored_rows += PAGE_TOKENS * len(self.groups[group])
+            self.meter.hold("host", size)
+
+    def drop(self, layers: int, group: int, page: int) -> None:
+        """Delete a page of all layers."""
+        for layer in range(layers):
+            self.meter.hold("host", -_size(self.pages.pop((layer, group, page))))
+
+    def fetch(self, wanted: Sequence[tuple[int, int, int]]) -> list[tuple[Leaves, np.ndarray]]:
+        """Rows (layer, sequence, position) to the device, in one transfer that is not waited for.
+
+        Returns pieces: leaves [R, K, *], and for each of their rows its index in `wanted` or -1. Layout "tokens" only.
+        """
+        self.meter.loaded_rows += len(wanted)
+        return self._fetch_rows(wanted) if self.reads == "rows" else self._fetch_pages(wanted)
+
+    def stream(self, layer: int, group: int, first: int, stop: int) -> Leaves:
+        """Pages first .. stop - 1 of a layer and group to the device, as leaves [n, K, T, *]. Layout "slots" only."""
+        pages = [self.pages[layer, group, page] for page in range(first, stop)]
+        self.meter.loaded_rows += PAGE_TOKENS * len(pages) * len(self.groups[group])
+        if self.reads == "pages":
+            sent = jax.device_put(pages, _place("device"))
+            self.meter.load_bytes += sum(map(_size, sent))
+            return _joined(sent)
+        joined = [np.concatenate([np.asarray(x) for x in leaves], axis=2) for leaves in zip(*pages, strict=True)]
+        return self._sent(joined)
+
+    def _fetch_rows(self, wanted):
+        views: dict[tuple[int, int, int], list[np.ndarray]] = {}
+        rows: list[np.ndarray] = []
+        for i, (layer, sequence, position) in enumerate(wanted):
+            group, member = self.of[sequence]
+            page, offset = divmod(position, PAGE_TOKENS)
+            key = (layer, group, page)
+            if key not in views:
+                views[key] = [np.asarray(leaf) for leaf in self.pages[key]]
+            if not rows:
+                rows = [np.empty((len(wanted), *view.shape[2:]), view.dtype) for view in views[key]]
+            for row, view in zip(rows, views[key], strict=True):
+                row[i] = view[member, offset]
+        found, start = [], 0
+        for size in powers(len(wanted)):
+            found.append(([row[start : start + size] for row in rows], np.arange(start, start + size)))
+            start += size
+        sent = jax.device_put([leaves for leaves, _ in found], _place("device"))
+        self.meter.load_bytes += sum(map(_size, sent))
+        return [(tuple(leaves), index) for leaves, (_, index) in zip(sent, found, strict=True)]
+
+    def _fetch_pages(self, wanted):
+        touched: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+        for i, (layer, sequence, position) in enumerate(wanted):
+            group, member = self.of[sequence]
+            page, offset = divmod(position, PAGE_TOKENS)
+            touched.setdefault((layer, group, page), []).append((member * PAGE_TOKENS + offset, i))
+        sent = jax.device_put([self.pages[key] for key in touched], _place("device"))
+        self.meter.load_bytes += sum(map(_size, sent))
+        found = []
+        for leaves, rows in zip(sent, touched.values(), strict=True):
+            index = np.full(leaves[0].shape[0] * PAGE_TOKENS, -1)
+            for row, i in rows:
+                index[row] = i
+            found.append((_flat(leaves), index))
+        return found
+
+    def _sent(self, arrays: list[np.ndarray]) -> Leaves:
+        sent = tuple(jax.device_put(arrays, _place("device")))
+        self.meter.load_bytes += _size(sent)
+        return sent
+
+
+def powers(number: int) -> list[int]:
+    """`number` as a sum of falling powers of two: transfers of few shapes that carry nothing superfluous."""
+    return [1 << bit for bit in range(number.bit_length() - 1, -1, -1) if number >> bit & 1]
+
+
+@jax.jit
+def _joined(pages: list[Leaves]) -> Leaves:
+    return tuple(jnp.concatenate(leaves, axis=2) for leaves in zip(*pages, strict=True))
+
+
+@jax.jit
+def _flat(leaves: Leaves) -> Leaves:
+    return tuple(leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves)
+
+
+@functools.cache
+def _place(kind: str) -> SingleDeviceSharding:
+    return SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
+
+
+def _size(leaves: Iterable[jax.Array]) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _bits(array: jax.Array) -> bytes:
+    return np.asarray(array).tobytes()
+
+
+def _in_place(array: jax.Array) -> bool:
+    try:
+        return np.asarray(array).ctypes.data == array.unsafe_buffer_pointer()
+    except Exception:  # a backend that gives no pointer is one that cannot be read in place
+        return False
