@@ -1,175 +1,173 @@
-"""Modelled beside published: ALISA's Figure 9 (tokens/s by batch) and the phase switches of Figure 12a.
+"""Modelled beside published: ALISA's Figures 9 and 12, with the error of every cell, and which of their trends come out.
 
     python -m eval.plan_tables
-    python -m eval.plan_tables --link_gb_s=47 --json
+    python -m eval.plan_tables --figure=12b --json
+    python -m eval.plan_tables --figure=9 --plot=figure_9.png
 
-Every number of ours is modelled: the controllers of this project, priced with a step time that does not depend on the batch
-(Figure 12b: compute at batch 64 takes no longer than the whole step at batch 4) and the link that the paper states. Of
-each model one cell per implementation is used to calibrate, batch 4, marked `=`: ALISA's for the three systems on its code
-base, vLLM's own. The other cells are predictions, each with its error. That vLLM leads ALISA at batch 4 is no prediction.
-
-    alisa      alisa(traffic=paper), int8, 80 % sparsity, no separate working set
-    flexgen    flexgen(cache_device_frac=0.1): Figure 12a has 90 % of its cache on the CPU
-    vllm       waves: as many sequences at a time as the GPU holds
-    accelerate accelerate
-
-Figure 12a: the greedy search on OPT-30B, batch 64, one H100, with Figure 12b's compute for each sparsity. `prefix`
-recomputes what exactness needs, the whole deleted prefix; `wanted` prices the wanted tokens alone.
+Every number of ours is modelled; nothing here has run on those GPUs. `eval/plan_model.py` is the model, a step time that is
+common to all systems, and how ALISA is read; `eval/plan_fits.py` says what is fitted on which published number. A cell
+marked `=` is fitted on, and has the error that is left; the others are predictions. The tables of `traffic=delta` have no
+published number beside them: they are what ALISA could have been, had it sent only what enters the selection.
 """
 
-import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
 
-from alisa_jax import placement
-from alisa_jax.placement import planner
-from alisa_jax.placement.cost import Cost
-from alisa_jax.placement.simulate import simulate, swa_trace
-from eval import common, sizes
+from eval import common, plan_figures, plan_fits, plan_model, plots
+from eval.common import UserError
+from eval.plan_figures import pick
+from eval.plan_model import Fits
+from eval.plan_trends import Trend, trends
 
 PAPER = Path(__file__).resolve().parent / "paper" / "alisa_throughput.json"
-# Which V100 stands behind which bar is not published: 16 GB for the 7B models, 32 GB for 13B is the reading used here.
-MODELS = (
-    ("OPT-6.7B", "opt_6.7b", "v100_16gb"),
-    ("OPT-13B", "opt_13b", "v100_32gb"),
-    ("OPT-30B", "opt_30b", "h100_80gb"),
-    ("LLaMA-7B", "llama_7b", "v100_16gb"),
-    ("LLaMA-13B", "llama_13b", "v100_32gb"),
-    ("LLaMA-33B", "llama_33b", "h100_80gb"),
-)
-SYSTEMS = (
-    ("hf_accelerate", "accelerate", False, "alisa"),  # name in the paper, controller, selects, calibrated on
-    ("flexgen", "flexgen(cache_device_frac=0.1)", False, "alisa"),
-    ("vllm", "waves", False, "vllm"),
-    ("alisa", "alisa(traffic=paper)", True, "alisa"),
-)
-FIG12_ACTIVATIONS_BYTES = 6.15 * 2**30  # Figure 12a
+FIGURES = ("9", "12a", "12b", "12c")
 
 
 def main(argv: Sequence[str]) -> None:
-    """flags -> both figures -> records."""
+    """flags -> fits -> cells -> tables and trends."""
     values = flags.FlagValues()
     where = {"flag_values": values}
-    flags.DEFINE_float("link_gb_s", 20.0, "CPU-GPU bandwidth each way; the paper states 20.", 0.001, **where)
+    flags.DEFINE_enum("figure", None, FIGURES, "One figure; default: all.", **where)
+    flags.DEFINE_string("plot", None, "PNG of Figure 9, modelled beside published.", **where)
     flags.DEFINE_bool("json", False, "One record a cell on stdout; the tables on stderr.", **where)
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", **where)
     common.parse(values, argv, __doc__)
+    if values.plot and values.figure not in (None, "9"):
+        raise UserError(f"--plot draws Figure 9; --figure={values.figure} leaves it out")
     published = json.loads(PAPER.read_text())
-    cells = figure_9(published, values.link_gb_s * 1e9)
-    phases = figure_12a(published, values.link_gb_s * 1e9)
-    common.emit([*cells, *phases], f"{_table_9(cells)}\n\n{_table_12a(phases)}", values.json)
+    fits = plan_fits.fit(published)
+    found = {name: figure(name)(published, fits) for name in ([values.figure] if values.figure else FIGURES)}
+    cells = [one for some in found.values() for one in some]
+    said = trends(cells)
+    parts = [fitted(fits)]
+    for name, some in found.items():
+        parts.append("\n".join([*TABLES[FIGURES.index(name)](some), *_lines(t for t in said if t.figure == name)]))
+    common.emit(cells, "\n\n".join(parts), values.json)
+    if values.plot:
+        common.say(plots.throughput(pick(cells, figure="9", quantity="tokens_per_s"), Path(values.plot)))
 
 
-def figure_9(published: dict, link: float) -> list[dict]:
-    """A record for each cell: modelled and published tokens per second, and the error."""
-    cells, work = [], published["workload"]
-    for name, shape, machine in MODELS:
-        bars = published["fig9_tokens_per_s"][name]
-        for system, spec, selects, from_ in SYSTEMS:
-            step_s = 4 / bars[from_][0]
-            for batch, bar in zip(published["fig9_tokens_per_s"]["batch"], bars[system], strict=True):
-                modelled = _tokens_per_s(shape, machine, batch, placement.parse(spec), selects, step_s, link, work)
-                error = None if bar is None or isinstance(modelled, str) else modelled / bar - 1
-                cells.append(
-                    {
-                        "figure": "9",
-                        "model": name,
-                        "hardware": machine,
-                        "system": system,
-                        "batch": batch,
-                        "calibrated": batch == 4 and from_ == system,
-                        "modelled_tokens_per_s": modelled,
-                        "published_tokens_per_s": bar,
-                        "error_frac": error,
-                        "basis": "modelled",
-                    }
-                )
-    return cells
+def figure(name: str) -> Callable[[dict, Fits], list[dict]]:
+    """The function that makes a figure's cells."""
+    return getattr(plan_figures, f"figure_{name}")
 
 
-def _machine(name: str, link: float):
-    return dataclasses.replace(sizes.hardware(name), to_device_bytes_per_s=link, to_host_bytes_per_s=link)
-
-
-def _tokens_per_s(shape, machine, batch, controller, selects, step_s, link, work) -> float | str:
-    config, machine = sizes.model(shape), _machine(machine, link)
-    codec = sizes.codec("int8(axis=token)" if selects else "raw", "float16")
-    model = sizes.shape(config, codec, "float16")
-    run = sizes.setting(config, codec, sizes.policy(0.0), batch, work["prompt_tokens"], work["new_tokens"])
-    room = machine.device_bytes - model.weight_bytes - model.activation_bytes(batch, work["prompt_tokens"])
-    run = dataclasses.replace(run, device_kv_bytes=room, host_kv_bytes=machine.host_bytes, selects=selects)
-    half = (1 - work["kv_sparsity"]) / 2
-    trace = swa_trace(lambda n: int(n * half + 0.5), lambda n: int(n * half + 0.5))
-    try:
-        return simulate(controller, run, Cost(machine, model, step_s=(step_s, 0.0)), trace).tokens_per_s
-    except ValueError:
-        return "OOM"
-
-
-def figure_12a(published: dict, link: float) -> list[dict]:
-    """A record for each sparsity and way to recompute: modelled and published switches and seconds."""
-    work, config = published["workload"], sizes.model("opt_30b")
-    codec, machine = sizes.codec("raw", "float16"), _machine("h100_80gb", link)
-    model = sizes.shape(config, codec, "float16")
-    run = sizes.setting(config, codec, sizes.policy(0.0), 64, work["prompt_tokens"], work["new_tokens"])
-    room = machine.device_bytes - model.weight_bytes - FIG12_ACTIVATIONS_BYTES
-    run = dataclasses.replace(run, device_kv_bytes=room, host_kv_bytes=machine.host_bytes, selects=True)
-    found = []
-    for percent, steps in published["fig12a_steps"].items():
-        times = published["fig12b_s"][percent]
-        compute = (times["without_recompute"]["mha_s"] + times["without_recompute"]["ffn_s"]) / work["new_tokens"]
-        cost = Cost(machine, model, step_s=(compute, 0.0))
-        for rebuild in ("prefix", "wanted"):
-            problem = planner.problem(run, cost, int(percent) / 100, "paper", rebuild=rebuild, share_step=0.02)
-            best = planner.search(problem)
-            found.append(
-                {
-                    "figure": "12a",
-                    "kv_sparsity": int(percent) / 100,
-                    "rebuild": rebuild,
-                    "modelled_p1": best.p1,
-                    "published_p1": steps["p1"],
-                    "modelled_p2": best.p2,
-                    "published_p2": steps["p2"],
-                    "modelled_s": best.seconds,
-                    "published_s": times["with_recompute"]["total_s"],
-                    "error_frac": best.seconds / times["with_recompute"]["total_s"] - 1,
-                    "basis": "modelled",
-                }
-            )
-    return found
-
-
-def _table_9(cells: list[dict]) -> str:
-    rows = {}
-    for cell in cells:
-        ours = common.number(cell["modelled_tokens_per_s"], ".0f")
-        mark = "=" if cell["calibrated"] else common.number(cell["error_frac"], "+.0f", 100)
-        text = f"{ours} / {common.number(cell['published_tokens_per_s'], '.0f')} ({mark})"
-        rows.setdefault((cell["model"], cell["system"]), []).append(text)
-    batches = dict.fromkeys(f"batch {cell['batch']}" for cell in cells)
-    lines = [(*key, *row) for key, row in rows.items()]
-    title = "Figure 9, tokens/s: modelled / published (error in %; = is the cell that was calibrated on)"
-    return f"{title}\n{common.table(('model', 'system', *batches), lines, left=2)}"
-
-
-def _table_12a(cells: list[dict]) -> str:
-    head = ("sparsity", "recompute", "p1", "published", "p2", "published", "seconds", "published", "error %")
-    lines = [
-        (
-            f"{cell['kv_sparsity']:.0%}",
-            cell["rebuild"],
-            *(str(cell[name]) for name in ("modelled_p1", "published_p1", "modelled_p2", "published_p2")),
-            *(f"{cell[name]:.0f}" for name in ("modelled_s", "published_s")),
-            f"{100 * cell['error_frac']:+.0f}",
-        )
-        for cell in cells
+def fitted(fits: Fits) -> str:
+    """The fitted numbers as a table."""
+    rows = []
+    for gpu in ("h100", "v100"):
+        rows.append((f"link of the {gpu.upper()}", f"{fits.link_bytes_per_s[gpu] / 1e9:.1f} GB/s"))
+        rows.append((f"c of the {gpu.upper()}: weight operations at", f"{fits.flops_per_s[gpu] / 1e12:.1f} TFLOP/s"))
+    rows += [(f"a, a layer of {name}", f"{1e3 * one:.2f} ms") for name, one in fits.layer_s.items()]
+    for place in plan_model.MODELS:
+        a, c = plan_model.step_s(place, fits)
+        rows.append((f"  so a + c b of {place.model}", f"{1e3 * a:.1f} + {1e3 * c:.2f} b ms"))
+    rows += [
+        ("alpha", f"{fits.alpha:.3f}"),
+        ("beta", f"{fits.beta:.3f}"),
+        ("INT8 rows with their codec", f"{fits.row_bytes_per_s / 1e9:.1f} GB/s"),
+        ("T, passes of a token a sequence", f"{fits.recompute_passes:.1f}"),
+        ("hooks of Accelerate, a layer", f"{1e3 * fits.accelerate_layer_s:.2f} ms"),
+        *((f"vLLM's sequences on the {gpu.upper()}", str(one)) for gpu, one in fits.vllm_sequences.items()),
     ]
-    return f"Figure 12a, modelled and published phase switches\n{common.table(head, lines, left=2)}"
+    return f"Fitted (on what: eval/plan_fits.py)\n{common.table(('number', 'value'), rows)}"
+
+
+def _table_9(cells: list[dict]) -> list[str]:
+    batches = dict.fromkeys(f"batch {one['batch']}" for one in cells)
+    mine = [one for one in cells if "traffic" not in one]
+    shown = [one for one in mine if one["quantity"] == "tokens_per_s"]
+    return [
+        "Figure 9, tokens/s: modelled / published (error in %; = is fitted on); vllm_by_memory is vLLM without its fit",
+        common.table(("model", "system", *batches), _rows(shown, ("model", "system"), ".0f"), left=2),
+        "\nFigure 9, ratios of ALISA",
+        common.table(
+            ("model", "ratio", *batches), _rows(pick(mine, quantity="ratio"), ("model", "system"), ".2f"), left=2
+        ),
+        "\nWhat ALISA could have been: traffic=delta, tokens/s, modelled (nothing is published)",
+        common.table(("model", *batches), _rows(pick(cells, traffic="delta"), ("model",), ".0f")),
+        "",
+    ]
+
+
+def _table_12a(cells: list[dict]) -> list[str]:
+    title = "Figure 12a, steps at which Phases II and III begin: modelled / published (error in %)"
+    head = ("sparsity", "p1, GPU full", "p2, for the published p1", "p1, traffic=delta", "p2, traffic=delta")
+    mine, other = [one for one in cells if "traffic" not in one], pick(cells, traffic="delta")
+    rows = [
+        (*a, *b[1:]) for a, b in zip(*(_rows(some, ("kv_sparsity",), ".0f") for some in (mine, other)), strict=True)
+    ]
+    return [title, common.table(head, rows), "Modelled steps of 512: never.", ""]
+
+
+def _table_12b(cells: list[dict]) -> list[str]:
+    marks = [one for one in cells if "step" in one]
+    whole = [one for one in cells if "step" not in one and "traffic" not in one]
+    other = {one["kv_sparsity"]: one["modelled"] for one in pick(cells, traffic="delta")}
+    keys = ("system", "kv_sparsity")
+    rows = [
+        (*row, common.number(other[one["kv_sparsity"]], ".0f"))
+        for row, one in zip(_rows(whole, keys, None), pick(whole, quantity="recompute_gain"), strict=True)
+    ]
+    return [
+        "Figure 12b, seconds up to the steps that Figure 12a marks: modelled / published (error in %; = is fitted on)",
+        common.table(
+            ("system", "sparsity", "step", "MHA and FFN", "copies", "total"),
+            _rows(marks, (*keys, "step"), ".1f"),
+            left=2,
+        ),
+        "\nFigure 12b, seconds of the whole run (=: its copies are fitted on, and at 80 % T on the compute)",
+        common.table(("system", "sparsity", "with recomputation", "without", "gain", "traffic=delta"), rows, left=2),
+        "",
+    ]
+
+
+def _table_12c(cells: list[dict]) -> list[str]:
+    mine, other = [one for one in cells if "traffic" not in one], pick(cells, traffic="delta")
+    rows = [
+        (*a, *b[1:]) for a, b in zip(*(_rows(some, ("kv_sparsity",), ".0f") for some in (mine, other)), strict=True)
+    ]
+    head = (
+        "sparsity",
+        "FlexGen",
+        "+ SWA",
+        "+ dynamic scheduling",
+        "+ compression",
+        "scheduling, delta",
+        "compression, delta",
+    )
+    title = "Figure 12c, tokens/s: modelled / published (error in %; = is fitted on)"
+    note = "+ SWA: as FlexGen's sparse attention sends it, all keys and the wanted values."
+    return [title, common.table(head, rows), note, ""]
+
+
+TABLES = (_table_9, _table_12a, _table_12b, _table_12c)
+
+
+def _rows(cells: Sequence[dict], keys: Sequence[str], form: str | None) -> list[tuple[str, ...]]:
+    """Lines of a table: cells with the same `keys` side by side."""
+    lines: dict[tuple, list[str]] = {}
+    for one in cells:
+        name = tuple(f"{one[key]:.0%}" if key == "kv_sparsity" else str(one[key]) for key in keys)
+        lines.setdefault(name, []).append(_text(one, form or (".2f" if one["quantity"] == "recompute_gain" else ".0f")))
+    return [(*name, *texts) for name, texts in lines.items()]
+
+
+def _text(one: dict, form: str) -> str:
+    ours = common.number(one["modelled"], form)
+    if "traffic" in one:
+        return ours
+    mark = "=" * one["fitted"] + common.number(one["error_frac"], "+.0f", 100)
+    return f"{ours} / {common.number(one['published'], form)} ({mark})"
+
+
+def _lines(said: Sequence[Trend]) -> list[str]:
+    names = {True: "holds         ", False: "does not hold ", None: ""}
+    return [f"{names[one.holds]}{one.text}" for one in said]
 
 
 if __name__ == "__main__":
