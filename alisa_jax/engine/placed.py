@@ -139,8 +139,6 @@ class Placed:
                 run = kind(self, part, meter, batch.tokens[rows], batch.length[rows], text)
                 run.run(lambda tokens, batch=part.batch: shown.update(tokens * batch))
                 runs.append(run)
-                meter.hold("device", -meter.live["device"])
-                meter.hold("host", -meter.live["host"])
         columns = [[row for run in runs for row in np.concatenate(run.columns[i], axis=1)] for i in range(3)]
         return Run(
             tokens=[row.tolist() for row in columns[0]],

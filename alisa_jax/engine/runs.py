@@ -60,6 +60,9 @@ class Base:
             self.step()
             progress(self.made - before)
         self.decode_s = time.perf_counter() - start - self.prefill_s
+        self.kv, self.mover, self.behind = (), None, []  # the next run begins with empty memories
+        for side in ("device", "host"):
+            self.meter.hold(side, -self.meter.live[side])
 
     def step(self) -> None:
         """What a plan asks for before the next step, and as many steps as need no further plan."""
@@ -185,11 +188,14 @@ class Base:
 
     def _take(self, chosen) -> None:
         """Take in (tokens, margins, log-probabilities), [B] or [B, n]."""
-        arrays = [np.asarray(x) for x in chosen]
+        arrays = [np.array(x) for x in chosen]  # copies: what is kept keeps no device array alive
         for column, new in zip(self.columns, arrays, strict=True):
             column.append(new if new.ndim == 2 else new[:, None])
         self.token = jnp.asarray(arrays[0] if arrays[0].ndim == 1 else arrays[0][:, -1])
         self.made += 1 if arrays[0].ndim == 1 else arrays[0].shape[1]
+
+    def _columns(self, out: step.Chunk, taken: int) -> list[np.ndarray]:
+        return [np.asarray(x)[:, :taken] for x in (out.tokens, out.margins, out.logprobs)]
 
     def _chunk(self, n: int):
         """Up to n steps in one program; returns what is due after them."""

@@ -52,7 +52,7 @@ class Selecting(Base):
         out, self.waiting = self._chunk(n)
         taken = int(out.steps)
         self._read_due()
-        self._take([np.asarray(x)[:, :taken] for x in (out.tokens, out.margins, out.logprobs)])
+        self._take(self._columns(out, taken))
         return None
 
     def _step_behind(self, now: int) -> None:
@@ -68,7 +68,7 @@ class Selecting(Base):
             self._read_due(before)
             if self.due:
                 self._bring(self.decide(now, *self._wishes(False)))
-        self._take([np.asarray(x)[:, :1] for x in (out.tokens, out.margins, out.logprobs)])
+        self._take(self._columns(out, 1))
 
     def moved_host(self) -> None:
         host = jnp.asarray([span.host for span in self.spans[self.whole :]], jnp.int32)

@@ -31,7 +31,7 @@ class Streaming(Base):
         away = any(span.host for span in self.spans)
         if not away and quiet > now:
             out, _ = self._chunk(quiet - now)
-            self._take([np.asarray(x)[:, : int(out.steps)] for x in (out.tokens, out.margins, out.logprobs)])
+            self._take(self._columns(out, int(out.steps)))
             return
         self._through_layers(self.decide(now, None, None))
 

@@ -29,8 +29,8 @@ class Due:
     @staticmethod
     def empty(B: int, P: int) -> Due:
         """Nothing is due."""
-        none = jnp.full((B, P, DUE_ROWS), -1, jnp.int32)
-        return Due(none, none, jnp.zeros((), jnp.bool_))
+        pos, slot = (jnp.full((B, P, DUE_ROWS), -1, jnp.int32) for _ in range(2))  # two buffers: each may be donated
+        return Due(pos, slot, jnp.zeros((), jnp.bool_))
 
     def note(self, slot: jax.Array, pos: jax.Array, absent: jax.Array) -> Due:
         """With the loads `slot`, `pos` [B, P, E] that are `absent` [B, P, E] added behind those that are due already."""
