@@ -7,6 +7,7 @@ next step (lag 0), or while it runs, without them (lag 1).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +15,46 @@ import numpy as np
 from alisa_jax.engine.runs import Base
 from alisa_jax.kv.buckets import bucket
 from alisa_jax.kv.state import tree_bytes
-from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Rows
+from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Positions, Rows
 
-Key = tuple[int, int, int]  # placed layer, sequence of the away part, position
+
+class Wishes(NamedTuple):
+    """n tokens that slots of the away part are to hold, in the order of placed layer, sequence and position."""
+
+    layer: np.ndarray  # [n] int32
+    sequence: np.ndarray  # [n] int32, of the away part
+    pos: np.ndarray  # [n] int32
+    slots: np.ndarray  # [n, P] int32, -1 for a selection head that does not hold the token
+
+    def where(self, chosen: np.ndarray) -> Wishes:
+        """Those where `chosen` [n] is true."""
+        return Wishes(*(x[chosen] for x in self))
+
+    def by_key(self, first: int) -> Positions:
+        """{(layer, sequence): positions}, sequences of the batch, of which `first` are before the away part."""
+        key = np.stack([self.layer, self.sequence], axis=1)
+        cuts = np.flatnonzero((np.diff(key, axis=0) != 0).any(axis=1)) + 1
+        runs = [run for run in np.split(self.pos, cuts) if len(run)]
+        starts = np.concatenate([[0], cuts])
+        return {
+            (int(self.layer[i]), first + int(self.sequence[i])): tuple(run.tolist()) for i, run in zip(starts, runs)
+        }
+
+
+def wishes(pos: np.ndarray, slot: np.ndarray) -> Wishes:
+    """Tokens `pos` [L, B, P, E] (-1: none) in slots `slot` of their selection head, as one list."""
+    layer, sequence, head, e = np.nonzero(pos >= 0)
+    found = pos[layer, sequence, head, e]
+    order = np.lexsort((found, sequence, layer))
+    key = np.stack([layer, sequence, found], axis=1)[order].astype(np.int32)
+    new = np.ones(len(key), bool)
+    new[1:] = (np.diff(key, axis=0) != 0).any(axis=1)
+    slots = np.full((int(new.sum()), pos.shape[2]), -1, np.int32)
+    slots[np.cumsum(new) - 1, head[order]] = slot[layer, sequence, head, e][order]
+    return Wishes(*key[new].T, slots)
+
+
+NOTHING = Wishes(*(np.zeros(0, np.int32) for _ in range(3)), np.zeros((0, 1), np.int32))
 
 
 class Selecting(Base):
@@ -27,8 +65,7 @@ class Selecting(Base):
     def __init__(self, *args):
         super().__init__(*args)
         self.lag = getattr(self.controller, "lag", 0)
-        self.due: dict[Key, np.ndarray] = {}  # the slots [P] that wait for a row
-        self.slots = self.due  # of those that the plan is about
+        self.due = NOTHING
         self.waiting = None
 
     def step(self) -> None:
@@ -36,140 +73,119 @@ class Selecting(Base):
         away = any(span.host for span in self.spans)
         asks = self.controller.reads_wanted and away
         if self.lag and away:
-            return self._step_behind(now)
+            self._step_behind(now)
+            return
         more = False if self.waiting is None else bool(self.waiting.more)
-        if quiet == now or asks or self.due or more:
-            plan = self.decide(now, *self._wishes(asks))
-            self._bring(plan)
+        if quiet == now or asks or len(self.due.pos) or more:
+            held = self._held() if asks else None
+            self._bring(self._ask(now, held), held)
             while more:
                 self.kv, self.waiting = self.programs.resume(self.kv)
-                more = self._read_due()
-                if self.due:
-                    self._bring(self.decide(now, *self._wishes(False)))
+                more = self._read_due(self.waiting)
+                if len(self.due.pos):
+                    self._bring(self._ask(now, None), None)
             away = any(span.host for span in self.spans)
             asks = self.controller.reads_wanted and away
         n = 1 if asks or (self.lag and away) else max(1, self.quiet_until(now + 1) - now)
         out, self.waiting = self._chunk(n)
         taken = int(out.steps)
-        self._read_due()
+        self._read_due(self.waiting)
         self._take(self._columns(out, taken))
-        return None
 
     def _step_behind(self, now: int) -> None:
         """lag 1: rows that became due at the last step come while this one runs, and count from the next one on."""
-        asks = self.controller.reads_wanted
-        wishes = self._wishes(True) if asks else ({}, {})
-        plan = self.decide(now, *wishes)
-        before = self.waiting
+        held = self._held() if self.controller.reads_wanted else None
+        self.due, before = NOTHING, self.waiting
+        plan = self._ask(now, held)
         out, self.waiting = self._chunk(1)
-        if asks:
-            self._bring(plan)
+        if held is not None:
+            self._bring(plan, held)
         elif before is not None:
             self._read_due(before)
-            if self.due:
-                self._bring(self.decide(now, *self._wishes(False)))
+            if len(self.due.pos):
+                self._bring(self._ask(now, None), None)
         self._take(self._columns(out, 1))
 
     def moved_host(self) -> None:
         host = jnp.asarray([span.host for span in self.spans[self.whole :]], jnp.int32)
         self.kv = self.programs.move_host(self.kv, host)
 
-    def _read_due(self, waiting=None) -> bool:
+    def _ask(self, now: int, held: Wishes | None) -> Plan:
+        wanted = {} if held is None else held.by_key(self.whole)
+        return self.decide(now, wanted, self.due.by_key(self.whole))
+
+    def _held(self) -> Wishes:
+        """What the next query attends besides its own token."""
+        pos = np.asarray(self.programs.held(self.kv))
+        return wishes(pos, np.broadcast_to(np.arange(pos.shape[3], dtype=np.int32), pos.shape))
+
+    def _read_due(self, waiting) -> bool:
         """Note what is due; returns whether an exchange broke off."""
-        self.due, waiting = {}, self.waiting if waiting is None else waiting
+        self.due = NOTHING
         if waiting is None:
             return False
-        pos, slot = np.asarray(waiting.pos), np.asarray(waiting.slot)
-        P = pos.shape[2]
-        for layer, b, head, e in np.argwhere(pos >= 0).tolist():
-            slots = self.due.setdefault((layer, b, int(pos[layer, b, head, e])), np.full(P, -1, np.int32))
-            slots[head] = slot[layer, b, head, e]
+        pos = np.asarray(waiting.pos)
+        if (pos >= 0).any():
+            self.due = wishes(pos, np.asarray(waiting.slot))
         return bool(waiting.more)
 
-    def _wishes(self, everything: bool) -> tuple[dict | None, dict]:
-        """(wanted, entering) of a view: positions by (layer, sequence)."""
-        entering: dict[tuple[int, int], list[int]] = {}
-        for layer, b, p in sorted(self.due):
-            entering.setdefault((layer, self.whole + b), []).append(p)
-        wanted = None
-        if everything:
-            self.slots = _by_position(np.asarray(self.programs.held(self.kv)))
-            wanted = {}
-            for layer, b, p in sorted(self.slots):
-                wanted.setdefault((layer, self.whole + b), []).append(p)
-            wanted = {key: tuple(value) for key, value in wanted.items()}
-        else:
-            self.slots = self.due
-        return wanted or {}, {key: tuple(value) for key, value in entering.items()}
+    def _bring(self, plan: Plan, held: Wishes | None) -> None:
+        """Load and recompute what `plan` says, into the slots that wait for it or hold it."""
+        asked = self.due if held is None else held
+        S = max(self.setting.final_tokens)
+        loaded = np.zeros((self.setting.layers, self.setting.batch - self.whole, S), bool)
+        for row in plan.load:
+            layers = slice(None) if row.layer == ALL else slice(row.layer, row.layer + 1)
+            b = row.sequence - self.whole
+            loaded[layers, slice(None) if row.sequence == ALL else slice(b, b + 1), row.start : row.stop] = True
+        dropped = np.asarray([span.dropped for span in self.spans[self.whole :]], np.int32)
+        load = loaded[asked.layer, asked.sequence, asked.pos]
+        again = (asked.pos < dropped[asked.sequence]) & bool(plan.recompute)
+        at = self.due.layer, self.due.sequence, self.due.pos
+        if not (loaded[at] | (self.due.pos < dropped[self.due.sequence])).all():
+            raise RuntimeError("the plan leaves rows out that are waited for")
+        rows, room = asked.where(load), self.setting.layers * loaded.shape[1] * PAGE_TOKENS
+        for start in range(0, len(rows.pos), room):
+            self._load(rows.where(slice(start, start + room)))
+        if again.any():
+            self._recompute(asked.where(again), plan.recompute)
 
-    def _bring(self, plan: Plan) -> None:
-        """Load and recompute what `plan` says, into the slots that wait for it."""
-        rows = sorted(
-            {
-                (layer, b - self.whole, p)
-                for row in plan.load
-                for layer in (range(self.setting.layers) if row.layer == ALL else (row.layer,))
-                for b in (range(self.whole, self.setting.batch) if row.sequence == ALL else (row.sequence,))
-                for p in range(row.start, row.stop)
-                if (layer, b - self.whole, p) in self.slots
-            }
-        )
-        lost = [key for key in self.slots if key[2] < self.spans[self.whole + key[1]].dropped] if plan.recompute else []
-        missing = set(self.due) - set(rows) - set(lost)
-        if missing:
-            raise RuntimeError(
-                f"the plan leaves rows out that are waited for: (layer, sequence, position) {min(missing)}"
-            )
-        room = self.setting.layers * (self.setting.batch - self.whole) * PAGE_TOKENS
-        for start in range(0, len(rows), room):
-            self._load(rows[start : start + room])
-        if lost:
-            self._recompute(lost, plan.recompute)
-
-    def _load(self, rows: list[tuple[int, int, int]]) -> None:
-        for leaves, index in self.mover.fetch(rows):
+    def _load(self, rows: Wishes) -> None:
+        for leaves, index in self.mover.fetch(rows.layer, rows.sequence, rows.pos):
             size = tree_bytes(leaves)
             self._hold(size)
-            chosen = [rows[i] if i >= 0 else (-1, -1, -1) for i in index.tolist()]
-            layer, sequence, pos = (jnp.asarray(column, jnp.int32) for column in zip(*chosen, strict=True))
-            none = np.full_like(self.slots[rows[0]], -1)
-            slot = jnp.asarray(np.stack([self.slots[key] if key[0] >= 0 else none for key in chosen]))
+            none = index < 0
+            layer, sequence, pos = (np.where(none, -1, x[index]).astype(np.int32) for x in rows[:3])
+            slot = np.where(none[:, None], -1, rows.slots[index]).astype(np.int32)
             self.kv = self.programs.deliver(not self.lag, self.kv, leaves, layer, sequence, pos, slot)
             del leaves
             self.meter.hold("device", -size)
 
-    def _recompute(self, lost: list[tuple[int, int, int]], prefixes: Iterable[Rows]) -> None:
+    def _recompute(self, rows: Wishes, prefixes: Iterable[Rows]) -> None:
         stops = {b: stop for b, (_, stop) in self._ranges(prefixes).items()}
-        sequences = sorted({b for _, b, _ in lost})
-        L, P = self.setting.layers, len(self.slots[lost[0]])
-        by: dict[tuple[int, int], list[int]] = {}
-        for layer, b, p in sorted(lost):
-            by.setdefault((layer, sequences.index(b)), []).append(p)
-        n, E = _round(len(sequences)), _round(max(map(len, by.values())))
-        T = bucket(max(stops[b] for b in sequences))
+        sequences = np.unique(rows.sequence)
+        L, P = self.setting.layers, rows.slots.shape[1]
+        which = np.searchsorted(sequences, rows.sequence)
+        place = _ranks(rows.layer * len(sequences) + which)
+        n, E = _round(len(sequences)), _round(int(place.max()) + 1)
+        T = bucket(max(stops[b] for b in sequences.tolist()))
         tokens, length = np.zeros((n, T), np.int32), np.ones(n, np.int32)
         pos, slot = np.full((L, n, E), -1, np.int32), np.full((L, n, E, P), -1, np.int32)
-        for i, b in enumerate(sequences):
+        for i, b in enumerate(sequences.tolist()):
             length[i] = stops[b]
             tokens[i, : stops[b]] = self.tokens[self.whole + b, : stops[b]]
-        for (layer, i), positions in by.items():
-            pos[layer, i, : len(positions)] = positions
-            for e, p in enumerate(positions):
-                slot[layer, i, e] = self.slots[layer, sequences[i], p]
-        which = np.pad(np.asarray(sequences, np.int32), (0, n - len(sequences)), constant_values=-1)
-        arrays = map(jnp.asarray, (tokens, length, which, pos, slot))
-        self.kv = self.programs.recompute(not self.lag, self.params, self.kv, *arrays)
-        self.meter.recomputed_rows += len(lost)
+        pos[rows.layer, which, place] = rows.pos
+        slot[rows.layer, which, place] = rows.slots
+        named = np.pad(sequences.astype(np.int32), (0, n - len(sequences)), constant_values=-1)
+        self.kv = self.programs.recompute(not self.lag, self.params, self.kv, tokens, length, named, pos, slot)
+        self.meter.recomputed_rows += len(rows.pos)
         self.meter.recomputed_tokens += int(length[: len(sequences)].sum())
 
 
-def _by_position(held: np.ndarray) -> dict[Key, np.ndarray]:
-    """The slots [P] of each token of `held` [L, B, P, M], -1 for a head that does not hold it."""
-    found: dict[Key, np.ndarray] = {}
-    for layer, b, head, slot in np.argwhere(held >= 0).tolist():
-        slots = found.setdefault((layer, b, int(held[layer, b, head, slot])), np.full(held.shape[2], -1, np.int32))
-        slots[head] = slot
-    return found
+def _ranks(key: np.ndarray) -> np.ndarray:
+    """How many earlier entries of ascending `key` [n] are equal to each."""
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(key)) + 1])
+    return np.arange(len(key)) - np.repeat(starts, np.diff(np.append(starts, len(key))))
 
 
 def _round(number: int) -> int:

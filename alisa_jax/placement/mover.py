@@ -102,13 +102,19 @@ class Mover:
         for layer in range(layers):
             self.meter.hold("host", -_size(self.pages.pop((layer, group, page))))
 
-    def fetch(self, wanted: Sequence[tuple[int, int, int]]) -> list[tuple[Leaves, np.ndarray]]:
-        """Rows (layer, sequence, position) to the device, in one transfer that is not waited for.
+    def fetch(self, layer: np.ndarray, sequence: np.ndarray, pos: np.ndarray) -> list[tuple[Leaves, np.ndarray]]:
+        """Rows of `layer`, `sequence`, `pos` [n] to the device, in one transfer that is not waited for.
 
-        Returns pieces: leaves [R, K, *], and for each of their rows its index in `wanted` or -1. Layout "tokens" only.
+        Returns pieces: leaves [R, K, *], and for each of their rows its index below n, or -1. Layout "tokens" only.
         """
-        self.meter.loaded_rows += len(wanted)
-        return self._fetch_rows(wanted) if self.reads == "rows" else self._fetch_pages(wanted)
+        self.meter.loaded_rows += len(pos)
+        group, member = (np.array([self.of[b][i] for b in range(len(self.of))])[sequence] for i in range(2))
+        page, offset = np.divmod(pos, PAGE_TOKENS)
+        order = np.lexsort((page, group, layer))
+        key = np.stack([layer, group, page], axis=1)[order]
+        cuts = np.flatnonzero((np.diff(key, axis=0) != 0).any(axis=1)) + 1
+        touched = [(tuple(key[chosen[0]].tolist()), order[chosen]) for chosen in np.split(np.arange(len(pos)), cuts)]
+        return (self._fetch_rows if self.reads == "rows" else self._fetch_pages)(touched, member, offset)
 
     def stream(self, layer: int, group: int, first: int, stop: int) -> Leaves:
         """Pages first .. stop - 1 of a layer and group to the device, as leaves [n, K, T, *]. Layout "slots" only."""
@@ -121,41 +127,27 @@ class Mover:
         joined = [np.concatenate([np.asarray(x) for x in leaves], axis=2) for leaves in zip(*pages, strict=True)]
         return self._sent(joined)
 
-    def _fetch_rows(self, wanted):
-        views: dict[tuple[int, int, int], list[np.ndarray]] = {}
-        rows: list[np.ndarray] = []
-        for i, (layer, sequence, position) in enumerate(wanted):
-            group, member = self.of[sequence]
-            page, offset = divmod(position, PAGE_TOKENS)
-            key = (layer, group, page)
-            if key not in views:
-                views[key] = [np.asarray(leaf) for leaf in self.pages[key]]
-            if not rows:
-                rows = [np.empty((len(wanted), *view.shape[2:]), view.dtype) for view in views[key]]
-            for row, view in zip(rows, views[key], strict=True):
-                row[i] = view[member, offset]
-        found, start = [], 0
-        for size in powers(len(wanted)):
-            found.append(([row[start : start + size] for row in rows], np.arange(start, start + size)))
+    def _fetch_rows(self, touched, member, offset):
+        rows = [np.empty((len(member), *leaf.shape[2:]), leaf.dtype) for leaf in self.pages[touched[0][0]]]
+        for key, index in touched:
+            for row, leaf in zip(rows, self.pages[key], strict=True):
+                row[index] = np.asarray(leaf)[member[index], offset[index]]
+        pieces, start = [], 0
+        for size in powers(len(member)):
+            pieces.append(([row[start : start + size] for row in rows], np.arange(start, start + size)))
             start += size
-        sent = jax.device_put([leaves for leaves, _ in found], _place("device"))
+        sent = jax.device_put([leaves for leaves, _ in pieces], _place("device"))
         self.meter.load_bytes += sum(map(_size, sent))
-        return [(tuple(leaves), index) for leaves, (_, index) in zip(sent, found, strict=True)]
+        return [(tuple(leaves), index) for leaves, (_, index) in zip(sent, pieces, strict=True)]
 
-    def _fetch_pages(self, wanted):
-        touched: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
-        for i, (layer, sequence, position) in enumerate(wanted):
-            group, member = self.of[sequence]
-            page, offset = divmod(position, PAGE_TOKENS)
-            touched.setdefault((layer, group, page), []).append((member * PAGE_TOKENS + offset, i))
-        sent = jax.device_put([self.pages[key] for key in touched], _place("device"))
+    def _fetch_pages(self, touched, member, offset):
+        sent = jax.device_put([self.pages[key] for key, _ in touched], _place("device"))
         self.meter.load_bytes += sum(map(_size, sent))
         found = []
-        for leaves, rows in zip(sent, touched.values(), strict=True):
-            index = np.full(leaves[0].shape[0] * PAGE_TOKENS, -1)
-            for row, i in rows:
-                index[row] = i
-            found.append((_flat(leaves), index))
+        for leaves, (_, index) in zip(sent, touched, strict=True):
+            rows = np.full(leaves[0].shape[0] * PAGE_TOKENS, -1)
+            rows[member[index] * PAGE_TOKENS + offset[index]] = index
+            found.append((_flat(leaves), rows))
         return found
 
     def _sent(self, arrays: list[np.ndarray]) -> Leaves:

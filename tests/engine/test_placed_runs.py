@@ -18,20 +18,14 @@ from alisa_jax.engine.placed import Placed
 from alisa_jax.placement import mover
 from alisa_jax.placement.plan import Controller, moved_bytes
 
-PROMPTS = ((20, 33, 33), (40, 40), (7, 50, 21, 50))
+PROMPTS = ((20, 33, 33), (40, 40), (7, 50, 50))
 SYSTEMS = (
-    ("waves", "swa(kv_sparsity=0.6)", "raw"),
     ("accelerate", "dense", "raw"),
-    ("accelerate", "swa(kv_sparsity=0.6)", "int8(axis=token)"),
-    ("flexgen", "dense", "int8(axis=token)"),
-    ("flexgen(cache_device_frac=0.5)", "swa(kv_sparsity=0.6)", "raw"),
-    ("alisa", "dense", "raw"),
-    ("alisa(beta=0.3,p2=4)", "dense", "int8(axis=token)"),
-    ("alisa", "swa(kv_sparsity=0.6,spare_slots=0)", "raw"),
-    ("alisa(beta=0.4,p2=2)", "swa(kv_sparsity=0.6,spare_slots=0)", "int8(axis=token)"),
+    ("flexgen(cache_device_frac=0.4)", "dense", "int8(axis=token)"),
+    ("alisa(p1=0,beta=0.3,p2=4)", "dense", "raw"),
+    ("alisa", "swa(kv_sparsity=0.6,spare_slots=0)", "int8(axis=token)"),
+    ("flexgen(cache_device_frac=0.5)", "swa(kv_sparsity=0.3,local_frac=0.0,dense_layers=1)", "raw"),
     ("alisa(traffic=paper,beta=0.4,p2=2)", "swa(kv_sparsity=0.6,shared_heads=false)", "raw"),
-    ("alisa(alpha=0.9)", "swa(kv_sparsity=0.6,dense_layers=1)", "raw"),
-    ("alisa(p1=0)", "swa(kv_sparsity=0.3,local_frac=0.0,spare_slots=0)", "raw"),
 )
 
 
@@ -141,26 +135,22 @@ def run_and_compare(placed, resident, system, prompts, new_tokens, device, host,
     return run
 
 
-@pytest.mark.parametrize("system", SYSTEMS, ids=" ".join)
+@pytest.mark.parametrize("system", SYSTEMS, ids=" | ".join)
 def test_every_controller_gives_the_tokens_of_resident_within_its_budgets(placed, resident, system):
     """At the smallest device budget that is accepted, which is where every phase is entered."""
     run = run_and_compare(placed, resident, system, PROMPTS[0], 24, 0.0, float("inf"), "rows")
-    spec = system[0]
-    assert run.store_bytes > 0 or spec == "waves"
-    assert run.groups > 1 or spec != "waves"
-    if "beta" in spec:
+    assert run.store_bytes > 0 and run.p1 < 24
+    if "beta" in system[0]:
         assert run.p2 < 24 and run.recomputed_rows > 0
-    if spec.startswith("alisa"):
-        assert run.p1 < 24
 
 
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     system=st.sampled_from(SYSTEMS),
     prompts=st.sampled_from(PROMPTS[1:]),
     new_tokens=st.sampled_from([1, 20]),
-    device=st.floats(0.0, 1.1),
-    host=st.floats(0.3, 1.2),
+    device=st.floats(0.0, 0.8),
+    host=st.floats(0.5, 1.2),
     reads=st.sampled_from(["rows", "pages"]),
 )
 def test_budgets_hold_over_random_workloads(placed, resident, system, prompts, new_tokens, device, host, reads):
@@ -168,13 +158,13 @@ def test_budgets_hold_over_random_workloads(placed, resident, system, prompts, n
 
 
 def test_while_nothing_moves_the_controller_is_not_asked(placed):
-    one = placed("swa(kv_sparsity=0.6,spare_slots=0)", "raw").under("alisa")
+    one = placed("swa(kv_sparsity=0.6,shared_heads=false)", "raw").under("alisa")
     run = one.generate(texts(PROMPTS[1]), 20)
     assert run.decisions == 1 and run.load_bytes == run.store_bytes == 0 and run.p1 == run.p2 == 20
 
 
 def test_scoring_a_text_gives_the_log_probabilities_that_decoding_gives(placed):
-    one = placed("swa(kv_sparsity=0.6)", "raw")
+    one = placed("dense", "raw")
     ids = np.random.default_rng(5).integers(0, 37, (2, 60))
     run = one.score(ids.tolist(), 30)
     assert run.tokens == ids[:, 30:].tolist()
@@ -190,7 +180,12 @@ def test_scoring_a_text_gives_the_log_probabilities_that_decoding_gives(placed):
     [
         ("alisa", "local(kv_sparsity=0.5)", (1e9, 1e9), "the policy evicts what it does not keep"),
         ("alisa", "dense", (1000.0, 1e9), "needs device_kv_bytes of at least [0-9]+ here; got 1000"),
-        ("alisa(recompute=false)", "dense", (45000.0, 10.0), "needs host_kv_bytes of at least [0-9]+ here; got 10"),
+        (
+            "alisa(recompute=false,p1=0)",
+            "dense",
+            (80000.0, 10.0),
+            "needs host_kv_bytes of at least [0-9]+ here; got 10",
+        ),
         ("alisa", "swa(kv_sparsity=0.5,refresh_every=4)", (1e9, 1e9), "recompute=false, or refresh_every=0"),
         (
             "alisa(p1=0,recompute=false)",

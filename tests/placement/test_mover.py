@@ -52,7 +52,7 @@ def test_without_pinned_memory_the_error_says_what_there_is(monkeypatch):
 def test_pages_lie_in_pinned_memory_and_reads_bring_them_to_the_device():
     one, _ = filled("tokens", "rows")
     assert {leaf.sharding.memory_kind for leaves in one.pages.values() for leaf in leaves} == {"pinned_host"}
-    (leaves, _), *_ = one.fetch([(0, 0, 5)])
+    (leaves, _), *_ = one.fetch(*np.array([[0], [0], [5]]))
     assert {leaf.sharding.memory_kind for leaf in leaves} == {"device"}
 
 
@@ -69,7 +69,7 @@ def test_fetched_rows_are_the_stored_ones_bit_for_bit(reads, wanted):
     meter = Meter(INF, INF)
     one, pages = filled("tokens", reads, meter)
     wanted, seen, size = sorted(wanted), set(), 0
-    for leaves, index in one.fetch(wanted):
+    for leaves, index in one.fetch(*np.array(wanted).T):
         size += sum(leaf.nbytes for leaf in leaves)
         for row, i in enumerate(index.tolist()):
             if i < 0:
