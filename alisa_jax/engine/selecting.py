@@ -167,7 +167,8 @@ class Selecting(Base):
         L, P = self.setting.layers, rows.slots.shape[1]
         which = np.searchsorted(sequences, rows.sequence)
         place = _ranks(rows.layer * len(sequences) + which)
-        n, E = _round(len(sequences)), _round(int(place.max()) + 1)
+        away = self.setting.batch - self.whole
+        n, E = min(away, _round(len(sequences), 4)), max(16, _round(int(place.max()) + 1, 2))  # few shapes
         T = bucket(max(stops[b] for b in sequences.tolist()))
         tokens, length = np.zeros((n, T), np.int32), np.ones(n, np.int32)
         pos, slot = np.full((L, n, E), -1, np.int32), np.full((L, n, E, P), -1, np.int32)
@@ -188,6 +189,9 @@ def _ranks(key: np.ndarray) -> np.ndarray:
     return np.arange(len(key)) - np.repeat(starts, np.diff(np.append(starts, len(key))))
 
 
-def _round(number: int) -> int:
-    """The next power of two."""
-    return 1 << (number - 1).bit_length()
+def _round(number: int, base: int) -> int:
+    """The next power of `base`."""
+    power = 1
+    while power < number:
+        power *= base
+    return power

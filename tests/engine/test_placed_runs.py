@@ -181,7 +181,7 @@ def test_scoring_a_text_gives_the_log_probabilities_that_decoding_gives(placed):
         ("alisa", "local(kv_sparsity=0.5)", (1e9, 1e9), "the policy evicts what it does not keep"),
         ("alisa", "dense", (1000.0, 1e9), "needs device_kv_bytes of at least [0-9]+ here; got 1000"),
         (
-            "alisa(recompute=false,p1=0)",
+            "accelerate",
             "dense",
             (80000.0, 10.0),
             "needs host_kv_bytes of at least [0-9]+ here; got 10",

@@ -15,7 +15,7 @@ LENGTHS = (64, 40, 40, 64, 51, 64, 51, 40)
 # Window statistics of k rows, which grow with the context, would leave no room for a ring in so small a budget.
 SWA = "swa(kv_sparsity=0.9,window=8,spare_slots=0)"
 INT8_SWA = "swa(kv_sparsity=0.93,decay=0.9,spare_slots=0)"
-PAPER = "alisa(p2=40,beta=0.12,traffic=paper)"
+PAPER = "alisa(p2=2,beta=0.6,traffic=paper)"
 SYSTEMS = {
     "swa raw": (SWA, "raw", ("alisa", PAPER, "flexgen")),
     "swa int8": (INT8_SWA, "int8(calibration_tokens=32)", (PAPER, "accelerate")),
@@ -41,8 +41,8 @@ def test_greedy_tokens_are_those_of_resident_at_a_third_of_the_dense_cache(name,
     third = kv_bytes(Placed(alisa_jax.Engine(model, "dense", codec)).setting(LENGTHS, new_tokens)) / 3
     expected = base.generate(prompts, new_tokens)
     for spec in controllers:
-        # Of four dense layers, two or three have to be there at once: more than a third.
-        budget = third if policy != "dense" or spec == "waves" else 2.6 * third
+        # Of four dense layers of ragged prompts, three have to be there at once: more than a third.
+        budget = third if policy != "dense" or spec == "waves" else 3 * third
         run = base.under(spec, budget).generate(prompts, new_tokens)
         same_as_resident(run, expected)
         assert run.device_peak_bytes <= budget
