@@ -49,7 +49,8 @@ class Run:
     p2: int  # the first step that has deleted something
     groups: int  # runs that the batch was split into
     effective_batch: int  # sequences of the largest
-    decisions: int  # times that a controller was asked
+    decisions: int  # times that the controller was asked
+    decide_s: float  # what this took, and looking ahead for the next move
     compiles: int
     notes: tuple[str, ...]
     host_reads: str  # "rows" | "pages" | "" where nothing is offloaded
@@ -160,6 +161,7 @@ class Placed:
             groups=len(runs),
             effective_batch=max(run.setting.batch for run in runs),
             decisions=sum(run.decisions for run in runs),
+            decide_s=sum(run.decide_s for run in runs),
             compiles=self.engine.compiles - compiles,
             notes=tuple(dict.fromkeys(note for run in runs for note in run.notes)),
             host_reads=self.host.reads if self.host is not None and meter.stored_rows else "",

@@ -43,7 +43,7 @@ class Base:
         self.behind: list[tuple[list, int]] = []  # pages on their way to the host, and their device bytes
         self.notes: list[str] = []
         self.p1 = self.p2 = setting.new_tokens
-        self.prefill_s = self.decode_s = 0.0
+        self.prefill_s = self.decode_s = self.decide_s = 0.0
         self.decisions, self.made, self.next_move = 0, 0, 0
         self.kv, self.token = (), None
         self.done = jnp.zeros((setting.batch,), jnp.bool_)
@@ -108,7 +108,9 @@ class Base:
         prompts, first = setting.prompt_tokens, step_ == 0
         lengths = (0,) * setting.batch if first else tuple(s + step_ - 1 for s in prompts)
         view = View(setting, step_, lengths, prompts if first else (1,) * setting.batch, self.spans, wanted, entering)
+        start = time.perf_counter()
         plan = self.controller.decide(view)
+        self.decide_s += time.perf_counter() - start
         self.decisions += 1
         self.notes += [note for note in plan.notes if note not in self.notes]
         if not first:
@@ -129,7 +131,7 @@ class Base:
 
     def quiet_until(self, step_: int) -> int:
         """The first step from `step_` on at which tokens change their place, or the end."""
-        setting = self.setting
+        setting, start = self.setting, time.perf_counter()
         while self.next_move < setting.new_tokens:
             if self.next_move >= step_:
                 lengths = tuple(s + self.next_move - 1 for s in setting.prompt_tokens)
@@ -137,6 +139,7 @@ class Base:
                 if self.controller.spans(view) != self.spans:
                     break
             self.next_move += 1
+        self.decide_s += time.perf_counter() - start
         return min(self.next_move, setting.new_tokens)
 
     def _store(self, rows: Iterable[Rows]) -> None:
