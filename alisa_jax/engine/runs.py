@@ -94,7 +94,7 @@ class Base:
                 self.mover.store(
                     (i, g, cut.first + j, page) for (g, cut), cells in found for j, page in enumerate(cells)
                 )
-                jax.block_until_ready(list(self.mover.pages.values())[-1])
+                jax.block_until_ready([leaves for key, leaves in self.mover.pages.items() if key[0] == i])
             size = tree_bytes(some)
             del some
             self.meter.hold("device", -size)

@@ -83,7 +83,7 @@ class Selecting(Base):
                 self.kv, self.waiting = self.programs.resume(self.kv)
                 more = self._read_due(self.waiting)
                 if len(self.due.pos):
-                    self._bring(self._ask(now, None), None)
+                    self._bring(self._ask(now, self.due if asks else None), None)
             away = any(span.host for span in self.spans)
             asks = self.controller.reads_wanted and away
         n = 1 if asks or (self.lag and away) else max(1, self.quiet_until(now + 1) - now)

@@ -7,6 +7,7 @@ import gc
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +18,8 @@ from alisa_jax import placement
 from alisa_jax.engine.placed import Placed
 from alisa_jax.placement import mover
 from alisa_jax.placement.plan import Controller, moved_bytes
+from alisa_jax.policies import Swa, budget, swap
+from alisa_jax.policies.base import column, positions
 
 PROMPTS = ((20, 33, 33), (40, 40), (7, 50, 50))
 SYSTEMS = (
@@ -155,6 +158,33 @@ def test_every_controller_gives_the_tokens_of_resident_within_its_budgets(placed
 )
 def test_budgets_hold_over_random_workloads(placed, resident, system, prompts, new_tokens, device, host, reads):
     run_and_compare(placed, resident, system, prompts, new_tokens, device, host, reads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restless(Swa):
+    """Wants other tokens at every step, more than one list of rows holds."""
+
+    def exchange(self, stats, pos, bias, length, S):
+        counts = self.counts(S)
+        score = jnp.mod(positions(S) * 37 + column(length) * 53, 101).astype(jnp.float32)
+        first_local = column(length - budget.lookup(counts.local, length))[..., 0]
+        want = budget.lookup(counts.top, length)[:, None]
+        slot_of, ex = swap.improve(score, stats.slot_of, pos, bias, first_local, want)
+        return stats.replace(slot_of=slot_of), ex
+
+
+def test_an_exchange_that_breaks_off_goes_on_when_its_rows_have_come(random_model):
+    engine = alisa_jax.Engine(random_model(max_positions=256), Restless(kv_sparsity=0.5, spare_slots=0))
+    base, rounds = Placed(engine), []
+    expected, resume = base.generate(texts((90, 75)), 20), base.programs.resume
+    base.programs.resume = lambda kv: rounds.append(1) or resume(kv)
+    for i, spec in enumerate(("alisa(p1=0)", "flexgen(cache_device_frac=0)")):
+        run = fitting(base.under(spec, 1.0), (90, 75), 20).generate(texts((90, 75)), 20)
+        assert len(rounds) > i and run.load_bytes > 0
+        assert run.tokens == expected.tokens
+        for a, b in zip(run.logprobs, expected.logprobs, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+        del rounds[i + 1 :]
 
 
 def test_while_nothing_moves_the_controller_is_not_asked(placed):
