@@ -22,7 +22,6 @@ sparsity loses.
 """
 
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -194,15 +193,16 @@ def _check(run: Run, totals: dict, specs: Sequence[str]) -> dict:
     if totals["device_kv_bytes"] <= 0:
         need = totals["weight_bytes"] + totals["activation_bytes"]
         raise UserError(
-            f"--hardware: weights and activations need {_bytes(need)}, and the device has "
-            f"{_bytes(totals['device_bytes'])}"
+            f"--hardware: weights and activations need {sizes.bytes_text(need)}, and the device has "
+            f"{sizes.bytes_text(totals['device_bytes'])}"
         )
     least = placement.alisa.least_device_bytes(run.sparse)
     try:
         placement.Alisa().check(run.sparse)
     except ValueError as error:
         flag = "--host_kv_bytes" if "host_kv_bytes" in str(error) else "--device_kv_bytes"
-        part = f"working set {_bytes(totals['working_set_bytes'])}, statistics {_bytes(totals['statistics_bytes'])}"
+        working, statistics = (sizes.bytes_text(totals[f"{name}_bytes"]) for name in ("working_set", "statistics"))
+        part = f"working set {working}, statistics {statistics}"
         raise UserError(f"{flag}: {error} ({part}; a smaller --window has smaller statistics)") from None
     for text in specs:
         try:
@@ -291,7 +291,7 @@ def _table(record: dict, rows: dict[str, Simulated | str]) -> str:
     """What is needed, the phases, and a line for each controller."""
     n = record["new_tokens"]
     names = "weight activation kv working_set statistics device_kv host_kv least_device_kv".split()
-    parts = [f"{name.replace('_', ' ')} {_bytes(record[f'{name}_bytes'])}" for name in names]
+    parts = [f"{name.replace('_', ' ')} {sizes.bytes_text(record[f'{name}_bytes'])}" for name in names]
     phases = "everything stays on the device"
     if record["p1"] < n:
         phases = f"p1 {record['p1']}, p2 {record['p2']} of {n}, alpha {record['alpha']:.2f}, beta {record['beta']:.2f}"
@@ -306,7 +306,9 @@ def _table(record: dict, rows: dict[str, Simulated | str]) -> str:
         else:
             times = (run.prefill_s, run.compute_s, run.load_s, run.store_s, run.recompute_s)
             peaks = (run.device_peak_bytes, run.host_peak_bytes)
-            lines.append((label, f"{run.tokens_per_s:.1f}", *(f"{t:.2f}" for t in times), *map(_bytes, peaks)))
+            lines.append(
+                (label, f"{run.tokens_per_s:.1f}", *(f"{t:.2f}" for t in times), *map(sizes.bytes_text, peaks))
+            )
     wins = record["offload_wins_from_batch"]
     notes = sorted({note for run in rows.values() if not isinstance(run, str) for note in run.notes})
     notes += [f"{name.replace('_', ' ')}: {run}" for name, run in rows.items() if isinstance(run, str)]
@@ -323,13 +325,6 @@ def _table(record: dict, rows: dict[str, Simulated | str]) -> str:
             *notes,
         ]
     )
-
-
-def _bytes(number: float) -> str:
-    if not math.isfinite(number):
-        return "any"
-    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if number >= sizes.UNITS[u]), "B")
-    return f"{number / sizes.UNITS[unit]:.2f} {unit}"
 
 
 def _profile(path: str) -> None:

@@ -36,6 +36,14 @@ def read_bytes(text: str, dense_kv_bytes: float, flag: str) -> float:
     return float(found[1]) * (dense_kv_bytes if found[2] == "x" else UNITS[found[2]])
 
 
+def bytes_text(number: float) -> str:
+    """Bytes as a table shows them; "any" for no limit."""
+    if not math.isfinite(number):
+        return "any"
+    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if number >= UNITS[u]), "B")
+    return f"{number / UNITS[unit]:.2f} {unit}"
+
+
 def model(name: str) -> ModelConfig:
     """The configuration behind random:NAME, NAME, bundled or a folder; weights are not read."""
     if name.removeprefix("random:") in shapes.SHAPES:
