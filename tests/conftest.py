@@ -1,11 +1,21 @@
-"""Settings of the whole suite: CPU with two virtual devices, strict promotion rules, the test data."""
+"""Settings of the whole suite: CPU with two virtual devices, quick compilation, strict promotion rules, the test data.
+
+Nearly all the time of the tests is XLA's. So LLVM does not optimise programs that run for a few steps (XLA's own passes all
+run; the fixture `optimised` asks for both), and a program that one process of a run has compiled is not compiled by another:
+the workers of xdist and the commands that tests start share a folder of them, which is removed at the end of the run.
+"""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # its workers inherit the folder
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="alisa-jax-compiled-")
+os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 import hypothesis
 import jax
@@ -13,11 +23,30 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)
 
 hypothesis.settings.register_profile("alisa", deadline=None, max_examples=50, print_blob=True)
 hypothesis.settings.load_profile("alisa")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    # An entry that another process is just writing: the program is compiled here as well.
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry:UserWarning")
+
+
+def pytest_unconfigure(config):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture
+def optimised():
+    """What a test with this fixture compiles is compiled as for a user, with all of LLVM's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

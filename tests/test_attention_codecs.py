@@ -104,7 +104,7 @@ def test_the_output_is_attention_over_what_the_codes_stand_for(text, policy):
 @pytest.mark.parametrize("text", CODECS)
 def test_scoring_under_the_mask_equals_decoding_with_codes(text, policy):
     """The first tokens are attended raw in both, and the same elements are clipped."""
-    run = Driver(codec=driver(text).codec)
+    run = driver(text)
     tokens = [jnp.asarray(x) for x in run.tokens]
     score = jax.jit(functools.partial(attention.score_masked, policy, run.codec), compiler_options=dict(QUICK))
     out, attended, clipped = score(*tokens)
@@ -120,25 +120,28 @@ def test_scoring_under_the_mask_equals_decoding_with_codes(text, policy):
     assert (want.sum() > 0) == ("calibration" in text)
 
 
+@functools.cache
+def step(policy: str, codec: str):
+    """Memory of a donated step in bfloat16, bytes of its K and V, and its state: (B, S, N, K, H) = (4, 4096, 12, 12, 64)."""
+    B, S, N, K, H = 4, 4096, 12, 12, 64
+    policy, codec = parse(policy), codecs.parse(codec).resolve(jnp.bfloat16)
+
+    def start():
+        dims = attention.dims_of(policy, "working_set", B, N, K, S)
+        return attention.freeze(attention.init(policy, codec, "working_set", dims, H))
+
+    state = jax.eval_shape(start)
+    q, k = (jax.ShapeDtypeStruct((B, heads, H), jnp.bfloat16) for heads in (N, K))
+    lowered = jax.jit(lambda *a: attention.decode(*a)[:2], donate_argnums=0).lower(state, q, k, k)
+    homes = [h for h in (state.ws, state.store) if h is not None]
+    return lowered.compile(dict(QUICK)).memory_analysis(), tree_bytes([(h.k, h.v) for h in homes]), state
+
+
 @pytest.mark.parametrize("policy", ["dense", "local(kv_sparsity=0.8)", "swa(kv_sparsity=0.8)"])
 @pytest.mark.parametrize("text", ["int8", "int8(axis=token)"])
 def test_an_int8_step_needs_less_temporary_memory_than_a_bfloat16_step_and_half_the_state(text, policy):
-    B, S, N, K, H = 4, 4096, 12, 12, 64
-    policy = parse(policy)
-
-    def step(codec, dtype):
-        def start():
-            dims = attention.dims_of(policy, "working_set", B, N, K, S)
-            return attention.freeze(attention.init(policy, codec, "working_set", dims, H))
-
-        state = jax.eval_shape(start)
-        q, k = (jax.ShapeDtypeStruct((B, heads, H), dtype) for heads in (N, K))
-        compiled = jax.jit(lambda *a: attention.decode(*a)[:2], donate_argnums=0).lower(state, q, k, k)
-        homes = [h for h in (state.ws, state.store) if h is not None]
-        return compiled.compile(dict(QUICK)).memory_analysis(), tree_bytes([(h.k, h.v) for h in homes]), state
-
-    half, half_bytes, _ = step(codecs.parse("raw").resolve(jnp.bfloat16), jnp.bfloat16)
-    memory, kv_bytes, state = step(codecs.parse(text).resolve(jnp.bfloat16), jnp.bfloat16)
+    half, half_bytes, _ = step(policy, "raw")
+    memory, kv_bytes, state = step(policy, text)
     assert kv_bytes <= 0.53 * half_bytes
     assert memory.temp_size_in_bytes < half.temp_size_in_bytes
     codes = state.ws.k.codes.size

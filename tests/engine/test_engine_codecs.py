@@ -1,5 +1,7 @@
 """The engine with int8: both protocols, batches, buckets, bytes, refusals, and the price in perplexity."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -80,23 +82,33 @@ def test_sequences_shorter_than_the_calibration_are_refused(make):
     assert make("dense", CODECS[1]).generate(sequences(0, (1, 5)), 2).tokens
 
 
+@pytest.fixture(scope="module")
+def scored(trained, story_ids):
+    """`scored(policy, codec)`: all stories under the trained model."""
+
+    @functools.cache
+    def score(policy, codec):
+        return alisa_jax.Engine(trained, policy, codec).score(story_ids, protocol="prefill_mask")
+
+    return score
+
+
+def perplexity(logprobs):
+    return float(np.exp(-np.concatenate(logprobs).mean()))
+
+
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("policy", ["dense", "swa(kv_sparsity=0.8)"])
-def test_int8_costs_less_than_half_a_percent_of_perplexity_on_a_trained_model(trained, story_ids, policy):
-    def perplexity(codec):
-        scores = alisa_jax.Engine(trained, policy, codec).score(story_ids, protocol="prefill_mask")
-        return float(np.exp(-np.concatenate(scores.logprobs).mean()))
-
-    raw = perplexity("raw")
+def test_int8_costs_less_than_half_a_percent_of_perplexity_on_a_trained_model(scored, policy):
+    raw = perplexity(scored(policy, "raw").logprobs)
     for codec in ("int8", "int8(axis=token)"):
-        assert abs(perplexity(codec) / raw - 1) < 0.005
+        assert abs(perplexity(scored(policy, codec).logprobs) / raw - 1) < 0.005
 
 
-def test_ranges_of_rotated_keys_must_hold_their_rotations(trained, story_ids):
+@pytest.mark.usefixtures("optimised")
+def test_ranges_of_rotated_keys_must_hold_their_rotations(trained, story_ids, scored):
     """Why `key_range=rotary` is the default: the range that the first keys happen to fill does not last."""
-
-    def perplexity(codec):
-        scores = alisa_jax.Engine(trained, "dense", codec).score(story_ids[:8], protocol="prefill_mask")
-        return float(np.exp(-np.concatenate(scores.logprobs).mean())), scores.clipped_frac.mean()
-
-    (literal, clipped), (ours, few) = perplexity("int8(key_range=minmax)"), perplexity("int8")
-    assert literal > 1.5 * ours and clipped > 0.03 > 0.001 > few
+    ours = scored("dense", "int8")
+    literal = alisa_jax.Engine(trained, "dense", "int8(key_range=minmax)").score(story_ids[:8], protocol="prefill_mask")
+    assert perplexity(literal.logprobs) > 1.5 * perplexity(ours.logprobs[:8])
+    assert literal.clipped_frac.mean() > 0.03 > 0.001 > ours.clipped_frac.mean()

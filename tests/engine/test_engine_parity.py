@@ -86,6 +86,7 @@ def test_logprobs_agree_with_transformers_up_to_the_last_position(pair, protocol
         np.testing.assert_array_equal(correct, logits[:-1].argmax(-1) == sequence[1:])
 
 
+@pytest.mark.usefixtures("optimised")
 def test_dense_perplexity_equals_transformers_and_the_published_value(trained, stories, story_ids, engine):
     assert sum(len(s) - 1 for s in story_ids) == 10_749
     with warnings.catch_warnings():

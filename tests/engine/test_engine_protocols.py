@@ -11,11 +11,11 @@ LENGTHS = (151, 130, 77, 23)
 SWA = "swa(kv_sparsity=0.6)"
 # Dropped tokens come back through the store, a few of them at once.
 RETURNING = "swa(tokens=21,shared_heads=false,local_frac=0.25,window=4,refresh_every=7,spare_slots=0)"
-POLICIES = {  # policy: layers of the model that it is tried on
+POLICIES = {  # policy: how many of the model's 5 layers it is tried on
     "dense": 5,
-    "local(kv_sparsity=0.6)": 5,
-    "strided(kv_sparsity=0.6)": 5,
-    "strided(kv_sparsity=0.6,anchor=query)": 5,
+    "local(kv_sparsity=0.6)": 2,
+    "strided(kv_sparsity=0.6)": 2,
+    "strided(kv_sparsity=0.6,anchor=query)": 2,
     SWA: 5,
     "swa(kv_sparsity=0.6,window=2k,dense_layers=1)": 2,
     RETURNING: 2,
@@ -72,7 +72,7 @@ def test_tokens_return_from_the_store(score):
 @pytest.mark.parametrize("policy", [SWA, "local(kv_sparsity=0.6)"])
 @pytest.mark.parametrize("route", ["indexed", "masked"])
 def test_every_route_gives_the_logprobs_of_the_working_set(score, policy, route):
-    fast, other = score(policy), score(policy, route)
+    fast, other = (score(policy, r, layers=2) for r in ("auto", route))
     assert fast.implementation == "xla:working_set"
     assert other.implementation == f"xla:{route}"
     assert mean_difference(fast, other) <= 1e-4
@@ -81,7 +81,7 @@ def test_every_route_gives_the_logprobs_of_the_working_set(score, policy, route)
 
 def test_a_query_anchored_comb_gives_the_same_by_index_and_by_mask(score):
     policy = "strided(kv_sparsity=0.6,anchor=query)"
-    assert mean_difference(score(policy, "indexed"), score(policy, "masked")) <= 1e-4
+    assert mean_difference(score(policy, "indexed", 2), score(policy, "masked", 2)) <= 1e-4
 
 
 def test_scoring_again_gives_the_same_bits(score, engine, windows):
@@ -92,9 +92,9 @@ def test_scoring_again_gives_the_same_bits(score, engine, windows):
 
 
 def test_swa_without_sparsity_is_dense(score):
-    scores = score("swa(kv_sparsity=0)")
-    assert mean_difference(scores, score("dense")) <= 1e-5
-    np.testing.assert_array_equal(scores.attended_frac, np.ones(5, np.float32))
+    scores = score("swa(kv_sparsity=0)", layers=2)
+    assert mean_difference(scores, score("dense", layers=2)) <= 1e-5
+    np.testing.assert_array_equal(scores.attended_frac, np.ones(2, np.float32))
 
 
 def half_up(x):
@@ -147,6 +147,6 @@ def test_bytes_of_k_and_v_follow_from_the_budget(score, trained):
     S, dense = bucket(max(LENGTHS)), trained.decoder.kv_bytes_per_token(element_bytes=4)
     assert score("dense").kv_bytes_per_token == dense == 2 * 5 * 4 * 8 * 4
     slots = half_up(S * 0.4) + 1
-    assert score("local(kv_sparsity=0.6)").kv_bytes_per_token == pytest.approx(dense * slots / S)
+    assert score("local(kv_sparsity=0.6)", layers=2).kv_bytes_per_token == pytest.approx(dense * 2 / 5 * slots / S)
     slots = 2 * half_up(S * 0.2) + 1 + 8  # the query's own and eight spare ones
     assert score(SWA).kv_bytes_per_token == pytest.approx(dense * (1 + slots / S))  # store and working set
