@@ -15,13 +15,15 @@ with `_min` and `_max` beside them; tokens_per_s = batch * new_tokens / (prefill
 that live and travel, in one run. A row is a token of one layer and sequence: `loaded_rows` came to the device (under alisa
 those that the exchange asked for), `recomputed_rows` were computed anew, by prefills of `recomputed_tokens` tokens in all.
 p1 and p2 are the first steps that keep something off the device, and delete something; new_tokens where none does.
-`tokens_sha256` is of the new tokens: where only the controller differs it should not.
+`effective_batch` sequences run at once at most. `tokens_sha256` is of the new tokens: where only the controller differs it
+should not, unless a controller splits the batch under a --trace.
 
 Prompts are cut from --text where the model has a tokenizer, else their ids are drawn; --ragged draws their lengths. Random
 weights hardly change what SWA selects, so --trace lets every SWA attend what it attends in a trained model that reads --text
 (`eval/traces.py`). --simulate prices the same systems on a page of configs/hardware instead, and all its numbers are
 modelled (`alisa_jax/placement/cost.py`); budgets are then by default what weights and activations leave of the device, and
-the host's memory. Without --trace it assumes as many tokens to enter a set per step as on trained models.
+the host's memory. The model knows no spare slots: what enters a set travels, though most of it returns soon after it left
+and would still be there. Without --trace it assumes as many tokens to enter a set per step as on trained models.
 """
 
 import math
@@ -36,7 +38,7 @@ from absl import flags
 from tqdm import tqdm
 
 import alisa_jax
-from alisa_jax import placement
+from alisa_jax import placement, policies
 from alisa_jax.placement import mover
 from alisa_jax.placement.cost import Cost
 from eval import common, inputs, plots, sizes, systems, timing, traces, windows
@@ -93,8 +95,7 @@ def main(argv: Sequence[str], load: Callable = alisa_jax.load, build: Callable =
         _check_host(chosen)
     results = inputs.results(values.out)
 
-    shared = _cell(values, card, work, machine, traced, source)
-    cells = {system: {**shared, **system.fields()} for system in chosen}
+    cells = {system: _cell(values, system, card, work, machine, traced, source) for system in chosen}
     here = {} if values.simulate else _here()
     records = {s: None if results is None or values.rerun else results.find(c | here) for s, c in cells.items()}
     reused = sum(record is not None for record in records.values())
@@ -169,12 +170,15 @@ def _check_host(chosen: Sequence[System]) -> None:
             raise UserError(f"--system: {error}") from None
 
 
-def _cell(values, card, work: Work, machine, traced, source) -> dict:
-    """What identifies a record, but for the system."""
-    drawn = not systems.has_tokenizer(values.model)
+def _cell(values, system: System, card, work: Work, machine, traced, source) -> dict:
+    """What identifies a record. A trace is of no account to a policy that it cannot change."""
+    traced = traced if isinstance(policies.parse(system.policy), policies.Swa) else None
+    prompts = None if values.simulate else "text" if systems.has_tokenizer(values.model) else "drawn ids"
+    source = source if traced is not None or prompts == "text" else None
     return {
         "script": "eval.throughput",
         **card.fields(),
+        **system.fields(),
         "dtype": work.dtype,
         "batch": values.batch,
         "prompt_tokens": values.prompt_tokens,
@@ -182,7 +186,7 @@ def _cell(values, card, work: Work, machine, traced, source) -> dict:
         "new_tokens": values.new_tokens,
         "device_kv_bytes": work.device_kv_bytes,
         "host_kv_bytes": work.host_kv_bytes,
-        "prompts": None if values.simulate else "drawn ids" if drawn else "text",
+        "prompts": prompts,
         "data": None if source is None else source.name,
         "data_sha256": None if source is None else source.sha256,
         "trace": None if traced is None else traced.name,
@@ -227,7 +231,7 @@ def _prompts(seed: int, work: Work, model, source) -> list[list[int]]:
 def report(records: Sequence[dict]) -> str:
     """The table for people, what holds for all rows above it and what a row is about below."""
     first = records[0]
-    head = ["system", "tokens/s", "ratio", "prefill s", "decode s", "device", "host", "loaded", "stored"]
+    head = ["system", "tokens/s", "ratio", "prefill s", "decode s", "batch", "device", "host", "loaded", "stored"]
     head += ["loaded rows", "recomputed", "p1", "p2"]
     rates = [r["tokens_per_s"] for r in records]
     base = next((rate for rate in rates if rate != "OOM"), None)
@@ -240,7 +244,7 @@ def report(records: Sequence[dict]) -> str:
             rows.append([name, "OOM", *["-"] * (len(head) - 2)])
             continue
         phases = ["-" if r[p] == r["new_tokens"] else str(r[p]) for p in ("p1", "p2")]
-        sizes_ = (r[f"{key}_bytes"] for key in ("device_peak", "host_peak", "load", "store"))
+        amounts = [sizes.bytes_text(r[f"{key}_bytes"]) for key in ("device_peak", "host_peak", "load", "store")]
         rows.append(
             [
                 name,
@@ -248,7 +252,8 @@ def report(records: Sequence[dict]) -> str:
                 common.number(r["tokens_per_s"] / base, ".2f") + "x",
                 common.number(r["prefill_s"], ".3f"),
                 common.number(r["decode_s"], ".3f"),
-                *map(sizes.bytes_text, sizes_),
+                str(r["effective_batch"]),
+                *amounts,
                 common.number(r.get("loaded_rows"), ".0f"),
                 common.number(r.get("recomputed_rows"), ".0f"),
                 *phases,
@@ -259,7 +264,7 @@ def report(records: Sequence[dict]) -> str:
     how = f"modelled on {first['hardware']}"
     if first["hardware"] is None:
         how = f"measured on {first['device_kind']}, medians of {first['repeats']} runs after a warm-up"
-    trace = "" if first["trace"] is None else f"; selections of {first['trace']}"
+    trace = next((f"; swa attends as in {r['trace']}" for r in records if r["trace"] is not None), "")
     return "\n".join(
         [
             f"{first['model']} in {first['dtype']}, {first['batch']} {shape}, {first['new_tokens']} new ones{trace}",

@@ -62,7 +62,7 @@ def measure(
                 seconds[system] += time.perf_counter() - began
                 bar.update()
                 if turn == repeats:
-                    keep(system, measured(*runs[system]), seconds[system])
+                    keep(system, measured(*runs[system]) | about(one), seconds[system])
 
 
 def oom(reason: str) -> dict:
@@ -90,6 +90,12 @@ def measured(warm: Run, *runs: Run) -> dict:
         "compiles": compiles,
         "note": "; ".join(notes) or None,
     }
+
+
+def about(placed: Placed) -> dict:
+    """What ran, and the memory kinds that the device offers to a controller that offloads."""
+    kinds = None if placed.host is None else placed.host.kinds
+    return {"implementation": placed.engine.implementation, "memory_kinds": kinds}
 
 
 def digest(tokens: Sequence[Sequence[int]]) -> str:

@@ -46,6 +46,9 @@ class Trace:
 
     first: int
     ranks: tuple[np.ndarray, ...]  # [B, P, T, S] uint8; 0 for the query's own token and later ones
+    loads: (
+        np.ndarray
+    )  # [l, B, T] int32: rows that entered the working set after each query and were not in a spare slot
 
     @property
     def sequences(self) -> int:
@@ -63,7 +66,11 @@ class Trace:
 
     def fields(self) -> dict:
         """What a record says of it."""
-        return {"trace_sequences": self.sequences, "trace_entering_tokens": self.entering_tokens()}
+        return {
+            "trace_sequences": self.sequences,
+            "trace_entering_tokens": self.entering_tokens(),
+            "trace_loaded_tokens": float(self.loads[..., :-1].mean()) if self.loads.shape[-1] > 1 else 0.0,
+        }
 
     def entering_tokens(self) -> float:
         """Tokens that enter a set per step, layer, sequence and head, besides the one that was just made."""
@@ -93,29 +100,35 @@ def record(model, policy: Swa, sequences: Sequence[Sequence[int]], prompt_tokens
 
     @functools.partial(jax.jit, donate_argnums=1)
     def chunk(params, kv, tokens, steps):
-        """Feed tokens [B, C] up to `steps`: kv, sums [C, l, B, P, S] and the sets that they chose [C, l, B, P, M]."""
-        seen = lambda kv, pos: (jnp.stack([kv[i].stats.sums.hi for i in placed]), jnp.stack([pos[i] for i in placed]))
-        room = lambda x: jnp.zeros((tokens.shape[1], *x.shape), x.dtype)
+        """Feed tokens [B, C] up to `steps`: kv, sums [C, l, B, P, S], the sets that they chose [C, l, B, P, M], loads."""
+
+        def seen(kv, pos, loads):
+            parts = [state.stats.sums.hi for state in kv if state.policy.selects], pos, loads
+            return tuple(jnp.stack(part) for part in parts)
 
         def one(i, carry):
             kv, out = carry
             _, after, taps = step.decode(decoder, params, kv, tokens[:, i])
-            now = seen(kv, [tap.pos for tap in taps])
+            taps = [taps[layer] for layer in placed]
+            now = seen(kv, [tap.pos for tap in taps], [tap.loads for tap in taps])
             return after, jax.tree.map(lambda old, new: old.at[i].set(new), out, now)
 
-        start = kv, jax.tree.map(room, seen(kv, [state.ws.pos for state in kv]))
-        return jax.lax.fori_loop(0, steps, one, start)
+        shapes = seen(kv, [kv[i].ws.pos for i in placed], [kv[i].length for i in placed])
+        room = jax.tree.map(lambda x: jnp.zeros((tokens.shape[1], *x.shape), x.dtype), shapes)
+        return jax.lax.fori_loop(0, steps, one, (kv, room))
 
     first = np.pad(tokens[:, :prompt_tokens], ((0, 0), (0, S - prompt_tokens)))
     kv = prompt(model.params, jnp.asarray(first), jnp.full((B,), prompt_tokens, jnp.int32))
-    found, size = [], step.CHUNK_STEPS
+    found, loads, size = [], [], step.CHUNK_STEPS
     for start in tqdm(range(prompt_tokens, n, size), desc="trace", disable=None, leave=False):
         some = np.pad(tokens[:, start : start + size], ((0, 0), (0, max(0, start + size - n))))
         steps = min(size, n - start)
         kv, out = chunk(model.params, kv, jnp.asarray(some), jnp.int32(steps))
-        sums, pos = (np.asarray(x)[:steps] for x in out)
+        sums, pos, count = (np.asarray(x)[:steps] for x in out)
+        loads.append(np.moveaxis(count, 0, 2))
         found += [_ranks(*one, start + i) for i, one in enumerate(zip(sums, pos, strict=True))]
-    return Trace(prompt_tokens, tuple(np.stack(ranks, axis=2) for ranks in zip(*found, strict=True)))
+    ranks = tuple(np.stack(layer, axis=2) for layer in zip(*found, strict=True))
+    return Trace(prompt_tokens, ranks, np.concatenate(loads, axis=2))
 
 
 def _ranks(sums: np.ndarray, pos: np.ndarray, n: int) -> np.ndarray:

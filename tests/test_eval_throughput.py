@@ -16,7 +16,7 @@ import alisa_jax
 from alisa_jax import policies
 from alisa_jax.engine.placed import Run
 from alisa_jax.models import Decoder, checkpoint
-from alisa_jax.placement import alisa, mover
+from alisa_jax.placement import mover
 from eval import common, sizes, throughput, timing, traces, windows
 
 SWA = "swa(kv_sparsity=0.8)"
@@ -36,6 +36,7 @@ class MadeUp:
 
     def __init__(self, name: str, calls: list, runs: list):
         self.name, self.calls, self.runs = name, calls, runs
+        self.host, self.engine = None, SimpleNamespace(implementation="made up")
 
     def generate(self, prompts, new_tokens, progress=False):
         self.calls.append((self.name, prompts))
@@ -142,7 +143,7 @@ def test_a_system_that_the_budgets_refuse_is_a_row_and_runs_nothing(bench):
     assert refused["tokens_per_s"] == "OOM" and ran["tokens_per_s"] == 4.0
     assert refused["note"].startswith("resident needs device_kv_bytes of at least") and refused["wall_s"] is None
     row = next(line for line in bench.err.splitlines() if line.startswith("resident"))
-    assert row.split()[5:] == ["OOM", *["-"] * 11]
+    assert row.split()[5:] == ["OOM", *["-"] * 12]
     assert f"resident | dense | raw: {refused['note']}" in bench.err
     least = refused["note"].split("at least ")[1].split()[0]
     assert bench.call(*TWO, f"--device_kv_bytes={least}")[1][0]["tokens_per_s"] == 4.0
@@ -351,7 +352,7 @@ def test_a_policy_without_statistics_is_priced_by_what_it_selects(bench):
     assert wanted(1, (40, 5)) == {(-1, 0): tuple(range(31, 40)), (-1, 1): tuple(range(5))}
 
 
-# Trained layers: the first ones of the bundled model, with its tokenizer.
+# Two trained layers, the first ones of the bundled model, with its tokenizer.
 
 
 @pytest.fixture(scope="module")
@@ -363,75 +364,80 @@ def quick():
 
 
 @pytest.fixture(scope="module")
-def cut(tmp_path_factory, quick):
-    """`cut(layers)`: the folder of a model of so many layers, and the file of a text beside it."""
+def trained(tmp_path_factory, quick):
+    """(folder, text, loaded model)."""
     whole = alisa_jax.load("bundled")
-    above = tmp_path_factory.mktemp("models")
-    text = above / "textwrap.txt"
+    folder = tmp_path_factory.mktemp("models") / "two_layers"
+    text = folder.parent / "textwrap.txt"
     text.write_text(inspect.getsource(textwrap), encoding="utf-8")
+    config = dataclasses.replace(whole.decoder.config, n_layers=2)
+    params = whole.params | {"blocks": whole.params["blocks"][:2]}
+    checkpoint.save(config, params, folder, tokenizer=whole.tokenizer, bos_id=whole.bos_id, eos_ids=whole.eos_ids)
+    return folder, text, alisa_jax.load(folder)
 
-    def make(layers):
-        config = dataclasses.replace(whole.decoder.config, n_layers=layers)
-        params = whole.params | {"blocks": whole.params["blocks"][:layers]}
-        folder = above / f"layers_{layers}"
-        checkpoint.save(config, params, folder, tokenizer=whole.tokenizer, bos_id=whole.bos_id, eos_ids=whole.eos_ids)
-        return folder, text
 
-    return make
+RESTLESS = "swa(kv_sparsity=0.8,window=1,spare_slots=1)"
+POLICY = policies.parse(RESTLESS)
+PROMPT, LAST = 40, 100
 
 
 @pytest.fixture(scope="module")
-def trained(cut):
-    """Two layers: (folder, text, loaded model)."""
-    folder, text = cut(2)
-    return folder, text, alisa_jax.load(folder)
+def trace(trained):
+    """(sequences, what the trained layers attend in them after a prompt)."""
+    _, text, model = trained
+    sequences = traces.cut(windows.read(str(text)), model, LAST, 2)
+    return sequences, traces.record(model, POLICY, sequences, PROMPT)
 
 
 SHAPE = ("--batch=2", "--prompt_tokens=48", "--new_tokens=40", "--repeats=1")
 FLEXGEN = "flexgen(cache_device_frac=0.5)"
-OFFLOADED = (FLEXGEN, "accelerate", f"alisa | {SWA}", f"resident | {SWA}")
+DENSE = ("resident", FLEXGEN)
 
 
 @pytest.fixture(scope="module")
-def runs(cut):
-    """{system: record} of real runs within the dense KV, and beyond it where nothing leaves the device; {..} modelled."""
-    folder, text = cut(1)
+def runs(trained, trace):
+    """{system: record} of real runs without budgets and with one, swa under a trace, and of modelled runs."""
+    folder, text, _ = trained
     flags = ["throughput", f"--model={folder}", f"--text={text}", *SHAPE]
-    found = []
+    traced, found = f"--trace={folder}", []
     for names, more in (
-        (OFFLOADED, ["--device_kv_bytes=1.4x"]),
-        (("resident", f"resident | {SWA}"), []),
-        (OFFLOADED, ["--device_kv_bytes=1.4x", "--simulate", "--hardware=h100_80gb"]),
+        (DENSE, []),
+        ((f"resident | {RESTLESS}",), [traced]),
+        ((f"resident | {RESTLESS}", f"alisa | {RESTLESS}"), [traced, "--device_kv_bytes=1.2x"]),
+        (DENSE, ["--simulate", "--hardware=h100_80gb"]),
     ):
         path = folder.parent / f"{len(found)}.jsonl"
         argv = [*flags, *(f"--system={name}" for name in names), *more, f"--out={path}"]
-        assert common.run(throughput.main, argv) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(traces, "record", lambda *given: trace[1])
+            assert common.run(throughput.main, argv) == 0
         records = [json.loads(line) for line in path.read_text().splitlines()]
-        found.append({(r["placement"], r["policy"]): r for r in records})
+        found.append({r["placement"]: r for r in records})
     return found
 
 
 def test_controllers_give_the_same_tokens_and_compile_before_they_are_timed(runs):
-    offloaded, resident, _ = runs
-    for name, policy in ((key, key[1]) for key in offloaded if key[0] != "resident"):
-        mine, whole = offloaded[name], resident["resident", policy]
-        assert mine["tokens_sha256"] == whole["tokens_sha256"], name
-        assert mine["store_bytes"] > 0 == whole["store_bytes"] and mine["p1"] < 40 == whole["p1"], name
-        assert mine["device_peak_bytes"] <= mine["device_kv_bytes"] and mine["host_peak_bytes"] > 0
-        assert mine["host_reads"] in ("rows", "pages") and whole["host_reads"] == ""
-    assert resident["resident", "dense"]["tokens_sha256"] != resident["resident", SWA]["tokens_sha256"]
-    assert offloaded["resident", SWA]["tokens_per_s"] == "OOM"
-    for r in [*offloaded.values(), *resident.values()]:
-        if r["tokens_per_s"] != "OOM":
-            assert r["compiles"] == 0 < r["warmup_compiles"] and r["note"] is None
-            assert r["tokens_per_s"] == pytest.approx(2 * 40 / (r["prefill_s"] + r["decode_s"]))
-            assert r["prompts"] == "text" and r["data"] == "textwrap.txt" and len(r["model_sha256"]) == 64
+    dense, sparse, tight, _ = runs
+    for mine, whole in ((dense[FLEXGEN], dense["resident"]), (tight["alisa"], sparse["resident"])):
+        assert mine["tokens_sha256"] == whole["tokens_sha256"], mine["placement"]
+        assert mine["store_bytes"] > 0 == whole["store_bytes"] and mine["loaded_rows"] > 0 == whole["loaded_rows"]
+        assert mine["host_peak_bytes"] > 0 and mine["host_reads"] in ("rows", "pages") and whole["host_reads"] == ""
+        assert mine["p1"] < 40 == whole["p1"]
+        assert whole["memory_kinds"] is None and tuple(mine["memory_kinds"]) == mover.self_test().kinds
+    assert dense["resident"]["tokens_sha256"] != sparse["resident"]["tokens_sha256"]
+    assert tight["alisa"]["device_peak_bytes"] <= tight["alisa"]["device_kv_bytes"]
+    assert tight["resident"]["tokens_per_s"] == "OOM"
+    for r in (*dense.values(), *sparse.values(), tight["alisa"]):
+        assert r["compiles"] == 0 < r["warmup_compiles"] and r["note"] is None
+        assert r["tokens_per_s"] == pytest.approx(2 * 40 / (r["prefill_s"] + r["decode_s"]))
+        assert r["implementation"] == "xla:working_set"
+        assert r["prompts"] == "text" and r["data"] == "textwrap.txt" and len(r["model_sha256"]) == 64
 
 
 def test_modelled_bytes_of_dense_runs_are_those_that_travelled(runs):
-    measured, _, modelled = runs
-    for name in (FLEXGEN, "accelerate"):
-        mine, other = measured[name, "dense"], modelled[name, "dense"]
+    measured, *_, modelled = runs
+    for name in DENSE:
+        mine, other = measured[name], modelled[name]
         for field in ("load_bytes", "store_bytes", "host_peak_bytes", "p1", "p2", "effective_batch"):
             assert mine[field] == other[field], (name, field)
         assert mine["device_peak_bytes"] <= other["device_peak_bytes"]
@@ -453,16 +459,6 @@ def test_prompts_are_cut_from_the_text(trained, bench):
 
 
 # Recorded selections.
-
-POLICY = policies.parse("swa(kv_sparsity=0.8,window=1,spare_slots=1)")  # restless
-PROMPT, LAST = 40, 100
-
-
-@pytest.fixture(scope="module")
-def trace(trained):
-    _, text, model = trained
-    sequences = traces.cut(windows.read(str(text)), model, LAST, 2)
-    return sequences, traces.record(model, POLICY, sequences, PROMPT)
 
 
 def attended(trace) -> np.ndarray:
@@ -511,7 +507,7 @@ def stranger():
     return SimpleNamespace(decoder=decoder, params=decoder.init(jax.random.key(0), jnp.float32), name="stranger")
 
 
-def test_another_model_attends_what_was_recorded_at_every_step(trace, stranger):
+def test_another_model_attends_and_loads_what_was_recorded_at_every_step(trace, stranger):
     _, trace = trace
     tokens = np.random.default_rng(0).integers(0, 50, (5, LAST))
     again = traces.record(stranger, traces.replay(POLICY, trace, 3), tokens, PROMPT)
@@ -519,20 +515,8 @@ def test_another_model_attends_what_was_recorded_at_every_step(trace, stranger):
     for layer, of in enumerate((0, 0, 1)):
         for b in range(5):
             assert np.array_equal(replayed[layer, b], recorded[of, b % 2]), (layer, b)
-
-
-def test_a_replay_moves_the_rows_that_the_trained_model_moved(trained, trace):
-    _, _, model = trained
-    sequences, trace = trace
-    found = []
-    for policy in (POLICY, traces.replay(POLICY, trace, 2)):
-        setting = timing.build(model, policy, "raw", "alisa", np.inf, np.inf).setting([PROMPT] * 2, LAST - PROMPT)
-        placed = timing.build(model, policy, "raw", "alisa", alisa.least_device_bytes(setting), np.inf)
-        found.append(placed.score(sequences, PROMPT))
-    real, replayed = found
-    assert real.loaded_rows == replayed.loaded_rows > 0 and real.load_bytes == replayed.load_bytes
-    assert real.device_peak_bytes == replayed.device_peak_bytes
-    np.testing.assert_allclose(real.logprobs, replayed.logprobs, atol=1e-4)
+            assert np.array_equal(again.loads[layer, b], trace.loads[of, b % 2]), (layer, b)
+    assert trace.loads[..., :-1].sum() > 0 and again.fields()["trace_sequences"] == 5
 
 
 def test_the_simulator_reads_what_was_recorded(trace):
@@ -586,7 +570,8 @@ def test_a_traced_run_says_whose_selections_it_replays(trained, trace, bench, mo
     assert prompt_tokens == min(len(p) for p in bench.calls[0][1])
     replay, plain = built
     assert isinstance(replay, traces.Replay) and replay.layers == 12 and plain == policies.parse("dense")
-    assert sparse["trace"] == dense["trace"] == folder.name and sparse["prompts"] == "drawn ids"
+    assert sparse["trace"] == folder.name and sparse["data"] == text.name and sparse["prompts"] == "drawn ids"
+    assert dense["trace"] is None and dense["data"] is None
     assert sparse["trace_sequences"] == 2 and sparse["trace_entering_tokens"] == trace[1].entering_tokens()
     assert "trace_sequences" not in dense and len(sparse["trace_sha256"]) == 64
     loads.clear()
