@@ -137,7 +137,9 @@ def _laid_out(controller, setting):
             found += page * (3 + longest(prompts[whole:]))
         else:
             ahead = 0 if isinstance(controller, placement.Accelerate) else 1
-            found += (ahead + 1) * page * longest(prompts[whole:], setting.new_tokens - 1)
+            pages = longest(prompts[whole:], setting.new_tokens - 1)
+            ahead += len(set(prompts[whole:])) > 1 or pages > 64  # streamed rows are laid out anew
+            found += (ahead + 1) * page * pages
     return found
 
 

@@ -216,7 +216,8 @@ def test_only_a_controller_that_says_so_reads_what_is_wanted(text):
 
 def test_a_split_is_found_where_more_on_the_device_need_less():
     one = Setting(1, (16, 160, 16), new_tokens=1, token_bytes=1.0, device_kv_bytes=25 * PAGE)
-    needs = [63, 43, 23, 30]  # pages with 0, 1, 2, 3 on the device: two layers of the longest of the others are staged
+    # Pages with 0, 1, 2, 3 on the device: two layers of the longest of the others are staged, three where they differ.
+    needs = [93, 63, 23, 30]
     assert [device_bytes(one, placement.Layout(b, int(b < 3)), ahead=1) / PAGE for b in range(4)] == needs
     assert placement.FlexGen().device_sequences(one) == 2
     assert placement.FlexGen().device_sequences(dataclasses.replace(one, device_kv_bytes=30 * PAGE)) == 3
@@ -256,7 +257,7 @@ REFUSED = (
     ("resident", RAGGED, 100.0, 1e9, "device_kv_bytes of at least 656 here"),
     ("waves", RAGGED, 100.0, 1e9, "device_kv_bytes of at least 328 here"),
     ("accelerate", RAGGED, 100.0, 1e9, "device_kv_bytes of at least 400 here"),
-    ("accelerate", dict(prompt_tokens=(90, 7)), 100.0, 1e9, "device_kv_bytes of at least 352 here"),
+    ("accelerate", dict(prompt_tokens=(90, 7)), 100.0, 1e9, "device_kv_bytes of at least 640 here"),
     ("flexgen", RAGGED, 100.0, 1e9, "device_kv_bytes of at least 400 here"),
     ("flexgen(cache_device_frac=0.5)", RAGGED, 100.0, 1e9, "device_kv_bytes of at least 448 here"),
     ("flexgen", dict(prompt_tokens=(7, 90)), 100.0, 1e9, "device_kv_bytes of at least 416 here"),
