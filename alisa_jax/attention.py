@@ -21,15 +21,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from alisa_jax import attend
+from alisa_jax.attend import Partial
 from alisa_jax.kv.ring import Due, Ring
 from alisa_jax.kv.state import LayerState, Store, WorkingSet, bias_of
 from alisa_jax.policies.base import Dims, Policy, column, positions, settle
-from pallas_kernels import partial
-from pallas_kernels import prefill as prefill_kernels
-from pallas_kernels.partial import Partial, merge
 
 ROUTES = ("working_set", "indexed", "masked")
-_PAGE_TOKENS = 32  # tokens of the store that a refresh attends at once
 
 
 class Taps(NamedTuple):
@@ -59,15 +57,15 @@ def dims_of(policy: Policy, route: str, B: int, N: int, K: int, S: int) -> Dims:
     return Dims(B, N, K, S, policy.capacity(S) if route == "working_set" else S)
 
 
-def init(policy: Policy, codec, route: str, dims: Dims, H: int) -> LayerState:
-    """The state of a layer that has seen nothing."""
+def init(policy: Policy, codec, route: str, dims: Dims, H: int, impl: str = "xla") -> LayerState:
+    """The state of a layer that has seen nothing; impl: what attends, see `attend`."""
     B, _, K, S, M = dims
     P = policy.selection_heads(K)
     ws = None if route == "indexed" else WorkingSet.empty(codec, B, K, M, H, P)
     keeps_store = route == "indexed" or (route == "working_set" and not policy.evicts)
     store = Store.empty(codec, B, S, K, H) if keeps_store else None
     length = jnp.zeros((B,), jnp.int32)
-    return LayerState(ws, store, policy.init(dims), length, policy, codec, route, S)
+    return LayerState(ws, store, policy.init(dims), length, policy, codec, route, S, impl)
 
 
 def grow(state: LayerState, S: int) -> LayerState:
@@ -98,22 +96,6 @@ def decode(state: LayerState, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple
     return part.out.reshape(q.shape).astype(q.dtype), state.replace(length=state.length + 1), taps
 
 
-def attend(codec, q, k, v, bias) -> tuple[Partial, jax.Array]:
-    """Dense attention over head-major packed rows with a bias per slot.
-
-    q [B, K, G, H]; k, v packed [B, K, M, H]; bias [B, P, M] float32. Returns Partial(out [B, K, G, H], lse [B, K, G]) and
-    the mass [B, P, M]: softmax weights summed over the heads that share the selection.
-    """
-    H, P = q.shape[-1], bias.shape[1]
-    z = codec.logits(q.astype(jnp.float32) * jnp.float32(H**-0.5), k) + bias[:, :, None, :]
-    top = jnp.max(z, axis=-1, keepdims=True)
-    e = jnp.exp(z - jnp.where(top == -jnp.inf, jnp.float32(0.0), top))
-    total = jnp.sum(e, axis=-1, keepdims=True)
-    p = e / jnp.where(total == 0, jnp.float32(1.0), total)
-    part = Partial(codec.mix(p, v), (top + jnp.log(total))[..., 0])
-    return part, jnp.sum(p, axis=(1, 2))[:, None] if P == 1 else jnp.sum(p, axis=2)
-
-
 def _taps(mass, pos, bias) -> Taps:
     active = bias > -jnp.inf
     attended = jnp.mean(jnp.sum(active, axis=-1, dtype=jnp.float32), axis=-1)
@@ -127,11 +109,11 @@ def _decode_working_set(state: LayerState, q, k, v):
     ws, slot = state.ws.append(codec, k, v, length)
     due = getattr(store, "due", None)
     bias = ws.bias if due is None else due.hide(ws.bias)
-    part, mass = attend(codec, q, ws.k, ws.v, bias)
+    part, mass = attend.slots(codec, q, ws.k, ws.v, bias, state.impl)
     taps, dense = _taps(mass, ws.pos, bias), None
     which = policy.refresh(length)
     if which is not None:
-        part, row = _refreshed(store, codec, q, length, which, part, ws.pos.shape[1], S)
+        part, row = _refreshed(store, codec, q, length, which, part, ws.pos.shape[1], S, state.impl)
         dense = (which, row)
         taps = taps._replace(attended=jnp.where(which, (length + 1).astype(jnp.float32), taps.attended))
     stats = policy.observe(state.stats, mass, ws.pos, slot, length, dense)
@@ -173,13 +155,13 @@ def exchange(policy, codec, store, stats, ws: WorkingSet, length, S, after):
     return stats, ws, store.replace(due=due) if ring else store, loads
 
 
-def _refreshed(store: Store, codec, q, length, which, part: Partial, P: int, S: int):
+def _refreshed(store: Store, codec, q, length, which, part: Partial, P: int, S: int, impl: str):
     """Replace `part` by dense attention over the store where `which` [B]; also the dense row [B, P, S]."""
 
     def dense(part):
         seen = positions(S) <= column(length)
-        full, pages = _stream(store, codec, q, jnp.where(seen, jnp.float32(0.0), -jnp.inf))
-        row = jnp.sum(pages, axis=(1, 2))[:, None] if P == 1 else jnp.sum(pages, axis=2)
+        bias = jnp.broadcast_to(jnp.where(seen, jnp.float32(0.0), -jnp.inf), (q.shape[0], P, S))
+        full, row = attend.store(codec, q, store.k, store.v, bias, impl)
         chosen = jax.tree.map(lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), full, part)
         return chosen, row
 
@@ -189,34 +171,13 @@ def _refreshed(store: Store, codec, q, length, which, part: Partial, P: int, S: 
     return jax.lax.cond(jnp.any(which), dense, skip, part)
 
 
-def _stream(store: Store, codec, q, bias):
-    """Attention over a token-major store, page by page through `merge`; weights [B, K, G, S] are formed at the end."""
-    S, size = bias.shape[-1], _PAGE_TOKENS
-    if S % size:
-        raise ValueError(f"a store that a refresh reads holds a multiple of {size} tokens; got a context of {S}")
-    scaled = q.astype(jnp.float32) * jnp.float32(q.shape[-1] ** -0.5)
-
-    def page(carry, i):
-        start = i * size
-        here = jax.lax.dynamic_slice_in_dim(bias, start, size, axis=2)
-        k = codec.slice_tokens(store.k, start, size)
-        v = codec.slice_tokens(store.v, start, size)
-        part, _ = attend(codec, q, k, v, here)
-        return merge(carry, part), codec.logits(scaled, k) + here[:, :, None, :]
-
-    zero = partial.empty(q.shape[:-1], q.shape[-1])
-    full, z = jax.lax.scan(page, zero, jnp.arange(S // size, dtype=jnp.int32))
-    z = jnp.moveaxis(z, 0, 3).reshape(*q.shape[:-1], S)
-    return full, jnp.exp(z - full.lse[..., None])
-
-
 def _decode_indexed(state: LayerState, q, k, v):
     policy, codec, S, length = state.policy, state.codec, state.context, state.length
     store = state.store.append(codec, k, v, length)
     keep = _kept(policy, state.stats, length, S, q)
     M = S if policy.refresh(length) is not None else min(S, policy.capacity(S))
     pos = settle(keep, M)
-    part, mass = attend(codec, q, codec.take(store.k, pos), codec.take(store.v, pos), bias_of(pos))
+    part, mass = attend.rows(codec, q, store.k, store.v, pos, bias_of(pos), state.impl)
     at = jnp.where(pos >= 0, pos, S)
     b, p = (jax.lax.broadcasted_iota(jnp.int32, at.shape, i) for i in (0, 1))
     row = jnp.zeros(keep.shape, jnp.float32).at[b, p, at].set(mass, mode="drop")
@@ -230,7 +191,7 @@ def _decode_masked(state: LayerState, q, k, v):
     slot = jnp.broadcast_to(length[:, None], ws.pos.shape[:2])
     k, v = codec.write_slot(ws.k, k, slot), codec.write_slot(ws.v, v, slot)
     part, stats, pos, taps = _masked_row(
-        policy, state.stats, ws.pos, q, lambda bias: attend(codec, q, k, v, bias), length
+        policy, state.stats, ws.pos, q, lambda bias: attend.slots(codec, q, k, v, bias, state.impl), length
     )
     return part, state.replace(ws=WorkingSet(k, v, pos, bias_of(pos)), stats=stats), taps
 
@@ -287,12 +248,10 @@ def prefill_rows(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerSt
     B, T, N, H = q.shape
     K = k.shape[2]
     dims = dims_of(policy, state.route, B, N, K, S)
-    out, total = prefill_kernels.attend(q, k, v, length, policy.selection_heads(K), policy.seed_kind == "sum")
-    rows = None
-    if policy.seed_kind == "rows":
-        rows = prefill_kernels.last_rows(q, k, length, policy.selection_heads(K), policy.seed_rows(S), S)
-    elif policy.seed_kind == "sum":
-        rows = jnp.pad(total, ((0, 0), (0, 0), (0, S - T)))
+    P, W = policy.selection_heads(K), policy.seed_rows(S) if policy.seed_kind == "rows" else None
+    out, rows = attend.prompt(q, k, v, length, P, policy.seed_kind, W, state.impl)
+    if rows is not None:
+        rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, S - T)])
     stats, pos = policy.seed(state.stats, rows, length, dims)
     empty = Store.empty(codec, B, T, K, H)
     store = Store(codec.fill(empty.k, k, "tokens"), codec.fill(empty.v, v, "tokens"))
@@ -304,11 +263,6 @@ def prefill_rows(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerSt
         slot = jnp.where(pos >= 0, jax.lax.broadcasted_iota(jnp.int32, pos.shape, 2), -1)
         ws = ws.freeze(codec).load(codec, store, slot, pos).replace(pos=pos, bias=bias_of(pos))
     return out, state.replace(ws=ws, stats=stats, length=length), store
-
-
-def causal(q, k, v, length) -> jax.Array:
-    """Dense causal attention over prompts, as in `prefill`, and nothing kept: out [B, T, N, H]."""
-    return prefill_kernels.attend(q, k, v, length, 1, False)[0]
 
 
 def score_masked(policy: Policy, codec, q, k, v) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -331,10 +285,10 @@ def score_masked(policy: Policy, codec, q, k, v) -> tuple[jax.Array, jax.Array, 
         q_row, n = item
 
         def attend_all(bias):
-            coded = functools.partial(attend, codec, q_row, *packed, bias)
+            coded = functools.partial(attend.slots, codec, q_row, *packed, bias)
             if not raw_tokens:
                 return coded()
-            return jax.lax.cond(n < raw_tokens, lambda: attend(codec.raw, q_row, *held, bias), coded)
+            return jax.lax.cond(n < raw_tokens, lambda: attend.slots(codec.raw, q_row, *held, bias), coded)
 
         length = jnp.full((B,), n, jnp.int32)
         part, stats, pos, taps = _masked_row(policy, stats, pos, q_row, attend_all, length)

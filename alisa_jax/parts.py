@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alisa_jax import attention
+from alisa_jax import attend, attention
 from alisa_jax.kv import ring, rows
 from alisa_jax.kv.ring import Due, Ring
 from alisa_jax.kv.state import LayerState, bias_of
@@ -40,6 +40,7 @@ class Kind(NamedTuple):
     policy: Any
     codec: Any
     route: str
+    impl: str = "xla"  # see `attend`
 
     @property
     def layout(self) -> str:
@@ -49,12 +50,12 @@ class Kind(NamedTuple):
 
 def init(kind: Kind, part: Part, N: int, K: int, H: int) -> LayerState:
     """The state of one part of a layer that has seen nothing."""
-    policy, codec, route = kind
+    policy, codec, route, impl = kind
     B, S, C = part.stop - part.first, part.context, part.ring_tokens
     dims = attention.dims_of(policy, route, B, N, K, S)
     if C and not policy.selects:
-        return attention.init(policy, codec, route, dims._replace(M=C), H)
-    state = attention.init(policy, codec, route, dims, H)
+        return attention.init(policy, codec, route, dims._replace(M=C), H, impl)
+    state = attention.init(policy, codec, route, dims, H, impl)
     return state.replace(store=Ring.empty(codec, B, C, K, H, policy.selection_heads(K))) if C else state
 
 
@@ -89,15 +90,16 @@ def decode_streamed(parts: Parts, q, k, v, host, dropped, pieces: tuple[Streamed
     pos = jnp.where(here, away.length[:, None, None], pos)
     k, v = codec.write_slot(ws.k, k, slot), codec.write_slot(ws.v, v, slot)
     ws = ws.replace(k=k, v=v, pos=pos, bias=bias_of(pos))
-    joined, _ = attention.attend(codec, heads, ws.k, ws.v, ws.bias)
+    joined, _ = attend.slots(codec, heads, ws.k, ws.v, ws.bias, away.impl)
     for i, piece in enumerate(pieces):
         k_leaves, v_leaves = halves(piece.leaves)
         at = piece.first[:, None] + jnp.arange(k_leaves[0].shape[2], dtype=jnp.int32)[None]
         low, high = (dropped, host) if i == 0 else (jnp.zeros_like(dropped), dropped)
         seen = (at >= low[:, None]) & (at < high[:, None])
         bias = jnp.where(seen, jnp.float32(0.0), -jnp.inf)[:, None]
-        part, _ = attention.attend(codec, heads, codec.rebuild(ws.k, k_leaves), codec.rebuild(ws.v, v_leaves), bias)
-        joined = attention.merge(joined, part)
+        rows_k, rows_v = codec.rebuild(ws.k, k_leaves), codec.rebuild(ws.v, v_leaves)
+        part, _ = attend.slots(codec, heads, rows_k, rows_v, bias, away.impl)
+        joined = attend.merge(joined, part)
     outs.append(joined.out.reshape(q.shape).astype(q.dtype))
     return jnp.concatenate(outs), (*states, away.replace(ws=ws, length=away.length + 1))
 

@@ -159,6 +159,7 @@ def replay(policy: str, trace, steps: int) -> dict[str, np.ndarray]:
     import jax.numpy as jnp
 
     from alisa_jax import attention, policies
+    from alisa_jax.attend import slots
     from alisa_jax.kv.codec import Raw
 
     codec, (B, T, N, H) = Raw("float32"), trace[0].shape
@@ -173,7 +174,7 @@ def replay(policy: str, trace, steps: int) -> dict[str, np.ndarray]:
         return _compiled_prefill()(state, *prompt, length)
 
     def attend(ws, q):
-        return attention.attend(codec, q[:, :, None], ws.k, ws.v, ws.bias)
+        return slots(codec, q[:, :, None], ws.k, ws.v, ws.bias)
 
     def whole(state, q, k, v):
         out, state, taps = attention.decode(state, q, k, v)

@@ -39,6 +39,22 @@ def shared_flags(model: str, text: str, out: str | None) -> flags.FlagValues:
     return values
 
 
+def impl_flag(values: flags.FlagValues) -> None:
+    """`--attention_impl`, for the scripts that run an engine or two."""
+    flags.DEFINE_enum(
+        "attention_impl",
+        "auto",
+        ("auto", "xla", "pallas", "interpret"),
+        "What computes attention: XLA, the GPU kernels, the kernels interpreted (slow), or kernels where they run.",
+        flag_values=values,
+    )
+
+
+def impl_field(impl: str) -> dict:
+    """What `--attention_impl` adds to a cell: nothing, unless it was given."""
+    return {} if impl == "auto" else {"attention_impl": impl}
+
+
 def parse(values: flags.FlagValues, argv: Sequence[str], doc: str) -> flags.FlagValues:
     """Read `argv`, program name first; raises UserError naming the bad flag, HelpRequested for --help."""
     try:

@@ -57,6 +57,7 @@ class Config:
     out: str | None
     rerun: bool
     json: bool
+    attention_impl: str
 
     def settings(self) -> dict:
         """The fields of a record that say how its completion is made."""
@@ -90,6 +91,7 @@ def config(argv: Sequence[str]) -> Config:
     flags.DEFINE_multi_string("stop", [], "A text that ends a completion; may be given several times.", **where)
     flags.DEFINE_integer("batch", 8, "Prompts that run together.", 1, **where)
     flags.DEFINE_bool("stream", False, "Show the completion of --prompt as it comes.", **where)
+    common.impl_flag(values)
     common.parse(values, argv, __doc__)
     if (values.prompt is None) == (values.prompts_file is None):
         raise UserError("give one of --prompt and --prompts_file, and not both")
@@ -117,6 +119,7 @@ def config(argv: Sequence[str]) -> Config:
         out=values.out,
         rerun=values.rerun,
         json=values.json,
+        attention_impl=values.attention_impl,
     )
 
 
@@ -181,6 +184,7 @@ def _stops(given):
 def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callable = inputs.make_engine) -> None:
     """flags -> config -> load -> loop -> records. The arguments beside `argv` are for tests."""
     setup = config(argv)
+    inputs.check_impl(setup.attention_impl)
     card = inputs.card(setup.model)
     if setup.max_new_tokens >= card.max_positions:
         raise UserError(
@@ -196,6 +200,7 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
             "prompt_index": p.index,
             "prompt_id": p.id,
             "prompt": p.text,
+            **common.impl_field(setup.attention_impl),
         }
         for p in setup.prompts
     ]
@@ -206,7 +211,7 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     if waiting:
         model = inputs.model(load, setup.model)
         inputs.tokenizer(model)
-        engine = inputs.engine(make_engine, model, setup.policy, setup.codec)
+        engine = inputs.engine(make_engine, model, setup.policy, setup.codec, setup.attention_impl)
         encoded = {i: model.encode(setup.prompts[i].text) for i in waiting}
         check(engine, encoded, setup.max_new_tokens)
         groups = [waiting[i : i + setup.batch] for i in range(0, len(waiting), setup.batch)]
@@ -273,7 +278,8 @@ def generate(engine, prompts: list[list[int]], indices: Sequence[int], setup: Co
             prompts, made.completions, made.tokens, made.finish_reasons, made.logprobs, strict=True
         )
     ]
-    how = {"implementation": engine.implementation, "compiles": made.compiles, "warmup": 0, "repeats": 1}
+    ran = {"implementation": engine.implementation, "implementation_reason": engine.implementation_reason}
+    how = {**ran, "compiles": made.compiles, "warmup": 0, "repeats": 1}
     return values, made.wall_s, {**how, "batch": len(prompts)}
 
 

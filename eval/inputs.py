@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval import common
 from eval.common import UserError
 
 HASHED_BYTES_PER_FILE = 16 * 2**20
@@ -164,17 +165,28 @@ def tokenizer(model):
     return model.tokenizer
 
 
-def make_engine(model, policy: str, codec: str):
+def make_engine(model, policy: str, codec: str, attention_impl: str = "auto"):
     """`alisa_jax.Engine`."""
     import alisa_jax
 
-    return alisa_jax.Engine(model, policy=policy, codec=codec)
+    return alisa_jax.Engine(model, policy=policy, codec=codec, attention_impl=attention_impl)
 
 
-def engine(make: Callable, model, policy: str, codec: str):
-    """`make(model, policy, codec)`; a combination that cannot work is told in one sentence."""
+def check_impl(impl: str) -> None:
+    """Raise UserError when `impl` is named and cannot run on the device at hand."""
+    from alisa_jax import attend
+    from alisa_jax.kv.raw import Raw
+
     try:
-        return make(model, policy, codec)
+        attend.choose(impl, Raw("float32"), "float32", 64)
+    except ValueError as error:
+        raise UserError(f"--attention_impl: {error}") from None
+
+
+def engine(make: Callable, model, policy: str, codec: str, impl: str = "auto"):
+    """`make(model, policy, codec)`, with `attention_impl` where it is not auto; what cannot work is told in one sentence."""
+    try:
+        return make(model, policy, codec, **common.impl_field(impl))
     except ValueError as error:
         raise UserError(f"--policy: {error}") from None
 

@@ -40,6 +40,7 @@ def how(scores) -> dict:
     ran = sorted({score.implementation for score in scores})
     return {
         "implementation": "+".join(ran),
+        "implementation_reason": scores[0].implementation_reason,
         "compiles": sum(s.compiles for s in scores),
         "warmup": 0,
         "repeats": 1,

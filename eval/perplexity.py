@@ -51,6 +51,7 @@ class Config:
     out: str | None
     rerun: bool
     json: bool
+    attention_impl: str
 
 
 def config(argv: Sequence[str]) -> Config:
@@ -66,6 +67,7 @@ def config(argv: Sequence[str]) -> Config:
     flags.DEFINE_integer("stride", None, "Distance of windows, tokens. Default: context - 1.", **at_least)
     flags.DEFINE_integer("max_tokens", 8192, "Tokens of the text that are used; 0 for all.", 0, flag_values=values)
     flags.DEFINE_integer("batch", 8, "Windows that run together.", **at_least)
+    common.impl_flag(values)
     common.parse(values, argv, __doc__)
     if values.context is not None and values.stride is not None and values.stride > values.context:
         raise UserError(f"--stride must be in 1..context, got stride={values.stride} with context={values.context}")
@@ -83,12 +85,14 @@ def config(argv: Sequence[str]) -> Config:
         out=values.out,
         rerun=values.rerun,
         json=values.json,
+        attention_impl=values.attention_impl,
     )
 
 
 def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callable = inputs.make_engine) -> None:
     """flags -> config -> load -> loop -> records. The arguments beside `argv` are for tests."""
     setup = config(argv)
+    inputs.check_impl(setup.attention_impl)
     source = windows.read(setup.text)
     card = inputs.card(setup.model)
     context, stride = inputs.window(setup.context, setup.stride, card, DEFAULT_CONTEXT)
@@ -117,12 +121,13 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
             "max_tokens": setup.max_tokens,
             "batch": setup.batch,
             "seed": setup.seed,
+            **common.impl_field(setup.attention_impl),
         }
         record = None if results is None or setup.rerun else results.find(cell)
         reused += record is not None
         if record is None:
             began = time.perf_counter()
-            engine = inputs.engine(make_engine, model, policy, setup.codec)
+            engine = inputs.engine(make_engine, model, policy, setup.codec, setup.attention_impl)
             values, ran = evaluate(engine, text, plan, model.bos_id, setup.batch, setup.protocol)
             record = inputs.record(results, cell, values, time.perf_counter() - began, ran)
         records.append(record)

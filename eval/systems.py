@@ -116,7 +116,7 @@ def layers(system: System, config: ModelConfig, dtype: str) -> tuple[Layer, ...]
     found = tuple(Layer(one, codec, one.routes[0]) for one in chosen)
     try:
         for one in found:
-            attention.check(*one, 1, config.n_heads, config.n_kv_heads)
+            attention.check(one.policy, one.codec, one.route, 1, config.n_heads, config.n_kv_heads)
     except ValueError as error:
         raise UserError(f"--system: {system}: {error}") from None
     return found

@@ -66,11 +66,14 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string("hardware", None, "A page of configs/hardware, this_machine, or a profile.", **where)
     flags.DEFINE_enum("read", "rows", ("rows", "pages"), "What --simulate can read from host pages.", **where)
     flags.DEFINE_string("plot", None, "PNG file for a figure of tokens per second.", **where)
+    common.impl_flag(values)
     common.parse(values, argv, __doc__)
     if values.simulate and values.hardware is None:
         raise UserError("--simulate prices a machine: name it with --hardware")
     if values.hardware is not None and not values.simulate:
         raise UserError(f"--hardware={values.hardware} is for modelled runs: give --simulate too")
+    if values.simulate and values.attention_impl != "auto":
+        raise UserError("--attention_impl chooses what runs, and --simulate runs nothing")
     if not 0 <= values.seed < 2**32:
         raise UserError(f"--seed must be in 0..{2**32 - 1}, got {values.seed}")
     if values.plot is not None and not Path(values.plot).parent.is_dir():
@@ -81,6 +84,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
 def main(argv: Sequence[str], load: Callable = alisa_jax.load, build: Callable = timing.build) -> None:
     """flags -> numbers -> what fits -> runs -> records. The arguments beside `argv` are for tests."""
     values = config(argv)
+    inputs.check_impl(values.attention_impl)
     chosen = tuple(dict.fromkeys(systems.parse(text) for text in values.system))
     shaped, card = sizes.model(values.model), inputs.card(values.model)
     machine = sizes.hardware(values.hardware) if values.simulate else None
@@ -120,7 +124,8 @@ def main(argv: Sequence[str], load: Callable = alisa_jax.load, build: Callable =
         prompts = _prompts(values.seed, work, model, source)
         budgets = work.device_kv_bytes, work.host_kv_bytes
         policy = {s: traces.policy(s.policy, replayed.get(s.policy), work.config.n_layers) for s in waiting}
-        built = {s: build(model, policy[s], s.codec, s.controller, *budgets) for s in waiting}
+        impl = common.impl_field(values.attention_impl)
+        built = {s: build(model, policy[s], s.codec, s.controller, *budgets, **impl) for s in waiting}
         timing.measure(built, prompts, values.new_tokens, values.repeats, keep)
 
     if reused:
@@ -195,6 +200,7 @@ def _cell(values, system: System, card, work: Work, machine, traced, source) -> 
         "read": values.read if values.simulate else None,
         "repeats": None if values.simulate else values.repeats,
         "seed": values.seed,
+        **common.impl_field(values.attention_impl),
     }
 
 

@@ -31,9 +31,18 @@ PRICED = tuple(
 Keep = Callable[[System, dict, float], None]  # (system, values, seconds that they took)
 
 
-def build(model, policy, codec: str, controller: str, device_kv_bytes: float, host_kv_bytes: float) -> Placed:
+def build(
+    model,
+    policy,
+    codec: str,
+    controller: str,
+    device_kv_bytes: float,
+    host_kv_bytes: float,
+    attention_impl: str = "auto",
+) -> Placed:
     """A system ready to run; nothing is compiled yet."""
-    return Placed(Engine(model, policy, codec), controller, device_kv_bytes, host_kv_bytes)
+    engine = Engine(model, policy, codec, attention_impl=attention_impl)
+    return Placed(engine, controller, device_kv_bytes, host_kv_bytes)
 
 
 def measure(
@@ -95,7 +104,9 @@ def measured(warm: Run, *runs: Run) -> dict:
 def about(placed: Placed) -> dict:
     """What ran, and the memory kinds that the device offers to a controller that offloads."""
     kinds = None if placed.host is None else placed.host.kinds
-    return {"implementation": placed.engine.implementation, "memory_kinds": kinds}
+    engine = placed.engine
+    ran = {"implementation": engine.implementation, "implementation_reason": engine.implementation_reason}
+    return {**ran, "memory_kinds": kinds}
 
 
 def digest(tokens: Sequence[Sequence[int]]) -> str:

@@ -40,3 +40,24 @@ def merge(a: Partial, b: Partial) -> Partial:
     lse = jnp.logaddexp(a.lse, b.lse)
     wa, wb = weight(a.lse, lse), weight(b.lse, lse)
     return Partial(wa[..., None] * a.out + wb[..., None] * b.out, lse)
+
+
+def merge_axis(parts: Partial, axis: int) -> Partial:
+    """`merge` over all pieces along one axis of `lse` [...]; `out` has that axis at the same place from the left."""
+    axis = axis % parts.lse.ndim
+    top = jnp.max(parts.lse, axis=axis, keepdims=True)
+    e = weight(parts.lse, top)
+    total = jnp.sum(e, axis=axis, keepdims=True)
+    shares = e / jnp.where(total == 0, jnp.float32(1.0), total)
+    out = jnp.sum(shares[..., None] * parts.out, axis=axis)
+    return Partial(out, jnp.squeeze(top + jnp.log(total), axis))
+
+
+def mass_of(logits: jax.Array, lse: jax.Array, P: int) -> jax.Array:
+    """What each token got: softmax weights exp(logits - lse), summed over the heads that share a selection.
+
+    logits [B, N, M] float32 with the bias in them, lse [B, N] of all tokens; P divides N. Returns [B, P, M]
+    float32, each row of which sums to N / P where every head saw a token.
+    """
+    B, N, M = logits.shape
+    return jnp.sum(weight(logits, lse[..., None]).reshape(B, P, N // P, M), axis=2)

@@ -35,6 +35,7 @@ class InductionEngine:
             compiles=1,
             wall_s=0.0,
             implementation="induction",
+            implementation_reason="asked for",
         )
 
 

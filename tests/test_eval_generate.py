@@ -22,6 +22,7 @@ class WordEngine:
     """Continues a prompt with the words 1, 2, 3, ... in turn, from its length on; keeps the calls it gets."""
 
     implementation = "words"
+    implementation_reason = "there are no others"
 
     def __init__(self, calls: list, stop_at: int | None = None, context: int = 96):
         self.calls, self.stop_at, self.context = calls, stop_at, context
@@ -121,6 +122,7 @@ def test_a_record_says_what_was_made_from_what_and_how(bench, capsys):
         "compiles": 3,
         "wall_s": 2.25,
         "implementation": "words",
+        "implementation_reason": "there are no others",
         "basis": "measured",
     }
     assert {key: record[key] for key in expected} == expected

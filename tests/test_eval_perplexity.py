@@ -42,6 +42,7 @@ class BigramEngine:
             compiles=2,
             wall_s=0.0,
             implementation="bigram",
+            implementation_reason="asked for",
         )
 
 
@@ -120,6 +121,7 @@ def test_a_record_says_what_ran_on_what_and_how(bench, capsys):
         "stride_tokens": 16,
         "seed": 3,
         "implementation": "bigram",
+        "implementation_reason": "asked for",
         "basis": "measured",
         "attended_frac_per_layer": [1.0, 0.25],
         "attended_frac": 0.625,

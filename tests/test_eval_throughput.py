@@ -36,7 +36,7 @@ class MadeUp:
 
     def __init__(self, name: str, calls: list, runs: list):
         self.name, self.calls, self.runs = name, calls, runs
-        self.host, self.engine = None, SimpleNamespace(implementation="made up")
+        self.host, self.engine = None, SimpleNamespace(implementation="made up", implementation_reason="asked for")
 
     def generate(self, prompts, new_tokens, progress=False):
         self.calls.append((self.name, prompts))
@@ -416,6 +416,7 @@ def runs(trained, trace):
     return found
 
 
+@pytest.mark.slow
 def test_controllers_give_the_same_tokens_and_compile_before_they_are_timed(runs):
     dense, sparse, tight, _ = runs
     for mine, whole in ((dense[FLEXGEN], dense["resident"]), (tight["alisa"], sparse["resident"])):
@@ -434,6 +435,7 @@ def test_controllers_give_the_same_tokens_and_compile_before_they_are_timed(runs
         assert r["prompts"] == "text" and r["data"] == "textwrap.txt" and len(r["model_sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_modelled_bytes_of_dense_runs_are_those_that_travelled(runs):
     measured, *_, modelled = runs
     for name in DENSE:
@@ -443,6 +445,7 @@ def test_modelled_bytes_of_dense_runs_are_those_that_travelled(runs):
         assert mine["device_peak_bytes"] <= other["device_peak_bytes"]
 
 
+@pytest.mark.slow
 def test_prompts_are_cut_from_the_text(trained, bench):
     folder, text, model = trained
     shape = (f"--model={folder}", f"--text={text}", "--batch=3", "--prompt_tokens=30", "--new_tokens=4", "--ragged")
@@ -466,6 +469,7 @@ def attended(trace) -> np.ndarray:
     return np.stack(trace.ranks)[:, :, 0] == traces.ATTENDED
 
 
+@pytest.mark.slow
 def test_a_trace_holds_the_last_tokens_and_as_many_others_as_the_budget(trace):
     _, trace = trace
     sets, entered = attended(trace), 0
@@ -507,6 +511,7 @@ def stranger():
     return SimpleNamespace(decoder=decoder, params=decoder.init(jax.random.key(0), jnp.float32), name="stranger")
 
 
+@pytest.mark.slow
 def test_another_model_attends_and_loads_what_was_recorded_at_every_step(trace, stranger):
     _, trace = trace
     tokens = np.random.default_rng(0).integers(0, 50, (5, LAST))
@@ -519,6 +524,7 @@ def test_another_model_attends_and_loads_what_was_recorded_at_every_step(trace, 
     assert trace.loads[..., :-1].sum() > 0 and again.fields()["trace_sequences"] == 5
 
 
+@pytest.mark.slow
 def test_the_simulator_reads_what_was_recorded(trace):
     _, trace = trace
     sets = attended(trace)
@@ -531,6 +537,7 @@ def test_the_simulator_reads_what_was_recorded(trace):
         assert positions == tuple(np.flatnonzero(row))
 
 
+@pytest.mark.slow
 def test_a_traced_run_says_whose_selections_it_replays(trained, trace, bench, monkeypatch):
     folder, text, model = trained
     loads, asked, built = [], [], []

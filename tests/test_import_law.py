@@ -2,10 +2,11 @@
 
     0   axes, spec, records                    and the leaf package pallas_kernels
     1   kv, policies                           siblings: neither imports the other
-    2   attention                              the only part of alisa_jax that imports pallas_kernels
-    3   models, parts                          siblings; models is the only part that imports flax.linen
-    4   placement                              knows no model; only placement/mover.py speaks of memory kinds
-    5   engine, parallel                       siblings too
+    2   attend                                 the only part of alisa_jax that imports pallas_kernels
+    3   attention
+    4   models, parts                          siblings; models is the only part that imports flax.linen
+    5   placement                              knows no model; only placement/mover.py speaks of memory kinds
+    6   engine, parallel                       siblings too
     top alisa_jax itself, lm_eval and testing
 
 A module imports from strictly lower layers or from its own package. Further:
@@ -26,14 +27,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP = 6
+TOP = 7
 LAYERS = {
     **dict.fromkeys(["axes", "spec", "records"], 0),
     **dict.fromkeys(["kv", "policies"], 1),
-    "attention": 2,
-    **dict.fromkeys(["models", "parts"], 3),
-    "placement": 4,
-    **dict.fromkeys(["engine", "parallel"], 5),
+    "attend": 2,
+    "attention": 3,
+    **dict.fromkeys(["models", "parts"], 4),
+    "placement": 5,
+    **dict.fromkeys(["engine", "parallel"], 6),
     **dict.fromkeys(["", "lm_eval", "testing"], TOP),
 }
 LIBRARIES = {"numpy", "jax"}
@@ -94,8 +96,8 @@ def _import(path: str, target: str):
             yield f"{own} (layer {LAYERS[own]}) imports {target} (layer {LAYERS[other]})"
         if (own, other) == ("placement", "models"):
             yield f"placement knows no model, and imports {target}"
-    elif parts[0] == "pallas_kernels" and own != "attention":
-        yield "pallas_kernels is imported outside alisa_jax/attention.py"
+    elif parts[0] == "pallas_kernels" and own != "attend":
+        yield "pallas_kernels is imported outside alisa_jax/attend.py"
     elif parts[0] not in DEPENDENCIES | sys.stdlib_module_names and path != OPTIONAL.get(parts[0]):
         yield f"alisa_jax imports {target}, which is not one of its dependencies"
 
@@ -216,20 +218,20 @@ def test_module_keeps_the_law(path):
             "from .. import kv",
             "policies (layer 1) imports alisa_jax.kv (layer 1)",
         ),
-        ("alisa_jax/kv/store.py", "import alisa_jax", "kv (layer 1) imports alisa_jax (layer 6)"),
+        ("alisa_jax/kv/store.py", "import alisa_jax", "kv (layer 1) imports alisa_jax (layer 7)"),
         (
             "alisa_jax/kv/store.py",
             "from alisa_jax import load",
-            "kv (layer 1) imports alisa_jax.load (layer 6)",
+            "kv (layer 1) imports alisa_jax.load (layer 7)",
         ),
         (
             "alisa_jax/attention.py",
             "def f():\n    from alisa_jax import models",
-            "attention (layer 2) imports",
+            "attention (layer 3) imports",
         ),
-        ("alisa_jax/models/llama.py", "from alisa_jax.placement import plan", "models (layer 3) imports"),
+        ("alisa_jax/models/llama.py", "from alisa_jax.placement import plan", "models (layer 4) imports"),
         ("alisa_jax/placement/plan.py", "import alisa_jax.models.decoder", "placement knows no model"),
-        ("alisa_jax/parallel/tensor.py", "import alisa_jax.engine", "parallel (layer 5) imports"),
+        ("alisa_jax/parallel/tensor.py", "import alisa_jax.engine", "parallel (layer 6) imports"),
         (
             "alisa_jax/engine/loop.py",
             "import importlib\nimportlib.import_module('alisa_jax.lm_eval')",
@@ -243,8 +245,8 @@ def test_module_keeps_the_law(path):
         ("alisa_jax/models/weights.py", "def f():\n    import torch", "imports torch"),
         ("alisa_jax/models/bin.py", "import torch", "torch is an extra and is imported outside"),
         ("alisa_jax/models/hub.py", "from huggingface_hub import hf_api", "an extra and is imported outside"),
-        ("alisa_jax/kv/store.py", "from pallas_kernels import bench", "outside alisa_jax/attention.py"),
-        ("alisa_jax/__init__.py", "import pallas_kernels", "outside alisa_jax/attention.py"),
+        ("alisa_jax/kv/store.py", "from pallas_kernels import bench", "outside alisa_jax/attend.py"),
+        ("alisa_jax/__init__.py", "import pallas_kernels", "outside alisa_jax/attend.py"),
         ("pallas_kernels/shapes.py", "from alisa_jax import axes", "pallas_kernels imports alisa_jax.axes"),
         ("pallas_kernels/shapes.py", "import flax", "pallas_kernels imports flax"),
         (
@@ -303,14 +305,15 @@ def test_the_law_sees_a_missing_docstring():
             "alisa_jax/kv/store.py",
             "from alisa_jax import axes\nfrom alisa_jax.kv.codec import Raw\nfrom . import rows",
         ),
-        ("alisa_jax/attention.py", "from alisa_jax import kv, policies\nimport pallas_kernels.sparse_decode"),
+        ("alisa_jax/attend.py", "from alisa_jax import kv, policies\nimport pallas_kernels.sparse_decode"),
+        ("alisa_jax/attention.py", "from alisa_jax import attend, kv"),
         (
             "alisa_jax/models/llama.py",
             "import flax.linen as nn\nfrom flax import linen\nimport jax.numpy as jnp",
         ),
         (
             "alisa_jax/placement/plan.py",
-            "from alisa_jax.kv import state\nfrom alisa_jax.attention import merge",
+            "from alisa_jax.kv import state\nfrom alisa_jax.attend import merge",
         ),
         (
             "alisa_jax/placement/mover.py",

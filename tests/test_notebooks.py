@@ -67,6 +67,7 @@ def test_a_committed_notebook_holds_no_outputs_and_names_no_machine(path):
         assert cell["outputs"] == [] and cell["execution_count"] is None and cell["metadata"] == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_cell_of_a_notebook_runs_and_none_raises(name, results):
     cells = code_cells(results[name])
@@ -74,6 +75,7 @@ def test_every_cell_of_a_notebook_runs_and_none_raises(name, results):
     assert not [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
 
 
+@pytest.mark.slow
 def test_the_wrong_policy_is_refused_the_right_one_passes_and_the_comparison_is_sane(results):
     cells = code_cells(results["write_your_own_policy.ipynb"])
     found = json.loads("".join(cells[-1]["outputs"][0]["text"]))
@@ -96,6 +98,7 @@ def test_the_wrong_policy_is_refused_the_right_one_passes_and_the_comparison_is_
         assert past < row["attended_frac"] < past + 0.1, "a budget is kept up to the query itself and the first tokens"
 
 
+@pytest.mark.slow
 def test_the_figures_of_the_notebook_are_drawn(results):
     cells = code_cells(results["write_your_own_policy.ipynb"])
     images = [out for cell in cells for out in cell["outputs"] if "image/png" in out.get("data", {})]

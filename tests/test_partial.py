@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alisa_jax.attention import attend
+from alisa_jax.attend import slots as attend
 from alisa_jax.kv.codec import Raw
 from pallas_kernels.partial import Partial, empty, merge, weight
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alisa_jax import attention, policies
+from alisa_jax import attend, attention, policies
 from alisa_jax.engine import generate, step, stops
 from alisa_jax.engine.batch import Batch
 from alisa_jax.engine.generate import Generated
@@ -43,17 +43,20 @@ class Scores:
     compiles: int
     wall_s: float
     implementation: str  # what ran
+    implementation_reason: str  # why it was that, where `attention_impl` was auto
 
 
 class Engine:
     """Runs `model` with the past of every layer kept under `policy`, stored by `codec`, read by `route`.
 
     model: as returned by `alisa_jax.load`. policy, codec: specs such as "swa(kv_sparsity=0.8)" and "raw", or the objects.
-    route: "working_set", "indexed", "masked", or "auto" for the first that the policy serves. Raises ValueError or
+    route: "working_set", "indexed", "masked", or "auto" for the first that the policy serves. attention_impl: "xla",
+    "pallas" (the kernels of `pallas_kernels`, which need a GPU), "interpret" (the same kernels interpreted, for tests), or
+    "auto" for kernels where they run and XLA elsewhere; `chosen` tells which, and why. Raises ValueError or
     `spec.SpecError`, in one sentence, for what does not go together.
     """
 
-    def __init__(self, model, policy="dense", codec="raw", route: str = "auto"):
+    def __init__(self, model, policy="dense", codec="raw", route: str = "auto", attention_impl: str = "auto"):
         self.model = model
         self.policy = policies.parse(policy) if isinstance(policy, str) else policy
         chosen = codecs.parse(codec) if isinstance(codec, str) else codec
@@ -63,7 +66,9 @@ class Engine:
         if getattr(self.policy, "dense_layers", 0) > c.n_layers:
             raise ValueError(f"dense_layers must be at most {c.n_layers}; got {self.policy.dense_layers}")
         layers = [self.policy.for_layer(i) for i in range(c.n_layers)]
-        self.layers = tuple(step.Layer(p, self.codec, p.routes[0] if route == "auto" else route) for p in layers)
+        self.chosen = attend.choose(attention_impl, self.codec, dtype, c.head_dim)
+        routes = [p.routes[0] if route == "auto" else route for p in layers]
+        self.layers = tuple(step.Layer(p, self.codec, r, self.chosen.impl) for p, r in zip(layers, routes, strict=True))
         for layer in self.layers:
             attention.check(layer.policy, layer.codec, layer.route, 1, c.n_heads, c.n_kv_heads)
         self.compiles = 0
@@ -88,7 +93,12 @@ class Engine:
     @property
     def implementation(self) -> str:
         """The routes that run and what computes them, for example "xla:working_set"."""
-        return "xla:" + "+".join(sorted({layer.route for layer in self.layers}))
+        return f"{self.chosen.impl}:" + "+".join(sorted({layer.route for layer in self.layers}))
+
+    @property
+    def implementation_reason(self) -> str:
+        """Why attention is computed by what `implementation` names."""
+        return self.chosen.reason
 
     def validate(self, tokens: int) -> None:
         """Raise ValueError unless sequences of `tokens` tokens can be served."""
@@ -204,6 +214,7 @@ class Engine:
             self.compiles - compiles,
             time.perf_counter() - start,
             kind,
+            self.implementation_reason if protocol == "decode" else "prefill_mask is the reference, which XLA computes",
         )
 
     def _score_decode(self, tokens, targets, valid, progress):

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alisa_jax import attention, parts
+from alisa_jax import parts
+from alisa_jax.attend import causal
 from alisa_jax.engine import step
 from alisa_jax.engine.sampling import choose
 from alisa_jax.models.decoder import Decoder
@@ -125,7 +126,7 @@ def recompute(decoder: Decoder, placed: tuple[int, ...], clear: bool, params, kv
     for layer in range(placed[-1] + 1):
 
         def attend(q, k, v, layer=layer):
-            out = attention.causal(q, k, v, length)
+            out = causal(q, k, v, length, kv[layer][-1].impl)
             if layer not in placed:
                 return out, None
             i, state = placed.index(layer), kv[layer][-1]
@@ -168,7 +169,7 @@ def prefix_layer(decoder: Decoder, block, x, at, length, state):
     def attend(q, k, v):
         ws, codec = state.ws, state.codec
         leaves = [codec.encode(packed, jnp.swapaxes(y, 1, 2), "slots") for packed, y in ((ws.k, k), (ws.v, v))]
-        return attention.causal(q, k, v, length), (*leaves[0], *leaves[1])
+        return causal(q, k, v, length, state.impl), (*leaves[0], *leaves[1])
 
     return decoder.block({"blocks": [block]}, 0, x, at, attend)
 

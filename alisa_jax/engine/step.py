@@ -25,8 +25,8 @@ def init(decoder: Decoder, layers: tuple[Layer, ...], B: int, S: int) -> KVState
     """States of all layers for B sequences and a context bucket of S tokens."""
     c = decoder.config
     return tuple(
-        attention.init(p, codec, r, attention.dims_of(p, r, B, c.n_heads, c.n_kv_heads, S), c.head_dim)
-        for p, codec, r in layers
+        attention.init(p, codec, r, attention.dims_of(p, r, B, c.n_heads, c.n_kv_heads, S), c.head_dim, impl)
+        for p, codec, r, impl in layers
     )
 
 
@@ -170,7 +170,7 @@ def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):
     """
     x, at = _embed(decoder, params, tokens)
     shares, clips = [], []
-    for layer, (policy, codec, _) in enumerate(layers):
+    for layer, (policy, codec, *_) in enumerate(layers):
 
         def attend(q, k, v, policy=policy, codec=codec):
             out, *aux = attention.score_masked(policy, codec, q, k, v)

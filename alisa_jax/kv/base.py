@@ -32,6 +32,17 @@ class Rotation(NamedTuple):
 NO_ROTATION = Rotation((), 0)
 
 
+class Content(NamedTuple):
+    """Packed rows as arrays that a kernel reads: values, or codes c of values (c - zero) * scale."""
+
+    axis: (
+        Literal["token", "channel"] | None
+    )  # what each scale and zero point belongs to, beside the kv head; None: values
+    codes: jax.Array  # the shape of the packed rows
+    scale: jax.Array | None = None  # without the channels ("token") or without the tokens ("channel")
+    zero: jax.Array | None = None  # the shape of scale
+
+
 class Codec:
     """Base of all codecs: frozen dataclasses of pure methods.
 
@@ -102,6 +113,10 @@ class Codec:
     def encode(self, packed: Packed, x: jax.Array, layout: Layout) -> tuple[jax.Array, ...]:
         """Leaves of the rows that tokens `x`, in `layout`, would have in `packed`, in which nothing is raw any more."""
         raise NotImplementedError
+
+    def content(self, packed: Packed) -> Content | None:
+        """The arrays of `packed` for kernels; None: this codec is read by XLA alone."""
+        return None
 
     def logits(self, q: jax.Array, k: Packed) -> jax.Array:
         """`q` [B, K, G, H] against head-major keys: [B, K, G, M] float32. The caller has scaled `q`."""

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from alisa_jax.kv import codes as products
 from alisa_jax.kv import rows
-from alisa_jax.kv.base import NO_ROTATION, TOKEN_AXIS, Codec, Rotation
+from alisa_jax.kv.base import NO_ROTATION, TOKEN_AXIS, Codec, Content, Rotation
 from alisa_jax.kv.raw import Raw
 
 _FINEST = 2.0**-16  # the smallest step of a constant channel, relative to its value: its codes stay exact in float32
@@ -116,6 +116,11 @@ class ChannelInt8(Codec):
     def encode(self, packed, x, layout):
         scale, zero = (jnp.expand_dims(y, TOKEN_AXIS(layout)) for y in (packed.scale, packed.zero))
         return (products.encode(self.raw.rounded(x), scale, zero),)
+
+    def content(self, packed):
+        if isinstance(packed, Calibrating):
+            return self.raw.content(packed.values)
+        return Content("channel", packed.codes, packed.scale, packed.zero)
 
     def logits(self, q, k):
         if isinstance(k, Calibrating):

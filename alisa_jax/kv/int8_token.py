@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from alisa_jax.kv import codes as products
 from alisa_jax.kv import rows
-from alisa_jax.kv.base import TOKEN_AXIS, Codec
+from alisa_jax.kv.base import TOKEN_AXIS, Codec, Content
 from alisa_jax.kv.raw import Raw
 
 
@@ -70,6 +70,9 @@ class TokenInt8(Codec):
 
     def encode(self, packed, x, layout):
         return self.leaves(self._encode(x))
+
+    def content(self, packed):
+        return Content("token", packed.codes, packed.scale, packed.zero)
 
     def logits(self, q, k):
         q = q.astype(jnp.float32)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax.kv import rows
-from alisa_jax.kv.base import NO_ROTATION, TOKEN_AXIS, Codec, Rotation
+from alisa_jax.kv.base import NO_ROTATION, TOKEN_AXIS, Codec, Content, Rotation
 
 _DTYPES = ("model", "float32", "bfloat16", "float16")
 
@@ -66,6 +66,9 @@ class Raw(Codec):
 
     def encode(self, packed, x, layout):
         return (x.astype(packed.dtype),)
+
+    def content(self, packed):
+        return Content(None, packed)
 
     def logits(self, q, k):
         return jnp.einsum("bkgh,bkmh->bkgm", q.astype(k.dtype), k, preferred_element_type=jnp.float32)

@@ -118,6 +118,7 @@ class LayerState:
     codec: Any = flax.struct.field(pytree_node=False)
     route: str = flax.struct.field(pytree_node=False)  # "working_set" | "indexed" | "masked"
     context: int = flax.struct.field(pytree_node=False)  # S, the context bucket
+    impl: str = flax.struct.field(pytree_node=False, default="xla")  # what attends: "xla" | "pallas" | "interpret"
 
 
 KVState = tuple[LayerState, ...]

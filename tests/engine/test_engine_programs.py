@@ -32,6 +32,7 @@ def backend_compiles():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy, prompt_tokens", [("dense", 100), (SWA, 400)])
 def test_a_thousand_tokens_compile_one_program_per_bucket(random_model, backend_compiles, policy, prompt_tokens):
     engine = alisa_jax.Engine(random_model(max_positions=1400), policy)

@@ -147,6 +147,7 @@ def test_every_controller_gives_the_tokens_of_resident_within_its_budgets(placed
         assert run.p2 < 24 and run.recomputed_rows > 0
 
 
+@pytest.mark.slow
 @settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     system=st.sampled_from(SYSTEMS),
@@ -173,6 +174,7 @@ class Restless(Swa):
         return stats.replace(slot_of=slot_of), ex
 
 
+@pytest.mark.slow
 def test_an_exchange_that_breaks_off_goes_on_when_its_rows_have_come(random_model):
     engine = alisa_jax.Engine(random_model(max_positions=256), Restless(kv_sparsity=0.5, spare_slots=0))
     base, rounds = Placed(engine), []

@@ -15,6 +15,8 @@ LENGTHS = (64, 40, 40, 64, 51, 64, 51, 40)
 # Window statistics of k rows, which grow with the context, would leave no room for a ring in so small a budget.
 SWA = "swa(kv_sparsity=0.9,window=8,spare_slots=0)"
 INT8_SWA = "swa(kv_sparsity=0.93,decay=0.9,spare_slots=0)"
+pytestmark = pytest.mark.slow
+
 PAPER = "alisa(p2=2,beta=0.6,traffic=paper)"
 SYSTEMS = {
     "swa raw": (SWA, "raw", ("alisa", PAPER, "flexgen")),

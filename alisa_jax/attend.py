@@ -1,0 +1,132 @@
+"""Attention over tokens that are at hand, by XLA or by the kernels of `pallas_kernels`, with equal results.
+
+Four questions that the layers above ask; each takes `impl`, "xla", "pallas" or "interpret", which an engine has chosen once
+(`choose`) for all of its layers:
+
+    slots      one query per head against head-major rows, a working set        packed_decode
+    rows       one query per head against rows of a store, by index             sparse_decode
+    store      one query per head against all rows of a store                   sparse_decode
+    prompt     prompts, and what their last queries, or all, paid to each token flash_prefill
+
+Shapes: q [B, K, G, H], in a prompt [B, T, N, H], unscaled. Logits, softmax statistics and mass are float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from alisa_jax.kv.base import Codec, Content
+from pallas_kernels import backend, int8_decode, online, packed_decode, partial, sparse_decode
+from pallas_kernels import prefill as xla_prefill
+from pallas_kernels.backend import Choice
+from pallas_kernels.partial import Partial, merge
+
+IMPLS = backend.IMPLS
+_PAGE_TOKENS = 32  # of a store that XLA attends at once
+_CODES = {"token": int8_decode.PerToken, "channel": int8_decode.PerChannel}.get
+
+
+def choose(impl: str, codec: Codec, dtype, head_dim: int) -> Choice:
+    """What `impl` ("auto" too) means for a model that computes in `dtype`, on the device at hand, and why.
+
+    Raises ValueError, in one sentence, for an unknown name and where a named implementation cannot run.
+    """
+    q = jax.ShapeDtypeStruct((1, 1, head_dim), jnp.dtype(dtype))
+    for part in ("k", "v"):
+        content = codec.content(jax.eval_shape(lambda part=part: codec.empty((1, 1, 32, head_dim), "slots", part)))
+        if content is None:
+            return backend.choose(impl, f"the kernels do not read what {codec} stores")
+        codes = content.codes
+    return backend.choose(impl, online.why_not(q, codes, codes))
+
+
+def slots(codec: Codec, q, k, v, bias, impl: str = "xla") -> tuple[Partial, jax.Array]:
+    """Dense attention over head-major packed rows with a bias per slot.
+
+    q [B, K, G, H]; k, v packed [B, K, M, H]; bias [B, P, M] float32. Returns Partial(out [B, K, G, H], lse [B, K, G]) and
+    the mass [B, P, M]: softmax weights summed over the heads that share the selection.
+    """
+    if impl == "xla":
+        return _slots(codec, q, k, v, bias)
+    contents = codec.content(k), codec.content(v)
+    plain = contents[0].axis is None
+    run = packed_decode.packed_decode if plain else int8_decode.packed_decode_int8
+    part, mass = run(_heads(q), *map(_rows, contents), bias, impl=impl)
+    return _grouped(part, q.shape), mass
+
+
+def rows(codec: Codec, q, k, v, pos, bias, impl: str = "xla") -> tuple[Partial, jax.Array]:
+    """As `slots`, over the rows `pos` [B, P, M] (-1: none) of token-major packed k and v [B, S, K, H]."""
+    if impl == "xla":
+        return _slots(codec, q, codec.take(k, pos), codec.take(v, pos), jnp.where(pos >= 0, bias, -jnp.inf))
+    contents = codec.content(k), codec.content(v)
+    plain = contents[0].axis is None
+    run = sparse_decode.sparse_decode if plain else int8_decode.sparse_decode_int8
+    part, mass = run(_heads(q), *map(_rows, contents), pos, bias, impl=impl)
+    return _grouped(part, q.shape), mass
+
+
+def store(codec: Codec, q, k, v, bias, impl: str = "xla") -> tuple[Partial, jax.Array]:
+    """As `slots`, over all rows of token-major packed k and v [B, S, K, H] under `bias` [B, P, S]."""
+    if impl != "xla":
+        at = jax.lax.broadcasted_iota(jnp.int32, bias.shape, 2)
+        return rows(codec, q, k, v, at, bias, impl)
+    S, size, P = bias.shape[-1], _PAGE_TOKENS, bias.shape[1]
+    if S % size:
+        raise ValueError(f"a store that a refresh reads holds a multiple of {size} tokens; got a context of {S}")
+    scaled = q.astype(jnp.float32) * jnp.float32(q.shape[-1] ** -0.5)
+
+    def page(carry, i):
+        start = i * size
+        here = jax.lax.dynamic_slice_in_dim(bias, start, size, axis=2)
+        k_page, v_page = (codec.slice_tokens(x, start, size) for x in (k, v))
+        part, _ = _slots(codec, q, k_page, v_page, here)
+        return merge(carry, part), codec.logits(scaled, k_page) + here[:, :, None, :]
+
+    zero = partial.empty(q.shape[:-1], q.shape[-1])
+    full, z = jax.lax.scan(page, zero, jnp.arange(S // size, dtype=jnp.int32))
+    z = jnp.moveaxis(z, 0, 3).reshape(*q.shape[:-1], S)  # [B, K, G, S]
+    p = jnp.exp(z - full.lse[..., None])
+    return full, jnp.sum(p, axis=(1, 2))[:, None] if P == 1 else jnp.sum(p, axis=2)
+
+
+def prompt(q, k, v, length, P: int, seed: str = "none", W: int | None = None, impl: str = "xla"):
+    """Dense causal attention over prompts, and what a policy is seeded from.
+
+    q [B, T, N, H], k and v [B, T, K, H], length [B]. seed: "none"; "rows": the attention [B, P, W, T] of the last W queries
+    below `length`, the last row is the last query's and rows before the first query are zero; "sum": of all queries
+    [B, P, T]. Mass is float32, summed over the heads that share a selection. Returns out [B, T, N, H] and the mass or None.
+    """
+    out, total = xla_prefill.attend(q, k, v, length, P, seed == "sum")
+    return out, xla_prefill.last_rows(q, k, length, P, W, q.shape[1]) if seed == "rows" else total
+
+
+def causal(q, k, v, length, impl: str = "xla") -> jax.Array:
+    """Dense causal attention over prompts, as in `prompt`, and nothing kept: out [B, T, N, H]."""
+    return prompt(q, k, v, length, 1, impl=impl)[0]
+
+
+def _slots(codec, q, k, v, bias) -> tuple[Partial, jax.Array]:
+    H, P = q.shape[-1], bias.shape[1]
+    z = codec.logits(q.astype(jnp.float32) * jnp.float32(H**-0.5), k) + bias[:, :, None, :]
+    top = jnp.max(z, axis=-1, keepdims=True)
+    e = jnp.exp(z - jnp.where(top == -jnp.inf, jnp.float32(0.0), top))
+    total = jnp.sum(e, axis=-1, keepdims=True)
+    p = e / jnp.where(total == 0, jnp.float32(1.0), total)
+    part = Partial(codec.mix(p, v), (top + jnp.log(total))[..., 0])
+    return part, jnp.sum(p, axis=(1, 2))[:, None] if P == 1 else jnp.sum(p, axis=2)
+
+
+def _rows(content: Content):
+    """What the kernels take for one of K and V."""
+    kind = _CODES(content.axis)
+    return content.codes if kind is None else kind(content.codes, content.scale, content.zero)
+
+
+def _heads(q: jax.Array) -> jax.Array:
+    return q.reshape(q.shape[0], -1, q.shape[-1])
+
+
+def _grouped(part: Partial, shape: tuple[int, ...]) -> Partial:
+    return Partial(part.out.reshape(shape), part.lse.reshape(shape[:-1]))
