@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax.kv.base import Codec, Content
-from pallas_kernels import backend, int8_decode, online, packed_decode, partial, sparse_decode
-from pallas_kernels import prefill as xla_prefill
+from pallas_kernels import backend, flash_prefill, int8_decode, online, packed_decode, partial, sparse_decode
 from pallas_kernels.backend import Choice
 from pallas_kernels.partial import Partial, merge
 
@@ -98,8 +97,12 @@ def prompt(q, k, v, length, P: int, seed: str = "none", W: int | None = None, im
     below `length`, the last row is the last query's and rows before the first query are zero; "sum": of all queries
     [B, P, T]. Mass is float32, summed over the heads that share a selection. Returns out [B, T, N, H] and the mass or None.
     """
-    out, total = xla_prefill.attend(q, k, v, length, P, seed == "sum")
-    return out, xla_prefill.last_rows(q, k, length, P, W, q.shape[1]) if seed == "rows" else total
+    part = flash_prefill.flash_prefill(q, k, v, length, impl=impl)
+    out = part.out.astype(q.dtype)
+    if seed == "none":
+        return out, None
+    options = dict(queries=W, heads=P, reduce=seed, impl=impl)
+    return out, flash_prefill.prompt_mass(q, k, part.lse, length, **options)
 
 
 def causal(q, k, v, length, impl: str = "xla") -> jax.Array:

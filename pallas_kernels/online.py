@@ -4,13 +4,14 @@ For a tile of rows with logits z the running maximum m, normaliser l and output 
 
     m' = max(m, max z)      p = exp(z - m')      l' = exp(m - m') l + sum p      o' = exp(m - m') o + p V
 
-so that out = o / l and lse = m + log l at the end. A grid program handles all G query heads of a kv head,
-which read the same rows; with `splits` programs a row list each does its share, and the pieces are joined by
-`partial.merge_axis`. Logits are written out as float32 (4 bytes a row and head, beside 2 H element bytes of K
-and V), and the mass of a row is exp(z - lse), taken afterwards, since no program knows the lse of all.
+so that out = o / l and lse = m + log l at the end. A grid program handles all G query heads of a kv head, which read the
+same rows; with `splits` programs a row list each does its share, and the pieces are joined by `partial.merge_axis`. Logits
+are written out as float32 (4 bytes a row and head, beside 2 H element bytes of K and V), and the mass of a row is
+exp(z - lse), taken afterwards, since no program knows the lse of all.
 
-Rows that are not attended (bias -inf, index out of range) are not read. G = 1 runs on the plain arithmetic
-units, which memory outruns; with more heads the products are matrix products, whose 16 rows G is padded to.
+Rows that are not attended (bias -inf, index out of range) are not read. G = 1 runs on the plain arithmetic units, which
+memory outruns; with more heads the products are matrix products, whose 16 rows G is padded to. Matrix products of float32
+keep their operands in registers, so their tiles have 32 rows at most.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def decode(
         return part, jnp.zeros((B, P, 0), jnp.float32) if mass else None
     Gp, Hp = 1 if G == 1 else max(16, backend.power_of_two(G)), max(16, backend.power_of_two(H))
     tiling = tiling or tiling_for(kernel, backend.chip(), H)
-    rows = max(16, min(tiling.rows, backend.power_of_two(M)))
+    wide = G > 1 and jnp.dtype(kind if k.dtype == jnp.int8 else k.dtype).itemsize == 4
+    rows = max(16, min(tiling.rows, 32 if wide else tiling.rows, backend.power_of_two(M)))
     tiles = -(-M // rows)
     splits = min(tiles, tiling.splits or max(1, -(-2 * backend.cores() // (B * K))))
     each = -(-tiles // splits)

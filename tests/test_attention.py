@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alisa_jax import attention
+from alisa_jax import attend, attention
 from alisa_jax.policies import parse
-from pallas_kernels import prefill as prefill_kernels
 from tests import oracle, replay
 from tests.replay import BUCKETS, STARTS, STREAM, B, K
 
@@ -152,18 +151,18 @@ def test_scoring_a_whole_text_under_the_mask_equals_decoding_it(text):
 
 @pytest.mark.parametrize("P", [1, K])
 def test_prompt_outputs_last_rows_and_sums_equal_the_oracle(P):
-    T, W, S, length = 37, 11, 41, (37, 6, 1)
+    T, W, length = 37, 11, (37, 6, 1)
     q, k, v = (jnp.asarray(x[:, :T]) for x in STREAM)
-    out, total = prefill_kernels.attend(q, k, v, jnp.array(length), P, want_sum=True)
-    rows = prefill_kernels.last_rows(q, k, jnp.array(length), P, W, S)
-    assert rows.shape == (B, P, W, S)
+    out, total = attend.prompt(q, k, v, jnp.array(length), P, "sum")
+    _, rows = attend.prompt(q, k, v, jnp.array(length), P, "rows", W)
+    assert rows.shape == (B, P, W, T)
     for b, n in enumerate(length):
         want_out, weights = oracle.causal(*(x[b, :n] for x in STREAM))
         per_query = np.stack([oracle.shared(w, P) for w in weights])  # [n, P, n]
         np.testing.assert_allclose(out[b, :n], want_out, atol=TOLERANCE)
         np.testing.assert_allclose(total[b, :, :n], per_query.sum(axis=0), atol=TOLERANCE)
         assert (np.asarray(total)[b, :, n:] == 0).all()
-        want = np.zeros((W, P, S))
+        want = np.zeros((W, P, T))
         want[max(0, W - n) :, :, :n] = per_query[-W:]
         np.testing.assert_allclose(rows[b], np.moveaxis(want, 0, 1), atol=TOLERANCE)
 
@@ -172,11 +171,11 @@ def test_a_prompt_longer_than_a_block_of_queries_equals_the_oracle():
     T, W = 256, 150
     tokens = replay.stream(3, 1, T, 2, 1, 3)
     q, k, v = (jnp.asarray(x) for x in tokens)
-    out, total = prefill_kernels.attend(q, k, v, jnp.array([T - 3]), 1, want_sum=True)
+    out, total = attend.prompt(q, k, v, jnp.array([T - 3]), 1, "sum")
     want, weights = oracle.causal(*(x[0] for x in tokens))
-    np.testing.assert_allclose(out[0], want, atol=TOLERANCE)
+    np.testing.assert_allclose(out[0, : T - 3], want[: T - 3], atol=TOLERANCE)
     np.testing.assert_allclose(total[0, 0], weights[: T - 3].sum(axis=(0, 1)), atol=1e-4)
-    rows = prefill_kernels.last_rows(q, k, jnp.array([T - 3]), 1, W, T)
+    _, rows = attend.prompt(q, k, v, jnp.array([T - 3]), 1, "rows", W)
     np.testing.assert_allclose(rows[0, 0], weights[T - 3 - W : T - 3].sum(axis=1), atol=TOLERANCE)
 
 

@@ -10,6 +10,8 @@ import pytest
 from eval import ablations, common, inputs, quality, windows
 from tests import induction
 
+pytestmark = pytest.mark.slow
+
 SMALL = """
 CONFIG = dict(
     sparsities=(0.5, 0.8),

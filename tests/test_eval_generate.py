@@ -15,6 +15,8 @@ from alisa_jax.engine import sequence_keys
 from alisa_jax.models import Decoder
 from eval import common, generate
 
+pytestmark = pytest.mark.slow
+
 WORDS = ("<bos>", "the", "cat", "sat", "mat", "dog")
 
 

@@ -15,6 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from eval import common, perplexity
 
+pytestmark = pytest.mark.slow
+
 TEXT = "the cat sat on the mat; naïve café 日本 🙂 and the dog did not.\n" * 12
 VALUES = ("token_perplexity", "n", "stderr", "bits_per_byte", "word_perplexity", "attended_frac_per_layer")
 

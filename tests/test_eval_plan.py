@@ -8,6 +8,8 @@ from alisa_jax import placement
 from alisa_jax.placement.simulate import simulate
 from eval import common, hardware_profile, plan, sizes
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--model=opt_125m", "--hardware=t4_16gb", "--batch=4", "--prompt_tokens=64", "--new_tokens=65")
 
 

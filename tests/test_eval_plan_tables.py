@@ -14,6 +14,8 @@ from eval.plan_figures import pick
 from eval.plan_model import OPT_30B, Fits, Seconds
 from eval.plan_trends import trends
 
+pytestmark = pytest.mark.slow
+
 S, N = 128, 512
 
 

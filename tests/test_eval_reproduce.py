@@ -12,6 +12,8 @@ import pytest
 from eval import common, inputs, quality, recall, reproduce, windows
 from tests import induction
 
+pytestmark = pytest.mark.slow
+
 SIZES = reproduce.Sizes(sparsities=(0.0, 0.5), context_tokens=48, windows=3, episode_lengths=(24, 48), episodes=2)
 N_CELLS = 7  # dense; local, strided and both SWA at 50 %; both SWA at 0 %
 METHODS = ("local", "strided", "swa", "swa+int8")

@@ -19,6 +19,8 @@ from alisa_jax.models import Decoder, checkpoint
 from alisa_jax.placement import mover
 from eval import common, sizes, throughput, timing, traces, windows
 
+pytestmark = pytest.mark.slow
+
 SWA = "swa(kv_sparsity=0.8)"
 
 
@@ -416,7 +418,6 @@ def runs(trained, trace):
     return found
 
 
-@pytest.mark.slow
 def test_controllers_give_the_same_tokens_and_compile_before_they_are_timed(runs):
     dense, sparse, tight, _ = runs
     for mine, whole in ((dense[FLEXGEN], dense["resident"]), (tight["alisa"], sparse["resident"])):
@@ -435,7 +436,6 @@ def test_controllers_give_the_same_tokens_and_compile_before_they_are_timed(runs
         assert r["prompts"] == "text" and r["data"] == "textwrap.txt" and len(r["model_sha256"]) == 64
 
 
-@pytest.mark.slow
 def test_modelled_bytes_of_dense_runs_are_those_that_travelled(runs):
     measured, *_, modelled = runs
     for name in DENSE:
@@ -445,7 +445,6 @@ def test_modelled_bytes_of_dense_runs_are_those_that_travelled(runs):
         assert mine["device_peak_bytes"] <= other["device_peak_bytes"]
 
 
-@pytest.mark.slow
 def test_prompts_are_cut_from_the_text(trained, bench):
     folder, text, model = trained
     shape = (f"--model={folder}", f"--text={text}", "--batch=3", "--prompt_tokens=30", "--new_tokens=4", "--ragged")
@@ -469,7 +468,6 @@ def attended(trace) -> np.ndarray:
     return np.stack(trace.ranks)[:, :, 0] == traces.ATTENDED
 
 
-@pytest.mark.slow
 def test_a_trace_holds_the_last_tokens_and_as_many_others_as_the_budget(trace):
     _, trace = trace
     sets, entered = attended(trace), 0
@@ -511,7 +509,6 @@ def stranger():
     return SimpleNamespace(decoder=decoder, params=decoder.init(jax.random.key(0), jnp.float32), name="stranger")
 
 
-@pytest.mark.slow
 def test_another_model_attends_and_loads_what_was_recorded_at_every_step(trace, stranger):
     _, trace = trace
     tokens = np.random.default_rng(0).integers(0, 50, (5, LAST))
@@ -524,7 +521,6 @@ def test_another_model_attends_and_loads_what_was_recorded_at_every_step(trace, 
     assert trace.loads[..., :-1].sum() > 0 and again.fields()["trace_sequences"] == 5
 
 
-@pytest.mark.slow
 def test_the_simulator_reads_what_was_recorded(trace):
     _, trace = trace
     sets = attended(trace)
@@ -537,7 +533,6 @@ def test_the_simulator_reads_what_was_recorded(trace):
         assert positions == tuple(np.flatnonzero(row))
 
 
-@pytest.mark.slow
 def test_a_traced_run_says_whose_selections_it_replays(trained, trace, bench, monkeypatch):
     folder, text, model = trained
     loads, asked, built = [], [], []

