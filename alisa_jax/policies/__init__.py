@@ -7,13 +7,17 @@ from types import MappingProxyType
 from alisa_jax import spec
 from alisa_jax.policies.base import Dims, Exchange, Policy
 from alisa_jax.policies.dense import Dense
+from alisa_jax.policies.h2o import H2O
 from alisa_jax.policies.local import Local
+from alisa_jax.policies.streaming import Streaming
 from alisa_jax.policies.strided import Strided
 from alisa_jax.policies.swa import Swa
 
-POLICIES = MappingProxyType({"dense": Dense, "local": Local, "strided": Strided, "swa": Swa})
+POLICIES = MappingProxyType(
+    {"dense": Dense, "local": Local, "strided": Strided, "streaming": Streaming, "h2o": H2O, "swa": Swa}
+)
 
-__all__ = ["POLICIES", "Dense", "Dims", "Exchange", "Local", "Policy", "Strided", "Swa", "parse"]
+__all__ = ["H2O", "POLICIES", "Dense", "Dims", "Exchange", "Local", "Policy", "Streaming", "Strided", "Swa", "parse"]
 
 
 def parse(text: str) -> Policy:
