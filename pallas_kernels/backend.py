@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, get_abstract_mesh, use_abstract_mesh
 
 IMPLS = ("auto", "xla", "pallas", "interpret")
 GPUS = (
@@ -135,6 +135,7 @@ def lower_for(gpu: str, function, *args, cores: int = 132) -> str:
     Inside, `impl="pallas"` means that GPU. args: arrays or `jax.ShapeDtypeStruct`s. Raises what lowering raises.
     """
     device = AbstractDevice(device_kind=gpu, num_cores=cores, platform="gpu")
-    with warnings.catch_warnings(), use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with warnings.catch_warnings(), use_abstract_mesh(mesh):
         warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated", category=DeprecationWarning)
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()

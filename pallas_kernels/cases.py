@@ -1,4 +1,4 @@
-"""The kernels as they are timed: inputs of a layer of a model, and the bytes and FLOPs of a call, by the kernels' own docstrings.
+"""The kernels as they are timed: inputs of one layer, and the bytes and FLOPs of a call, by the kernels' own docstrings.
 
 For B sequences of S tokens, N query and K kv heads of H channels, M tokens attended at `kv_sparsity`, elements of e bytes:
 
@@ -10,8 +10,8 @@ For B sequences of S tokens, N query and K kv heads of H channels, M tokens atte
     prompt_mass_rows                reads  B (W N + S K) H e + 4 B W N, writes 4 B W S             2 B N H W S FLOPs
     prompt_mass_sum                 reads  B S (N + K) H e + 4 B S N, writes 4 B S                 B N H S^2 FLOPs
 
-Selections are shared by all heads (P = 1). A list names one random row of every S / M, in order; values are uniform with variance
-1. W is WINDOW, or S if that is less.
+Selections are shared by all heads (P = 1); a list names one random row of every S / M, in order. Values are uniform with
+variance 1. W is WINDOW, or S if that is less. Logits that are written and read again between are not counted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Rows of the benchmark: a kernel at a shape and its peers, each measured and told as a flat record with units in its keys."""
+"""Rows of the benchmark: a kernel at a shape and its peers, each measured and told as a flat record, units in its keys."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import NamedTuple
@@ -16,6 +17,10 @@ TILED = ("sparse_decode", "packed_decode", "flash_prefill")
 SELF, REFERENCE, DENSE = "kernel", "xla", "dense_decode"  # contenders beside those of `peers`
 _IMPLS = MappingProxyType(
     {peers.CUDNN: "cudnn", peers.XLA: "xla", peers.GQA: "pallas", peers.PAGED: "pallas", peers.TORCH: "torch"}
+)
+_MEASURED = tuple(
+    "basis time_s time_min_s time_max_s gb_per_s tflop_per_s fraction_of_copy fraction_of_matmul calls repeats warmup "
+    "temporary_bytes best_peer ratio_to_best_peer max_error note".split()
 )
 _TILES = MappingProxyType({"rows": (16, 256), "queries": (16, 256), "warps": (1, 16), "stages": (1, 6)})
 
@@ -39,8 +44,8 @@ def contenders(kernel: str, impl: str) -> tuple[str, ...]:
     return SELF, *reference, *{DENSE: peers.DENSE, "flash_prefill": peers.CAUSAL}.get(kernel, ())
 
 
-def group(kernel: str, name: str, how: Settings, rates: timing.Ceilings, known: dict) -> Iterator[dict]:
-    """The rows of a kernel at the shape `name`, the kernel's first, when all are measured.
+def group(kernel: str, name: str, how: Settings, rates: timing.Ceilings, known: dict) -> list[dict]:
+    """The rows of a kernel at the shape `name`, the kernel's first.
 
     known: rows of this shape by what was measured; `swa_layer` is made of rows that other kernels have, too.
     """
@@ -49,17 +54,14 @@ def group(kernel: str, name: str, how: Settings, rates: timing.Ceilings, known: 
         subject = _subject(kernel, contender)
         if subject not in known:
             known[subject], outs = measure(*subject, name, how, rates)
-            if contender == SELF:
-                kept = outs
-            elif contender == REFERENCE:
+            if contender == REFERENCE:
                 known[subject]["max_error"] = _error(kept, outs)
+            kept, outs = outs if contender == SELF else None, None
         rows.append(known[subject] | {"kernel": kernel, "contender": contender})
-    seconds = {row["contender"]: row["time_s"] for row in rows if isinstance(row["time_s"], float)}
-    own = seconds.pop(SELF, None)
-    if own and seconds:
-        best = min(seconds, key=seconds.get)
-        rows[0] |= {"best_peer": best, "ratio_to_best_peer": seconds[best] / own}
-    yield from rows
+    own, best = rows[0], min(rows[1:], key=_seconds, default=rows[0])
+    if max(_seconds(own), _seconds(best)) < math.inf and best is not own:
+        own |= {"best_peer": best["contender"], "ratio_to_best_peer": best["time_s"] / own["time_s"]}
+    return rows
 
 
 def _subject(kernel: str, contender: str) -> tuple[str, str]:
@@ -86,18 +88,13 @@ def measure(
         "tiling": None if tiling is None else str(tiling),
         "impl": _IMPLS.get(contender, ran.impl),
         "impl_reason": ran.reason if own else "a peer",
-        "time_s": None,
-        "note": None,
-        "best_peer": None,
-        "ratio_to_best_peer": None,
-        "max_error": None,
+        **dict.fromkeys(_MEASURED),
     }
-    found = None
+    case = cases.build(kernel, shape, how.dtype, how.kv_sparsity, ran.impl, tiling) if own else None
+    work = case.work if own else peers.work(causal, shape, how.dtype)
+    calls = how.calls or (1 if ran.impl == "interpret" else rates.calls(work))
+    limits, found = dict(calls=calls, repeats=how.repeats, max_bytes=how.max_bytes), None
     try:
-        case = cases.build(kernel, shape, how.dtype, how.kv_sparsity, ran.impl, tiling) if own else None
-        work = case.work if own else peers.work(causal, shape, how.dtype)
-        calls = how.calls or (1 if ran.impl == "interpret" else rates.calls(work))
-        limits = dict(calls=calls, repeats=how.repeats, max_bytes=how.max_bytes)
         if contender == peers.TORCH:
             found, row["note"] = peers.torch_sdpa(causal, shape, how.dtype, **limits)
         else:
@@ -108,7 +105,7 @@ def measure(
         row["note"] = str(missing)
     except Exception as wrong:  # whatever a compiler or a device may raise: the row tells it, the other rows go on
         text = " ".join(str(wrong).split())[:200]
-        full = "RESOURCE_EXHAUSTED" in text
+        full = "RESOURCE_EXHAUSTED" in text and "hared memory" not in text  # a kernel's own shared memory is its tiling
         row |= {"time_s": "OOM" if full else None, "note": text if full else f"{type(wrong).__name__}: {text}"}
     return row | _numbers(found, work, how, rates), None if found is None else found.outs
 
@@ -117,7 +114,7 @@ def _numbers(found: timing.Timed | None, work: timing.Work, how: Settings, rates
     """What was measured and what follows from it; only what a call must do where nothing ran."""
     counts = {"read_bytes": work.read_bytes, "written_bytes": work.written_bytes, "flops": work.flops}
     if found is None:
-        return {**counts, "basis": None}
+        return counts
     moved, done = work.bytes / found.time_s, work.flops / found.time_s
     return {
         **counts,
@@ -136,49 +133,48 @@ def _numbers(found: timing.Timed | None, work: timing.Work, how: Settings, rates
     }
 
 
-def _error(got, want) -> float | None:
-    """Greatest difference over the greatest value, of all arrays; None where one of them did not run."""
+def _error(got, want) -> float | str | None:
+    """Greatest difference over the greatest value, of all arrays; "nan" is a text; None where one of the two did not run."""
     if got is None or want is None:
         return None
-    worst = 0.0
+    errors = []
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        worst = max(worst, float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))))
-    return worst
+        errors.append(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
+    worst = float(jnp.max(jnp.stack(errors)))
+    return worst if math.isfinite(worst) else str(worst)
 
 
 # ---- tilings
 
 
-def tiled(kernel: str, name: str, how: Settings, rates: timing.Ceilings) -> Iterator[dict]:
-    """A row for each tiling that `climb` tries from that of the table on, the quickest noted as such when all are done."""
-    rows = {}
+def tiled(kernel: str, name: str, how: Settings, rates: timing.Ceilings) -> list[dict]:
+    """A row for each tiling that `climb` tries from that of the table on, the quickest first."""
+    found = {}
 
     def seconds(tiling) -> float:
-        rows[tiling], _ = measure(kernel, SELF, name, how, rates, tiling)
-        time_s = rows[tiling]["time_s"]
-        return time_s if isinstance(time_s, float) else float("inf")
+        found[tiling], _ = measure(kernel, SELF, name, how, rates, tiling)
+        return _seconds(found[tiling])
 
     start = tilings.tiling_for(kernel, backend.chip(), shapes.named(name).head_dim)
-    tried = climb(start, seconds)
-    best = min(tried, key=tried.get)
-    if tried[best] < float("inf"):
-        rows[best]["note"] = f"the quickest of {len(tried)}"
-    rows[start]["note"] = "; ".join(filter(None, ("of the table", rows[start]["note"])))
-    yield from sorted(rows.values(), key=lambda row: tried[best] if row is rows[best] else _place(row))
+    climb(start, seconds)
+    rows = sorted(found.values(), key=_seconds)
+    if _seconds(rows[0]) < math.inf:
+        rows[0]["note"] = f"the quickest of {len(rows)}"
+    found[start]["note"] = "; ".join(filter(None, ("of the table", found[start]["note"])))
+    return rows
 
 
-def _place(row: dict) -> float:
-    return row["time_s"] if isinstance(row["time_s"], float) else float("inf")
+def _seconds(row: dict) -> float:
+    """Of a call; infinite where nothing was measured."""
+    return row["time_s"] if isinstance(row["time_s"], float) else math.inf
 
 
 def climb(start, seconds: Callable) -> dict:
-    """`seconds` of `start`, of its neighbours, of those of the quickest, and so on until none is quicker: tiling -> seconds."""
-    tried, best = {start: seconds(start)}, None
-    while best != (best := min(tried, key=tried.get)):
-        for tiling in neighbours(best):
-            if tiling not in tried:
-                tried[tiling] = seconds(tiling)
+    """tiling -> `seconds(tiling)`: of `start`, of its neighbours, of those of the quickest, until these are all known."""
+    tried = {start: seconds(start)}
+    while new := [tiling for tiling in neighbours(min(tried, key=tried.get)) if tiling not in tried]:
+        tried |= {tiling: seconds(tiling) for tiling in new}
     return tried
 
 

@@ -37,7 +37,7 @@ TABLE = MappingProxyType(
         },
         "packed_decode": {
             "": {128: DecodeTiling(64, 0, 4, 2), 256: DecodeTiling(32, 0, 4, 2)},
-            "NVIDIA H": {128: DecodeTiling(128, 0, 4, 3), 256: DecodeTiling(64, 0, 4, 3)},
+            "NVIDIA H": {128: DecodeTiling(64, 0, 4, 3), 256: DecodeTiling(32, 0, 4, 3)},
         },
         "flash_prefill": {
             "": {64: PrefillTiling(128, 64, 4, 3), 128: PrefillTiling(128, 32, 8, 2), 256: PrefillTiling(64, 32, 4, 2)},

@@ -1,14 +1,14 @@
 """Seconds of a call on the device: many calls in one program, each after the one before it.
 
-A program of `calls` calls is compiled, run `WARM_UP` times and then timed `repeats` times by the host's clock, results ready; a
-call took the median over `calls`. Launching from Python and waiting cost as much as a small kernel, so a program holds as many
-calls as fill `TARGET_S`, at most `MOST_CALLS`.
+A program of `calls` calls is compiled, run `WARM_UP` times and then timed `repeats` times by the host's clock until its
+results are ready; a call took the median over `calls`. To launch a call from Python and wait for it takes as long as a
+small kernel runs, so a program holds as many calls as fill `TARGET_S`, at most `MOST_CALLS`.
 
-XLA must run every call. So the first argument of a call depends on what the call before it returned (one element is written,
-with a zero that only the device knows to be one), all other arguments pass an optimisation barrier together with it, which
-keeps what XLA prepares of them, such as gathered or converted rows, inside the loop; and all outputs are carried, so none is
-dead. Beside the call an iteration runs that write and the counter of the loop, two small kernels. Arguments and outputs are
-donated: nothing is copied.
+XLA must run every call. So the first argument of a call depends on what the call before it returned (its first element
+is set to zero in a way that only the device can know), the other arguments pass an optimisation barrier together with
+that, which keeps what XLA prepares of them, such as gathered or converted rows, inside the loop; and all outputs are
+carried, so none is dead. Beside the call an iteration runs that write and the counter of the loop, two small kernels.
+Arguments and outputs are donated: nothing is copied.
 
 `ceilings` are measured the same way: what a copy of a large array moves, and what a product of large square matrices does.
 """
@@ -81,7 +81,7 @@ class TooLarge(Exception):
 
 
 def loop(function: Callable, calls: int) -> Callable:
-    """(args, outs) -> (args, outs) after `calls` calls of `function(*args)`; `outs` are arrays like those that it returns."""
+    """(args, outs) -> (args, outs) after `calls` calls of `function(*args)`; `outs` are arrays like those it returns."""
 
     def call(_, carry):
         (first, *rest), before = jax.lax.optimization_barrier(carry)
@@ -92,10 +92,15 @@ def loop(function: Callable, calls: int) -> Callable:
 
 
 def _touched(x: jax.Array, outs) -> jax.Array:
-    """`x` with its first element zero: that no result is above 1e30 is not known before it is there."""
+    """`x` with its first element zero, or one if the first result is NaN, which is not known before it is there."""
     first = jax.tree.leaves(outs)[0]
     first = jax.lax.slice(first, (0,) * first.ndim, (1,) * first.ndim).reshape((1,) * x.ndim)
-    return jax.lax.dynamic_update_slice(x, (first.astype(jnp.float32) > 1e30).astype(x.dtype), (0,) * x.ndim)
+    return jax.lax.dynamic_update_slice(x, jax.lax.ne(first, first).astype(x.dtype), (0,) * x.ndim)
+
+
+def program(function: Callable, calls: int, args, outs):
+    """`loop` compiled for arrays like `args` and `outs`, which it takes over."""
+    return jax.jit(loop(function, calls), donate_argnums=(0, 1)).lower(args, outs).compile()
 
 
 def measure(case: Case, *, calls: int, repeats: int, max_bytes: float) -> Timed:
@@ -105,7 +110,7 @@ def measure(case: Case, *, calls: int, repeats: int, max_bytes: float) -> Timed:
     outs = jax.eval_shape(case.function, *args)
     arrays = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((args, outs)))
     _check(arrays, 0, max_bytes)
-    compiled = jax.jit(loop(case.function, calls), donate_argnums=(0, 1)).lower(args, outs).compile()
+    compiled = program(case.function, calls, args, outs)
     memory = compiled.memory_analysis()
     temporary = None if memory is None else int(memory.temp_size_in_bytes)
     _check(arrays, temporary or 0, max_bytes)
@@ -126,7 +131,7 @@ def _check(arrays: int, temporary: int, max_bytes: float) -> None:
 
 
 def ceilings(dtype: str, repeats: int, max_bytes: float) -> Ceilings:
-    """Bytes per second, read and written, of a copy, and FLOPs per second of a product in `dtype`, float32 not rounded to tf32.
+    """Bytes per second, read and written, of a copy, and FLOPs per second of a product in `dtype`; float32 is not tf32.
 
     Arrays of COPY_BYTES and matrices of SIDES, smaller where `max_bytes` wants it.
     """
