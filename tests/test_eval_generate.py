@@ -238,6 +238,7 @@ MISTAKES = [
     ((ONE, "--stream", "--json"), "--stream shows one text on stdout"),
     ((ONE, "--policy=swa(kv_sparsity=1.0)"), "kv_sparsity"),
     ((ONE, "--codec=int9"), "unknown name 'int9'"),
+    ((ONE, "--attention_impl=pallas"), "it needs a GPU, and the device is cpu"),
     ((ONE, "--model=absent"), "absent"),
     ((ONE, "--model=random:opt-125m"), "random:opt-125m has no tokenizer"),
     ((ONE, "--out=/dev/null/r.jsonl"), "--out: cannot write results"),

@@ -230,6 +230,8 @@ MISTAKES = [
     ("--policy=swa(kv_sparsity=1.0)", "kv_sparsity"),
     ("--policy=local(kv_sparsity=-0.1)", "kv_sparsity"),
     ("--codec=int9", "unknown name 'int9'"),
+    ("--attention_impl=pallas", "--attention_impl: impl=pallas cannot run: it needs a GPU, and the device is cpu"),
+    ("--attention_impl=triton", "<auto|xla|pallas|interpret>"),
     ("--codec=int8(axis=row)", "axis"),
     ("--codec=int8(axis=token,headroom=1.0)", "headroom goes with axis=channel"),
     (

@@ -238,6 +238,8 @@ def test_a_figure_is_drawn(bench, tmp_path):
 
 
 MISTAKES = [
+    ("--attention_impl=pallas", "--attention_impl: impl=pallas cannot run: it needs a GPU, and the device is cpu"),
+    ("--attention_impl=xla --simulate --hardware=t4_16gb", "--simulate runs nothing"),
     ("--system=paged | dense", "unknown name 'paged'"),
     ("--system=resident | swo(kv_sparsity=0.8)", "unknown name 'swo'"),
     ("--system=resident | dense | int4", "unknown name 'int4'"),
