@@ -1,0 +1,310 @@
+"""Accuracy of a model under one or more KV policies: multiple choice by log-likelihood, and generated recall tasks.
+
+    python -m eval.accuracy --task=needle --policy=dense --policy='swa(kv_sparsity=0.8)'
+    python -m eval.accuracy --model=FOLDER --task=piqa --task_file=piqa.jsonl --task=copa --task_file=copa.jsonl \\
+        --policy=dense --policy='swa(kv_sparsity=0.8)' --out=accuracy.jsonl --samples=samples.jsonl
+
+It prints a row for each task and policy, and for `needle` a grid of lengths and depths for each policy; the bundled model
+finds nearly all needles under `dense`. `piqa`, `copa`, `openbookqa` and `winogrande` are read from one `--task_file` each,
+in the order of the tasks, or, where none is given, by the `datasets` library (the extra `tasks`). They use `--shots` and
+`--limit`; forms, prompts and the draw of examples are told in `eval/tasks.py`. `recall`, `copy` and `needle` are generated
+and use `--lengths`, `--items` and `--depths` (`eval/planted.py`).
+
+    acc         choices: items whose right choice has the largest log-likelihood; generated tasks: right answer tokens
+    acc_norm    choices: as acc, with the log-likelihood over the bytes of the choice
+    exact       generated tasks: items of which every answer token is right
+
+Every choice is a sequence of its own, scored from an empty cache; `attended` and bytes per token are over all tokens of all
+sequences. ± is one standard error over items, needles over draws; `chance` is what guessing gives. Nothing is ever cut: a
+sequence longer than the model's context is an error before anything is scored.
+
+Protocols: `decode` goes token by token through the decode path; `prefill_mask` is one pass with the causal selection mask
+row by row. `--samples` holds one line for each item of each cell; a cell that is finished in `--out` runs again where the
+file of samples lacks it.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from eval import common, inputs, measure, planted, tasks, windows
+from eval.common import UserError
+
+PROTOCOLS = ("decode", "prefill_mask")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The command line, checked as far as it can be without model and files."""
+
+    model: str
+    text: str
+    tasks: tuple[str, ...]
+    files: dict[str, str]  # of the tasks that are read from one
+    shots: int
+    limit: int | None
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    items: int
+    policies: tuple[str, ...]
+    codec: str
+    protocol: str
+    batch: int
+    seed: int
+    out: str | None
+    samples: str | None
+    rerun: bool
+    json: bool
+    attention_impl: str
+
+
+def config(argv: Sequence[str]) -> Config:
+    """Flags to a Config; raises UserError."""
+    values = common.shared_flags(model="bundled", text=windows.BUNDLED, out=None)
+    where = {"flag_values": values}
+    flags.DEFINE_multi_string("task", ["needle"], f"Of {', '.join(tasks.NAMES + planted.NAMES)}; repeatable.", **where)
+    flags.DEFINE_multi_string("task_file", [], "JSON lines for a task that is read; one for each of them.", **where)
+    flags.DEFINE_integer("shots", 4, "Worked examples before each item of a task that is read.", 0, **where)
+    flags.DEFINE_integer("limit", 0, "First items of each task that is read; 0 for all.", 0, **where)
+    flags.DEFINE_list("lengths", ["128", "256", "512"], "Tokens of the sequences of generated tasks.", **where)
+    flags.DEFINE_list("depths", ["0", "0.25", "0.5", "0.75", "1"], "Where needles are, 0..1.", **where)
+    flags.DEFINE_integer("items", 4, "Generated items of each length; of needles, at each depth.", 1, **where)
+    flags.DEFINE_multi_string("policy", ["dense"], "Policy spec; may be given several times.", **where)
+    flags.DEFINE_string("codec", "raw", "How K and V are stored.", **where)
+    flags.DEFINE_enum("protocol", "decode", PROTOCOLS, "How the policy is applied.", **where)
+    flags.DEFINE_integer("batch", 8, "Sequences that run together.", 1, **where)
+    flags.DEFINE_string(
+        "samples", None, "JSON-lines file of single items: what was asked and what was chosen.", **where
+    )
+    common.impl_flag(values)
+    common.parse(values, argv, __doc__)
+    names = tuple(dict.fromkeys(values.task))
+    for name in names:
+        if name not in tasks.NAMES + planted.NAMES:
+            raise UserError(f"--task: unknown task {name!r}; known: {', '.join(tasks.NAMES + planted.NAMES)}")
+    read = [name for name in names if name in tasks.NAMES]
+    if values.task_file and len(values.task_file) != len(read):
+        what = f"{', '.join(read)} are read from files" if read else "no --task is read from a file"
+        raise UserError(f"--task_file goes with each task that is read: {what}, got {len(values.task_file)} files")
+    if not 0 <= values.seed < 2**32:
+        raise UserError(f"--seed must be in 0..{2**32 - 1}, got {values.seed}")
+    if values.model.startswith("random:"):
+        raise UserError(f"--model: {values.model} has no tokenizer, which a task needs")
+    return Config(
+        model=values.model,
+        text=values.text,
+        tasks=names,
+        files=dict(zip(read, values.task_file, strict=False)),
+        shots=values.shots,
+        limit=values.limit or None,
+        lengths=_numbers("--lengths", values.lengths, int),
+        depths=_numbers("--depths", values.depths, float),
+        items=values.items,
+        policies=tuple(dict.fromkeys(inputs.policy(text) for text in values.policy)),
+        codec=inputs.codec(values.codec),
+        protocol=values.protocol,
+        batch=values.batch,
+        seed=values.seed,
+        out=values.out,
+        samples=values.samples,
+        rerun=values.rerun,
+        json=values.json,
+        attention_impl=values.attention_impl,
+    )
+
+
+def _numbers(flag: str, given: Sequence[str], kind: type) -> tuple:
+    try:
+        found = tuple(dict.fromkeys(kind(text) for text in given))
+    except ValueError:
+        found = ()
+    if not found:
+        raise UserError(f"{flag} must be numbers with commas between them, got {','.join(given)!r}")
+    return found
+
+
+def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callable = inputs.make_engine) -> None:
+    """flags -> config -> load -> loop -> records. The arguments beside `argv` are for tests."""
+    setup = config(argv)
+    inputs.check_impl(setup.attention_impl)
+    card = inputs.card(setup.model)
+    if set(setup.tasks) & set(planted.NAMES):
+        planted.check_lengths(setup.lengths, setup.depths, card.max_positions, card.name)
+    source = windows.read(setup.text) if "needle" in setup.tasks else None
+    read = {name: _read(name, setup) for name in setup.tasks if name in tasks.NAMES}
+    results, samples = inputs.results(setup.out), Samples(setup.samples)
+    model = inputs.model(load, setup.model)
+    inputs.tokenizer(model)
+    made = [_made(name, setup, read, source, model) for name in setup.tasks]
+    for task in made:
+        check(task, setup, card)
+
+    @functools.cache
+    def engine(policy: str):
+        return inputs.engine(make_engine, model, policy, setup.codec, setup.attention_impl)
+
+    cells = [(task, cell(task, policy, setup, card)) for task in made for policy in setup.policies]
+    records, reused = [], 0
+    for task, fields in tqdm(cells, desc="cells", disable=None, leave=False):
+        found = None if results is None or setup.rerun or not samples.has(fields) else results.find(fields)
+        reused += found is not None
+        if found is None:
+            began = time.perf_counter()
+            values, ran, lines = evaluate(engine(fields["policy"]), task, setup.batch, setup.protocol)
+            samples.put(fields, lines)
+            found = inputs.record(results, fields, values, time.perf_counter() - began, ran)
+        records.append(found)
+
+    if reused:
+        common.say(f"{reused} of {len(records)} cells were already in {setup.out}; --rerun measures them again")
+    common.emit(records, report(records), setup.json)
+
+
+def _read(name: str, setup: Config) -> tasks.Task:
+    task = tasks.read(name, setup.files[name]) if name in setup.files else tasks.from_hub(name)
+    tasks.check_shots(task, setup.shots)
+    return task
+
+
+def _made(name: str, setup: Config, read, source, model):
+    """The task `name` as sequences of tokens: `Choices` or `Planted`."""
+    if name in read:
+        return tasks.Choices(read[name], model, setup.shots, setup.seed, setup.limit)
+    if name == "needle":
+        return planted.needles(model, source, setup.lengths, setup.depths, setup.items, setup.seed)
+    return planted.draw(name, model, setup.lengths, setup.items, setup.seed)
+
+
+def check(task, setup: Config, card: inputs.Card) -> None:
+    """Raise UserError, which names the item, where a sequence fits neither the model's context nor codec nor policies."""
+    needed = inputs.calibration_tokens(setup.codec)
+    sizes = [len(ids) for ids in task.sequences]
+    for name, size in zip(task.names, sizes, strict=True):
+        if size > card.max_positions:
+            raise UserError(
+                f"{name} has {size} tokens, and the context of {card.name} is {card.max_positions}: nothing is cut,"
+                f" so give fewer --shots, a smaller --limit or another model"
+            )
+        if size <= needed:
+            raise UserError(
+                f"--codec: {setup.codec} takes its range from the first {needed} tokens of a sequence, and {name} has"
+                f" {size}: give fewer calibration_tokens, or axis=token"
+            )
+    for policy in setup.policies:
+        inputs.check_policy(policy, max(sizes))
+
+
+def cell(task, policy: str, setup: Config, card: inputs.Card) -> dict:
+    """The fields that identify a record."""
+    return {
+        "script": "eval.accuracy",
+        **card.fields(),
+        **task.fields,
+        "policy": policy,
+        "codec": setup.codec,
+        "placement": "resident",
+        "protocol": setup.protocol,
+        "batch": setup.batch,
+        "seed": setup.seed,
+        **common.impl_field(setup.attention_impl),
+    }
+
+
+def evaluate(engine, task, batch: int, protocol: str) -> tuple[dict, dict, list[dict]]:
+    """Score every sequence of `task`, the longest first; returns (values, how they were got, samples)."""
+    sequences = task.sequences
+    order = np.argsort([-len(ids) for ids in sequences], kind="stable")
+    logprobs, correct, scores = [None] * len(order), [None] * len(order), []
+    groups = [order[i : i + batch] for i in range(0, len(order), batch)]
+    for group in tqdm(groups, desc="batches", disable=None, leave=False):
+        score = engine.score([sequences[i] for i in group], protocol=protocol)
+        for i, row, right in zip(group, score.logprobs, score.correct, strict=True):
+            logprobs[i], correct[i] = row, right
+        scores.append(score)
+    values, lines = task.judge(logprobs, correct)
+    return (
+        {**values, **measure.footprint(scores), "longest_tokens": len(sequences[order[0]])},
+        measure.how(scores),
+        lines,
+    )
+
+
+class Samples:
+    """A file of samples, one line for each item, in which every cell stands at most once; None: no file."""
+
+    def __init__(self, path: str | None):
+        self.path = None if path is None else Path(path)
+        self.lines: list[tuple[str, str]] = []  # cell, line
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+", encoding="utf-8") as file:
+                file.seek(0)
+                self.lines = [(json.loads(line)["cell"], line) for line in file]
+        except OSError as error:
+            raise UserError(f"--samples: cannot write to {path!r}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--samples: {path!r} holds something that is no sample; give another file") from None
+
+    @staticmethod
+    def _name(fields: dict) -> str:
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    def has(self, fields: dict) -> bool:
+        """Whether the samples of the cell `fields` are there, or are not asked for."""
+        return self.path is None or self._name(fields) in {name for name, _ in self.lines}
+
+    def put(self, fields: dict, samples: Sequence[dict]) -> None:
+        """Write the samples of a cell, in place of older ones; the file is replaced in one step."""
+        if self.path is None:
+            return
+        name, keys = self._name(fields), ("task", "policy", "codec", "protocol", "seed")
+        head = {"cell": name, **{key: fields[key] for key in keys}}
+        new = [(name, json.dumps({**head, "index": i, **s}) + "\n") for i, s in enumerate(samples)]
+        self.lines = [(other, line) for other, line in self.lines if other != name] + new
+        part = self.path.with_name(self.path.name + ".part")
+        try:
+            part.write_text("".join(line for _, line in self.lines), encoding="utf-8")
+            os.replace(part, self.path)
+        except OSError as error:
+            raise UserError(f"--samples: cannot write to {str(self.path)!r}: {error.strerror}") from None
+
+
+def report(records: Sequence[dict]) -> str:
+    """The tables for people; the settings that all rows share stand above."""
+    head = "task policy acc acc_norm exact n chance attended KV_B/token ran s".split()
+    rows, below, data = [], [], {}
+    for r in records:
+        attended = common.number(r["attended_frac"], ".1f", 100) + " %"
+        row = [r["task"], r["policy"], *(_percent(r, key) for key in ("acc", "acc_norm", "exact_match")), str(r["n"])]
+        row += [common.number(r.get("chance"), ".2f"), attended, common.number(r["kv_bytes_per_token"], ".0f")]
+        rows.append([*row, r["implementation"], common.number(r["wall_s"], ".1f")])
+        asked = f"{r['shots']} shots" if "shots" in r else f"{r['items']} items"
+        data[r["task"]] = (
+            f"{r['task']}: {r['data']} ({r['data_sha256'][:12]}), {asked}, at most {r['longest_tokens']} tokens"
+        )
+        if "acc_by_length_and_depth" in r:
+            below.append(common.table(*planted.grid(r["acc_by_length_and_depth"], f"needle, {r['policy']}")))
+    r = records[0]
+    above = f"{r['model']}, protocol {r['protocol']}, codec {r['codec']}, seed {r['seed']}; ± is one standard error"
+    return "\n".join([above, *data.values(), common.table(head, rows, left=2), *below])
+
+
+def _percent(record: dict, key: str) -> str:
+    text = common.number(record.get(key), ".1f", 100, record.get(f"{key}_stderr"))
+    return text if text == "-" else f"{text} %"
+
+
+if __name__ == "__main__":
+    sys.exit(common.run(main))
