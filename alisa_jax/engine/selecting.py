@@ -54,6 +54,20 @@ def wishes(pos: np.ndarray, slot: np.ndarray) -> Wishes:
     return Wishes(*key[new].T, slots)
 
 
+def rounds(rows: Wishes, pages: int, gather: bool) -> Iterable[Wishes]:
+    """`rows` in pieces that staging has room for: `pages` pages of single rows, or the rows of `pages` pages, each whole.
+
+    A page that lay in two pieces would travel twice, and its plan says once.
+    """
+    page = np.stack([rows.layer, rows.sequence, rows.pos // PAGE_TOKENS], axis=1)
+    new = (np.diff(page, axis=0) != 0).any(axis=1)
+    place = (
+        np.arange(len(rows.pos)) // PAGE_TOKENS if gather else np.concatenate([[0], np.cumsum(new)])[: len(rows.pos)]
+    )
+    for i in range(0, int(place.max(initial=-1)) + 1, pages):
+        yield rows.where((place >= i) & (place < i + pages))
+
+
 NOTHING = Wishes(*(np.zeros(0, np.int32) for _ in range(3)), np.zeros((0, 1), np.int32))
 
 
@@ -144,9 +158,8 @@ class Selecting(Base):
         at = self.due.layer, self.due.sequence, self.due.pos
         if not (loaded[at] | (self.due.pos < dropped[self.due.sequence])).all():
             raise RuntimeError("the plan leaves rows out that are waited for")
-        rows, room = asked.where(load), self.setting.layers * loaded.shape[1] * PAGE_TOKENS
-        for start in range(0, len(rows.pos), room):
-            self._load(rows.where(slice(start, start + room)))
+        for rows in rounds(asked.where(load), self.setting.layers * loaded.shape[1], self.setting.gather):
+            self._load(rows)
         if again.any():
             self._recompute(asked.where(again), plan.recompute)
 

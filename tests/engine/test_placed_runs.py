@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import alisa_jax
 from alisa_jax import placement
+from alisa_jax.engine import selecting
 from alisa_jax.engine.placed import Placed
 from alisa_jax.placement import mover
 from alisa_jax.placement.plan import Controller, moved_bytes
@@ -147,8 +148,27 @@ def test_every_controller_gives_the_tokens_of_resident_within_its_budgets(placed
         assert run.p2 < 24 and run.recomputed_rows > 0
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(0, 90)), max_size=60),
+    st.integers(1, 4),
+    st.booleans(),
+)
+def test_rounds_hold_no_more_than_staging_and_no_page_travels_twice(wanted, room, gather):
+    layer, sequence, pos = (np.array(x, np.int32) for x in (zip(*sorted(set(wanted))) if wanted else ((), (), ())))
+    rows = selecting.Wishes(layer, sequence, pos, np.zeros((len(pos), 1), np.int32))
+    got = [list(zip(r.layer, r.sequence, r.pos)) for r in selecting.rounds(rows, room, gather)]
+    assert [row for some in got for row in some] == sorted(set(wanted)) and all(got)
+    if gather:
+        assert all(len(some) <= 16 * room for some in got)
+    else:
+        pages = [{(x, b, p // 16) for x, b, p in some} for some in got]
+        assert all(len(some) <= room for some in pages)
+        assert sum(map(len, pages)) == len(set().union(*pages))
+
+
 @pytest.mark.slow
-@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(system=SYSTEMS[4], prompts=(40, 40), new_tokens=20, device=0.0, host=1.0, reads="pages")
 @given(
     system=st.sampled_from(SYSTEMS),
     prompts=st.sampled_from(PROMPTS[1:]),
