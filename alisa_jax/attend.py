@@ -23,7 +23,6 @@ from pallas_kernels.partial import Partial, merge
 
 IMPLS = backend.IMPLS
 _PAGE_TOKENS = 32  # of a store that XLA attends at once
-_CODES = {"token": int8_decode.PerToken, "channel": int8_decode.PerChannel}.get
 
 
 def choose(impl: str, codec: Codec, dtype, head_dim: int) -> Choice:
@@ -123,8 +122,10 @@ def _slots(codec, q, k, v, bias) -> tuple[Partial, jax.Array]:
 
 def _rows(content: Content):
     """What the kernels take for one of K and V."""
-    kind = _CODES(content.axis)
-    return content.codes if kind is None else kind(content.codes, content.scale, content.zero)
+    if content.axis is None:
+        return content.codes
+    kind = int8_decode.PerToken if content.axis == "token" else int8_decode.PerChannel
+    return kind(content.codes, content.scale, content.zero)
 
 
 def _heads(q: jax.Array) -> jax.Array:

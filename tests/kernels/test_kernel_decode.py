@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import packed_decode, sparse_decode
+from pallas_kernels import backend, packed_decode, sparse_decode
 from pallas_kernels.partial import Partial, merge, merge_axis
 from pallas_kernels.tilings import DecodeTiling
 from tests.kernels.oracle import decode, error
@@ -175,9 +175,12 @@ def test_wrong_shapes_and_implementations_are_refused_in_one_sentence():
         packed_decode.packed_decode(q, jnp.swapaxes(k, 1, 2)[:, :, :40], jnp.swapaxes(v, 1, 2)[:, :, :40], bias)
 
 
-def test_auto_falls_back_where_there_is_no_gpu_and_says_why():
-    from pallas_kernels import backend
+def test_a_device_that_fails_at_a_small_kernel_has_a_reason():
+    """Before `auto` trusts a GPU it runs one there; a CPU fails that trial."""
+    assert backend.works("cpu").startswith("a small kernel fails on cpu: ValueError: impl=pallas cannot run")
 
+
+def test_auto_falls_back_where_there_is_no_gpu_and_says_why():
     assert backend.choose("auto") == ("xla", "it needs a GPU, and the device is cpu")
     assert backend.choose("auto", "the heads are odd") == ("xla", "the heads are odd")
     q, k, v, index, bias = inputs(SHAPES["four heads"])
