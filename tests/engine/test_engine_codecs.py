@@ -8,6 +8,8 @@ import pytest
 import alisa_jax
 from alisa_jax.kv.buckets import bucket
 
+pytestmark = pytest.mark.slow
+
 CODECS = ("int8(calibration_tokens=6)", "int8(axis=token)")
 LENGTHS = (41, 17, 29)
 
@@ -97,7 +99,6 @@ def perplexity(logprobs):
     return float(np.exp(-np.concatenate(logprobs).mean()))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("policy", ["dense", "swa(kv_sparsity=0.8)"])
 def test_int8_costs_less_than_half_a_percent_of_perplexity_on_a_trained_model(scored, policy):
@@ -106,7 +107,6 @@ def test_int8_costs_less_than_half_a_percent_of_perplexity_on_a_trained_model(sc
         assert abs(perplexity(scored(policy, codec).logprobs) / raw - 1) < 0.005
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_ranges_of_rotated_keys_must_hold_their_rotations(trained, story_ids, scored):
     """Why `key_range=rotary` is the default: the range that the first keys happen to fill does not last."""

@@ -7,6 +7,8 @@ import pytest
 
 from alisa_jax.kv.buckets import bucket
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (151, 130, 77, 23)
 SWA = "swa(kv_sparsity=0.6)"
 # Dropped tokens come back through the store, a few of them at once.
