@@ -36,7 +36,7 @@ def choose(impl: str, codec: Codec, dtype, head_dim: int) -> Choice:
         if content is None:
             return backend.choose(impl, f"the kernels do not read what {codec} stores")
         codes = content.codes
-    return backend.choose(impl, online.why_not(q, codes, codes))
+    return backend.choose(impl, online.why_not(online.ROWS, q=q, k=codes, v=codes))
 
 
 def slots(codec: Codec, q, k, v, bias, impl: str = "xla") -> tuple[Partial, jax.Array]:

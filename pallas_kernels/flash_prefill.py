@@ -193,7 +193,7 @@ def flash_prefill(q, k, v, length=None, *, impl: str = "auto", tiling: Tiling | 
     impl: see `backend`. Raises ValueError for shapes that do not go together and for a named `impl` that cannot run.
     """
     _check(q, k, v, length)
-    choice = backend.choose(impl, _why_not(q=q, k=k, v=v))
+    choice = backend.choose(impl, online.why_not(q=q, k=k, v=v))
     if choice.impl == "xla":
         return reference(q, k, v, length)
     B, T, N, H = q.shape
@@ -250,7 +250,7 @@ def prompt_mass(
         raise ValueError(f"queries is 1 or more, or None for all; got {queries}")
     if reduce not in ("rows", "sum"):
         raise ValueError(f"reduce must be rows or sum; got {reduce!r}")
-    choice = backend.choose(impl, _why_not(q=q, k=k))
+    choice = backend.choose(impl, online.why_not(q=q, k=k))
     if choice.impl == "xla":
         return mass_reference(q, k, lse, length, queries=queries, heads=heads, reduce=reduce)
     summed, K = reduce == "sum", k.shape[2]
@@ -294,17 +294,6 @@ def _tiling(q, k, tiling: Tiling | None) -> Tiling:
         return tiling
     found = tiling_for("flash_prefill", backend.chip(), q.shape[-1])
     return found._replace(queries=found.queries // 4, rows=found.rows // 2) if k.dtype == jnp.float32 else found
-
-
-def _why_not(**arrays) -> str | None:
-    """What the kernels do not serve about these arrays, as the end of a sentence; None: nothing."""
-    H = arrays["q"].shape[-1]
-    if H > backend.MAX_HEAD_DIM:
-        return f"the kernels serve head dimensions up to {backend.MAX_HEAD_DIM}, and this one is {H}"
-    for name, x in arrays.items():
-        if x.dtype.name not in online.FLOATS:
-            return f"the kernels serve {name} of {', '.join(online.FLOATS)}, and it is {x.dtype.name}"
-    return None
 
 
 def _check(q, k, v, length) -> None:

@@ -104,18 +104,17 @@ def _choice(impl: str, q, k: Int8, v: Int8, token_axis: int) -> backend.Choice:
                 f"k and v are both PerToken or both PerChannel, codes int8, scale and zero {shape}; {name} is"
                 f" {type(x).__name__} of {x.codes.dtype.name} with {x.scale.shape} and {x.zero.shape}"
             )
-    return backend.choose(impl, online.why_not(q, k.codes, v.codes))
+    return backend.choose(impl, online.why_not(online.ROWS, q=q, k=k.codes, v=v.codes))
 
 
 def _decode(q, k: Int8, v: Int8, index, bias, kernel, token_axis, mass, impl, tiling):
     B, N, H = q.shape
     run = dict(kernel=kernel, token_axis=token_axis, kind=q.dtype, mass=mass, impl=impl, tiling=tiling)
-    q = q.astype(jnp.float32) * jnp.float32(H**-0.5)
     if isinstance(k, PerToken):
         return online.decode(q, k.codes, v.codes, index, bias, (k.scale, k.zero, v.scale, v.zero), **run)
     heads = lambda x: jnp.repeat(x.astype(jnp.float32), N // x.shape[1], axis=1)  # [B, K, H] -> [B, N, H]
-    q = q * heads(k.scale)
+    q = q.astype(jnp.float32) * heads(k.scale)
     part, weights = online.decode(q, k.codes, v.codes, index, bias, None, **run)
-    lse = part.lse - jnp.sum(q * heads(k.zero), axis=-1)
+    lse = part.lse - jnp.sum(q * heads(k.zero), axis=-1) * jnp.float32(H**-0.5)
     out = (part.out - heads(v.zero)) * heads(v.scale)
     return Partial(jnp.where(lse[..., None] == -jnp.inf, jnp.float32(0.0), out), lse), weights

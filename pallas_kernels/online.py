@@ -23,19 +23,25 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import backend
-from pallas_kernels.partial import Partial, mass_of, merge_axis
+from pallas_kernels.partial import Partial, empty, mass_of, merge_axis
 from pallas_kernels.tilings import DecodeTiling, tiling_for
 
 FLOATS = ("float32", "bfloat16", "float16")
+ROWS = (*FLOATS, "int8")  # of K and V that one query reads
 
 
-def why_not(q, k, v) -> str | None:
-    """What the kernels do not serve about these arrays, as the end of a sentence; None: nothing."""
-    if q.shape[-1] > backend.MAX_HEAD_DIM:
-        return f"the kernels serve head dimensions up to {backend.MAX_HEAD_DIM}, and this one is {q.shape[-1]}"
-    for name, x, allowed in (("q", q, FLOATS), ("k", k, (*FLOATS, "int8")), ("v", v, (*FLOATS, "int8"))):
-        if x.dtype.name not in allowed:
-            return f"the kernels serve {name} of {', '.join(allowed)}, and it is {x.dtype.name}"
+def why_not(allowed: tuple[str, ...] = FLOATS, **arrays) -> str | None:
+    """What the kernels do not serve about these arrays, one of them q, as the end of a sentence; None: nothing.
+
+    allowed: the types of all but q, which is a float.
+    """
+    H = arrays["q"].shape[-1]
+    if H > backend.MAX_HEAD_DIM:
+        return f"the kernels serve head dimensions up to {backend.MAX_HEAD_DIM}, and this one is {H}"
+    for name, x in arrays.items():
+        served = FLOATS if name == "q" else allowed
+        if x.dtype.name not in served:
+            return f"the kernels serve {name} of {', '.join(served)}, and it is {x.dtype.name}"
     return None
 
 
@@ -73,7 +79,7 @@ def decode(
 ) -> tuple[Partial, jax.Array | None]:
     """Launch the loop.
 
-    q [B, N, H] float32, scaled; kind: the type that matrix products with int8 codes run in; k, v token-major
+    q [B, N, H], unscaled; kind: the type that matrix products with int8 codes run in; k, v token-major
     (token_axis 1) or head-major (2); index [B, P, M] int32, or None: row m is row m; bias [B, P, M] float32;
     scales: None, or scale and zero of k, then of v, each [B, S, K] or [B, K, M]: row r of k stands for (k[r]
     - zero[r]) * scale[r]. Returns Partial(out [B, N, H], lse [B, N]) and the mass [B, P, M], None unless
@@ -83,8 +89,7 @@ def decode(
     S, K = k.shape[token_axis], k.shape[3 - token_axis]
     G, P, M = N // K, bias.shape[1], bias.shape[2]
     if M == 0:
-        part = Partial(jnp.zeros((B, N, H), jnp.float32), jnp.full((B, N), -jnp.inf, jnp.float32))
-        return part, jnp.zeros((B, P, 0), jnp.float32) if mass else None
+        return empty((B, N), H), jnp.zeros((B, P, 0), jnp.float32) if mass else None
     Gp, Hp = 1 if G == 1 else max(16, backend.power_of_two(G)), max(16, backend.power_of_two(H))
     tiling = tiling or tiling_for(kernel, backend.chip(), H)
     wide = G > 1 and jnp.dtype(kind if k.dtype == jnp.int8 else k.dtype).itemsize == 4
@@ -102,7 +107,12 @@ def decode(
     else:
         content = pl.BlockSpec((None, None, S, H), lambda b, h, s: (b, h, 0, 0))
         scale = pl.BlockSpec((None, None, S), lambda b, h, s: (b, h, 0))
-    args = [(query, q.reshape(B, K, G, H)), (content, k), (content, v), (listed, bias)]
+    args = [
+        (query, (q.astype(jnp.float32) * jnp.float32(H**-0.5)).reshape(B, K, G, H)),
+        (content, k),
+        (content, v),
+        (listed, bias),
+    ]
     args += [] if index is None else [(listed, index)]
     args += [] if scales is None else [(scale, x) for x in scales]
     outs = [
@@ -180,8 +190,8 @@ def _kernel(q_ref, k_ref, v_ref, bias_ref, *refs, G, H, S, M, rows, tiles, index
         v, scale = centred(v_ref, scale_refs and scale_refs[2:], place, row, keep, wanted)
         return o * old[:, None] + _mix(p if scale is None else p * scale, v), m2, l
 
-    empty = jnp.zeros((Gp, Hp), jnp.float32), jnp.full((Gp,), -jnp.inf, jnp.float32), jnp.zeros((Gp,), jnp.float32)
-    o, m, l = jax.lax.fori_loop(0, tiles, tile, empty)
+    start = jnp.zeros((Gp, Hp), jnp.float32), jnp.full((Gp,), -jnp.inf, jnp.float32), jnp.zeros((Gp,), jnp.float32)
+    o, m, l = jax.lax.fori_loop(0, tiles, tile, start)
     backend.store(out_ref, o / jnp.where(l == 0, 1.0, l)[:, None], mask=head[:, None] & (channel < H))
     backend.store(lse_ref, m + jnp.log(l), mask=head)
 

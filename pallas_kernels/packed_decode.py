@@ -41,12 +41,11 @@ def packed_decode(
     """
     bias = bias_of(k, bias)
     online.check(q, k, v, bias, 2, k.shape[2])
-    choice = backend.choose(impl, online.why_not(q, k, v))
+    choice = backend.choose(impl, online.why_not(online.ROWS, q=q, k=k, v=v))
     if choice.impl == "xla":
         return reference(q, k, v, bias, mass=mass)
-    H = q.shape[-1]
     return online.decode(
-        q.astype(jnp.float32) * jnp.float32(H**-0.5),
+        q,
         k,
         v,
         None,

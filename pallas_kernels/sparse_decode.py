@@ -67,12 +67,11 @@ def sparse_decode(
     online.check(q, k, v, index, 1, index.shape[-1])
     if bias is not None and bias.shape != index.shape:
         raise ValueError(f"index and bias have one shape; got {index.shape} and {bias.shape}")
-    choice = backend.choose(impl, online.why_not(q, k, v))
+    choice = backend.choose(impl, online.why_not(online.ROWS, q=q, k=k, v=v))
     if choice.impl == "xla":
         return reference(q, k, v, index, bias, mass=mass)
-    H = q.shape[-1]
     return online.decode(
-        q.astype(jnp.float32) * jnp.float32(H**-0.5),
+        q,
         k,
         v,
         index,

@@ -115,6 +115,14 @@ def test_rows_that_are_not_attended_may_hold_anything(impl):
     jax.tree.map(np.testing.assert_array_equal, run(q, *poisoned, index, bias), run(q, k, v, index, bias))
 
 
+@pytest.mark.parametrize("impl", ["interpret", "xla"])
+def test_a_list_of_no_rows_is_the_empty_piece(impl):
+    q, k, v, index, _ = inputs(SHAPES["four heads"])
+    part, mass = sparse_decode.sparse_decode(q, k, v, index[..., :0], impl=impl)
+    assert mass.shape == (2, 3, 0) and part.out.shape == q.shape
+    assert not np.asarray(part.out).any() and (np.asarray(part.lse) == -np.inf).all()
+
+
 def test_without_mass_the_rest_is_the_same():
     args = inputs(SHAPES["four heads"])
     run = jax.jit(functools.partial(sparse_decode.sparse_decode, impl="interpret", tiling=SMALL, mass=False))
