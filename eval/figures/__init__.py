@@ -1,0 +1,1 @@
+"""The figures of the paper that `eval.reproduce` makes, one module each."""
