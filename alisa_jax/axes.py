@@ -15,6 +15,8 @@ points. Shapes are static under ``jax.jit``, so a check costs nothing in a compi
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 LETTERS = "BLTSMWNKGHDVP"
 
 
@@ -55,6 +57,15 @@ def check(spec: str, array: Any, sizes: Mapping[str, int] | None = None, name: s
             reason = f"size {wanted} on axis {place}, not {size}"
             raise ValueError(_mismatch(who, shape, axes, sizes or {}, reason))
     return found
+
+
+def adopted(array, other, rows, which, axis: int = 0):
+    """`array` with those of its sequences that `which` [B] bool names replaced by the sequences `rows` [B] of `other`.
+
+    Sequences are counted along `axis`; all other sizes of the two arrays are equal.
+    """
+    named = which.reshape(-1, *[1] * (array.ndim - axis - 1))
+    return jnp.where(named, jnp.take(other, rows, axis=axis), array)
 
 
 def _is_integer(axis: str) -> bool:

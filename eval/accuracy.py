@@ -14,8 +14,9 @@ and use `--lengths`, `--items` and `--depths` (`eval/planted.py`).
     acc_norm    choices: as acc, with the log-likelihood over the bytes of the choice
     exact       generated tasks: items of which every answer token is right
 
-Every choice is a sequence of its own, scored from an empty cache; `attended` and bytes per token are over all tokens of all
-sequences. ± is one standard error over items, needles over draws; `chance` is what guessing gives. Nothing is ever cut: a
+Every choice is a sequence of its own, scored from an empty cache. Under `decode` the choices of an item share the steps of
+their context, unless that differs from choice to choice (winogrande). `attended` and bytes per token are over all tokens
+that were decoded. ± is one standard error over items, needles over draws; `chance` is what guessing gives. Nothing is ever cut: a
 sequence longer than the model's context is an error before anything is scored.
 
 Protocols: `decode` goes token by token through the decode path; `prefill_mask` is one pass with the causal selection mask
@@ -33,7 +34,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -221,22 +221,36 @@ def cell(task, policy: str, setup: Config, card: inputs.Card) -> dict:
 
 
 def evaluate(engine, task, batch: int, protocol: str) -> tuple[dict, dict, list[dict]]:
-    """Score every sequence of `task`, the longest first; returns (values, how they were got, samples)."""
-    sequences = task.sequences
-    order = np.argsort([-len(ids) for ids in sequences], kind="stable")
-    logprobs, correct, scores = [None] * len(order), [None] * len(order), []
-    groups = [order[i : i + batch] for i in range(0, len(order), batch)]
+    """Score every sequence of `task`, the longest items first; returns (values, how they were got, samples)."""
+    sequences, last = task.sequences, task.last
+    logprobs, correct, scores = [None] * len(sequences), [None] * len(sequences), []
+    groups = batches([len(ids) for ids in sequences], task.alike, batch)
     for group in tqdm(groups, desc="batches", disable=None, leave=False):
-        score = engine.score([sequences[i] for i in group], protocol=protocol)
+        wanted = None if last is None else [last[i] for i in group]
+        score = engine.score([sequences[i] for i in group], protocol=protocol, last=wanted)
         for i, row, right in zip(group, score.logprobs, score.correct, strict=True):
             logprobs[i], correct[i] = row, right
         scores.append(score)
     values, lines = task.judge(logprobs, correct)
     return (
-        {**values, **measure.footprint(scores), "longest_tokens": len(sequences[order[0]])},
+        {**values, **measure.footprint(scores), "longest_tokens": max(map(len, sequences))},
         measure.how(scores),
         lines,
     )
+
+
+def batches(sizes: Sequence[int], alike: Sequence[Sequence[int]], batch: int) -> list[list[int]]:
+    """Sequences of `sizes` tokens in groups of at most `batch`, the longest first; those that are `alike` stay together.
+
+    What is alike and more than `batch` is cut.
+    """
+    pieces = [some[i : i + batch] for some in alike for i in range(0, len(some), batch)]
+    groups = []
+    for piece in sorted(pieces, key=lambda some: -max(sizes[i] for i in some)):
+        if not groups or len(groups[-1]) + len(piece) > batch:
+            groups.append([])
+        groups[-1] += piece
+    return groups
 
 
 class Samples:

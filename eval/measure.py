@@ -15,11 +15,11 @@ from eval.common import UserError
 
 
 def footprint(scores) -> dict:
-    """Attended and clipped fractions and bytes per token over calls of `score`, weighted by the tokens they predicted.
+    """Attended and clipped fractions and bytes per token over calls of `score`, weighted by the tokens they decoded.
 
     `clipped_frac` is the share of the elements of K and V that lay outside the codec's range, 0 for `raw`.
     """
-    weights = [sum(len(row) for row in score.logprobs) for score in scores]
+    weights = [score.decoded_tokens for score in scores]
 
     def mean(name: str) -> np.ndarray:
         return np.average([np.asarray(getattr(score, name), np.float64) for score in scores], axis=0, weights=weights)

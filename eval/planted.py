@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum, isfinite
+from typing import ClassVar
 
 import numpy as np
 
@@ -56,6 +57,13 @@ class Planted:
     def sequences(self) -> list[list[int]]:
         """Token ids."""
         return [e.tokens.tolist() for e in self.drawn]
+
+    last: ClassVar[None] = None  # every token is scored
+
+    @property
+    def alike(self) -> list[list[int]]:
+        """Every sequence for itself."""
+        return [[i] for i in range(len(self.drawn))]
 
     @property
     def names(self) -> list[str]:

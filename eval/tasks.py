@@ -259,6 +259,17 @@ class Choices:
         return [ids for ids, _ in self.encoded]
 
     @property
+    def last(self) -> list[int]:
+        """How many tokens at the end of each sequence are scored."""
+        return [scored for _, scored in self.encoded]
+
+    @property
+    def alike(self) -> list[list[int]]:
+        """The sequences of each item."""
+        numbers = iter(range(len(self.encoded)))
+        return [[next(numbers) for _ in item.contexts] for item in self.items]
+
+    @property
     def names(self) -> list[str]:
         """What each sequence is called in a message."""
         shots = f" with {self.shots} shots" if self.shots else ""

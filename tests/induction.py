@@ -20,7 +20,7 @@ class InductionEngine:
         earlier = [p for p in range(max(0, t - self.reach), t) if tokens[p] == tokens[t]]
         return tokens[earlier[-1] + 1] if earlier else -1
 
-    def score(self, sequences, protocol="decode", progress=False):
+    def score(self, sequences, protocol="decode", progress=False, last=None):
         if len(self.calls) == self.stop_at:
             raise KeyboardInterrupt
         self.calls.append(sequences)
@@ -36,6 +36,7 @@ class InductionEngine:
             wall_s=0.0,
             implementation="induction",
             implementation_reason="asked for",
+            decoded_tokens=sum(len(s) - 1 for s in sequences),
         )
 
 

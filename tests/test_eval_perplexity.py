@@ -29,7 +29,7 @@ class BigramEngine:
         self.table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         self.calls, self.stop_at = calls, stop_at
 
-    def score(self, sequences, protocol="decode", progress=False):
+    def score(self, sequences, protocol="decode", progress=False, last=None):
         if len(self.calls) == self.stop_at:
             raise KeyboardInterrupt
         self.calls.append([len(s) for s in sequences])
@@ -45,6 +45,7 @@ class BigramEngine:
             wall_s=0.0,
             implementation="bigram",
             implementation_reason="asked for",
+            decoded_tokens=sum(len(s) - 1 for s in sequences),
         )
 
 

@@ -7,7 +7,6 @@ where the states grow by one layer at a time.
 from __future__ import annotations
 
 import functools
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alisa_jax import attend, attention, policies
-from alisa_jax.engine import generate, step, stops
+from alisa_jax.engine import generate, shared, step, stops
 from alisa_jax.engine.batch import Batch
 from alisa_jax.engine.generate import Generated
 from alisa_jax.engine.sampling import Sampling, batch_keys, choose
@@ -33,8 +32,8 @@ PROTOCOLS = ("decode", "prefill_mask")
 class Scores:
     """What `Engine.score` returns; one entry per sequence in `logprobs` and `correct`."""
 
-    logprobs: list[np.ndarray]  # [len - 1] float32, nats of token t + 1 given tokens 0 .. t
-    correct: list[np.ndarray]  # [len - 1] bool, the greedy token is the next token
+    logprobs: list[np.ndarray]  # [len - 1] float32, nats of token t + 1 given tokens 0 .. t; the end of it with `last`
+    correct: list[np.ndarray]  # [len - 1] bool, the greedy token is the next token; likewise
     attended_frac: np.ndarray  # [L]: attended share of the context, the token itself included, mean over tokens
     loads_per_token: np.ndarray  # [L]: rows copied from the store into the working set (nan: not that protocol)
     clipped_frac: np.ndarray  # [L]: share of the elements of K and V that lay outside the codec's range
@@ -44,6 +43,7 @@ class Scores:
     wall_s: float
     implementation: str  # what ran
     implementation_reason: str  # why it was that, where `attention_impl` was auto
+    decoded_tokens: int  # tokens that the fractions are means over
 
 
 class Engine:
@@ -80,6 +80,7 @@ class Engine:
         self._masked = self._jit(functools.partial(step.score_masked, decoder, self.layers))
         self._grow = self._jit(step.grow, static_argnums=1)
         self._freeze = self._jit(step.freeze, static_argnums=1)
+        self._adopt = self._jit(step.adopt, donate_argnums=0)
 
     def _jit(self, function, **options):
         """`jax.jit` that counts how often the function is traced."""
@@ -179,12 +180,17 @@ class Engine:
         eos = frozenset(int(t) for t in eos_ids)
         return generate.run(self, batch, max_new_tokens, eos, drawn, stop, on_text, progress)
 
-    def score(self, sequences, protocol: str = "decode", progress: bool = False) -> Scores:
+    def score(
+        self, sequences, protocol: str = "decode", progress: bool = False, *, last: Sequence[int] | None = None
+    ) -> Scores:
         """Log-probability of every token but the first of a ragged batch of sequences, from an empty cache.
 
         protocol "decode" feeds token by token through the real decode path; "prefill_mask" does one pass per layer under
         the row-by-row selection mask. Both give the same numbers; they differ in what they exercise.
-        Raises ValueError, before anything runs, for what `generate` refuses and for a sequence of one token.
+        last: how many tokens at the end of each sequence are wanted, for all of which it is given: `logprobs` and `correct`
+        then hold these alone. Under "decode", sequences whose other tokens are equal, the choices of an item, share the
+        steps of these; attended, loaded and clipped are means over the tokens that were decoded.
+        Raises ValueError, before anything runs, for what `generate` refuses, a sequence of one token and a wrong `last`.
         """
         start, compiles = time.perf_counter(), self.compiles
         if protocol not in PROTOCOLS:
@@ -195,48 +201,54 @@ class Engine:
         B, T = batch.tokens.shape
         self.validate(T)
         self.check_calibration(batch.length - 1)
-        targets = np.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
-        valid = np.arange(T)[None] < (batch.length - 1)[:, None]
-        run = self._score_decode if protocol == "decode" else self._score_masked
-        logprobs, correct, attended, loads, clipped = run(batch.tokens, targets, valid, progress)
+        decoded, wanted, raw_tokens = batch.length - 1, batch.length - 1, self.codec.frozen_after
+        kind, reason = self.implementation, self.implementation_reason
+        common = None
+        if last is not None:
+            wanted = shared.check(batch, last)
+            common = shared.contexts(batch, wanted, raw_tokens) if protocol == "decode" else None
+        if common is not None:
+            out = shared.score(self, batch, wanted, *common, progress)
+            decoded, counted = wanted, int(common[0].length.sum() + wanted.sum())
+            coded = counted - raw_tokens * len(common[0].length)
+        else:
+            targets = np.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
+            valid = np.arange(T)[None] < decoded[:, None]
+            out = (self._score_decode if protocol == "decode" else self._score_masked)(
+                batch.tokens, targets, valid, progress
+            )
+            counted, coded = int(valid.sum()), int(valid[:, raw_tokens:].sum())
+        if protocol != "decode":
+            kind, reason = "xla:masked", "prefill_mask is the reference, which XLA computes"
+        logprobs, correct, attended, loads, clipped = out
         content, other = self.state_bytes(B, T)
-        count, c = int(valid.sum()), self.model.decoder.config
-        coded = int(valid[:, self.codec.frozen_after :].sum()) * 2 * c.n_kv_heads * c.head_dim
-        kind = self.implementation if protocol == "decode" else "xla:masked"
+        c = self.model.decoder.config
+        ends = list(zip(decoded - wanted, decoded, strict=True))
         return Scores(
-            [row[: n - 1] for row, n in zip(logprobs, batch.length, strict=True)],
-            [row[: n - 1] for row, n in zip(correct, batch.length, strict=True)],
-            attended / count,
-            loads / count,
-            clipped / max(1, coded),
+            [row[a:b] for row, (a, b) in zip(logprobs, ends, strict=True)],
+            [row[a:b] for row, (a, b) in zip(correct, ends, strict=True)],
+            attended / counted,
+            loads / counted,
+            clipped / max(1, coded * 2 * c.n_kv_heads * c.head_dim),
             content / (B * bucket(T)),
             other / (B * bucket(T)),
             self.compiles - compiles,
             time.perf_counter() - start,
             kind,
-            self.implementation_reason if protocol == "decode" else "prefill_mask is the reference, which XLA computes",
+            reason,
+            counted,
         )
 
     def _score_decode(self, tokens, targets, valid, progress):
         B, T = tokens.shape
-        C, raw_tokens = step.CHUNK_STEPS, self.codec.frozen_after
-        kv = self.init(B, raw_tokens or T)
-        padded = [jnp.asarray(np.pad(x, ((0, 0), (0, C)))) for x in (tokens, targets, valid)]
-        borders = sorted({*range(0, raw_tokens, C), *range(raw_tokens, T - 1, C), T - 1})
-        parts = []
+        raw_tokens = self.codec.frozen_after
+        kv, feed = self.init(B, raw_tokens or T), shared.Feed(self, tokens, targets, valid)
         with generate.bar(progress, T - 1, "score") as bar:
-            for first, end in itertools.pairwise(borders):
-                if first == raw_tokens > 0:
-                    kv = tuple(self._freeze(state, bucket(T)) for state in kv)
-                piece = [x[:, first : first + C] for x in padded]
-                out, kv = self._score(self.model.params, kv, *piece, jnp.int32(end - first))
-                parts.append((end - first, jax.tree.map(np.asarray, out)))
-                bar.update(end - first)
-        logprobs, correct = (
-            np.concatenate([getattr(out, f)[:, :n] for n, out in parts], 1) for f in ("logprobs", "correct")
-        )
-        sums = (sum(getattr(out, f).astype(np.float64) for _, out in parts) for f in ("attended", "loads", "clipped"))
-        return logprobs, correct, *sums
+            if raw_tokens:
+                kv = feed(kv, 0, raw_tokens, bar)
+                kv = tuple(self._freeze(state, bucket(T)) for state in kv)
+            feed(kv, raw_tokens, T - 1, bar)
+        return *feed.rows(), *feed.sums()
 
     def _score_masked(self, tokens, targets, valid, progress):
         del progress  # one program, one pass

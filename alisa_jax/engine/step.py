@@ -180,13 +180,17 @@ def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):
         share = attended / (at + 1).astype(jnp.float32)
         shares.append(jnp.sum(jnp.where(valid, share, jnp.float32(0.0))))
         clips.append(jnp.sum(jnp.where(valid, clipped, 0), dtype=jnp.int32))
+    return *judge_all(decoder, params, x, targets), jnp.stack(shares), jnp.stack(clips)
+
+
+def judge_all(decoder: Decoder, params, x: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`judge` of what the last layer gave: x [B, T, D], targets [B, T] int32, T a multiple of 32; both results [B, T]."""
     B, T, D = x.shape
     size = 32  # the logits of so many positions are held at once
     blocks = jnp.moveaxis(x.reshape(B, T // size, size, D), 1, 0)
     wanted = jnp.moveaxis(targets.reshape(B, T // size, size), 1, 0)
     logprobs, correct = jax.lax.map(lambda b: judge(decoder.unembed(params, b[0]), b[1]), (blocks, wanted))
-    flat = (jnp.moveaxis(y, 0, 1).reshape(B, T) for y in (logprobs, correct))
-    return *flat, jnp.stack(shares), jnp.stack(clips)
+    return tuple(jnp.moveaxis(y, 0, 1).reshape(B, T) for y in (logprobs, correct))
 
 
 def grow(state: LayerState, S: int) -> LayerState:
@@ -197,6 +201,11 @@ def grow(state: LayerState, S: int) -> LayerState:
 def freeze(state: LayerState, S: int) -> LayerState:
     """One layer's state with its tokens encoded, for the bucket S."""
     return attention.grow(attention.freeze(state), S)
+
+
+def adopt(kv: KVState, other: KVState, rows, which) -> KVState:
+    """The states of all layers with sequences of `other`; see `LayerState.adopt`."""
+    return tuple(state.adopt(source, rows, which) for state, source in zip(kv, other, strict=True))
 
 
 def _embed(decoder: Decoder, params, tokens):

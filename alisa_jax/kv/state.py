@@ -20,6 +20,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from alisa_jax.axes import adopted
 from alisa_jax.kv import rows
 
 EMPTY = -1
@@ -119,6 +120,18 @@ class LayerState:
     route: str = flax.struct.field(pytree_node=False)  # "working_set" | "indexed" | "masked"
     context: int = flax.struct.field(pytree_node=False)  # S, the context bucket
     impl: str = flax.struct.field(pytree_node=False, default="xla")  # what attends: "xla" | "pallas" | "interpret"
+
+    def adopt(self, other: LayerState, rows: jax.Array, which: jax.Array) -> LayerState:
+        """This state with its sequences `which` [B] bool replaced by the sequences `rows` [B] of `other`.
+
+        `other` is of the same layer, context bucket and codec state, and may hold another number of sequences.
+        """
+
+        def put(name):
+            return jax.tree.map(lambda a, b: adopted(a, b, rows, which), getattr(self, name), getattr(other, name))
+
+        stats = self.policy.adopt(self.stats, other.stats, rows, which)
+        return self.replace(ws=put("ws"), store=put("store"), stats=stats, length=put("length"))
 
 
 KVState = tuple[LayerState, ...]

@@ -18,6 +18,8 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from alisa_jax.axes import adopted
+
 Stats = Any
 
 
@@ -106,6 +108,10 @@ class Policy:
         Evicting policies set `pos` to -1 and load nothing.
         """
         raise NotImplementedError
+
+    def adopt(self, stats: Stats, other: Stats, rows: jax.Array, which: jax.Array) -> Stats:
+        """`stats` with the sequences `which` [B] bool replaced by the sequences `rows` [B] of `other`, of the same bucket."""
+        return jax.tree.map(lambda a, b: adopted(a, b, rows, which), stats, other)
 
     def select(self, stats: Stats, length, S: int, q=None) -> jax.Array:
         """[B, P, S] bool: the tokens that the query at position `length` [B] may attend, itself not counted.

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alisa_jax.axes import adopted
 from alisa_jax.policies import base, budget, swap, window_sum
 from alisa_jax.policies.dense import Dense
 
@@ -163,6 +164,10 @@ class Swa(base.Policy):
         want = budget.lookup(counts.top, length)[:, None]
         slot_of, ex = swap.improve(stats.sums.hi, stats.slot_of, pos, bias, first_local, want)
         return stats.replace(slot_of=slot_of), ex
+
+    def adopt(self, stats: SwaStats, other: SwaStats, rows, which) -> SwaStats:
+        sums = window_sum.adopt(stats.sums, other.sums, rows, which)
+        return SwaStats(sums, adopted(stats.slot_of, other.slot_of, rows, which))
 
     def select(self, stats: SwaStats, length, S, q=None) -> jax.Array:
         counts = self.counts(S)

@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alisa_jax.axes import adopted
+
 
 @flax.struct.dataclass
 class WindowSum:
@@ -120,6 +122,18 @@ def seed(sums: WindowSum, rows: jax.Array, width: jax.Array, decay: float | None
     (hi, lo), _ = jax.lax.scan(body, (sums.hi, sums.lo), (by_step, ages))
     ring = jnp.concatenate([jnp.zeros_like(sums.ring[: R - W]), by_step])  # steps -W .. -1 at R - W .. R - 1
     return sums.replace(hi=hi, lo=lo, ring=ring)
+
+
+def adopt(sums: WindowSum, other: WindowSum, rows: jax.Array, which: jax.Array) -> WindowSum:
+    """`sums` with the sequences `which` [B] bool replaced by `rows` [B] of `other`, whose sums may be at another step."""
+    ring, R = other.ring, other.ring.shape[0]
+    if R:  # the row of age a lies at step - a
+        ring = ring[jnp.mod(jnp.arange(R, dtype=jnp.int32) - sums.step + other.step, R)]
+    return sums.replace(
+        hi=adopted(sums.hi, other.hi, rows, which),
+        lo=adopted(sums.lo, other.lo, rows, which),
+        ring=adopted(sums.ring, ring, rows, which, axis=1),
+    )
 
 
 def grow(sums: WindowSum, S: int, R: int) -> WindowSum:

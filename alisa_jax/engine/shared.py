@@ -1,0 +1,102 @@
+"""Scoring the last tokens of sequences that begin alike: what they share is decoded once.
+
+The choices of a multiple-choice item are sequences with a common context. Their contexts are decoded as a batch of their
+own, ragged like any other; at the step where a context ends, its state is adopted by every sequence that goes on from it,
+and then all sequences decode their last tokens together. The numbers are those of the sequences scored one by one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alisa_jax.engine import generate, step
+from alisa_jax.engine.batch import Batch
+from alisa_jax.kv.buckets import bucket
+
+
+def check(batch: Batch, last: Sequence[int]) -> np.ndarray:
+    """`last` as an array [B]; raises ValueError unless it has a number in 1 .. length - 1 for every sequence."""
+    found = np.asarray(last)
+    if found.shape != batch.length.shape or found.dtype.kind not in "iu":
+        raise ValueError(f"last must be a whole number for each of the {len(batch.length)} sequences; got {last!r:.60}")
+    wrong = (found < 1) | (found >= batch.length)
+    if wrong.any():
+        i = int(wrong.argmax())
+        raise ValueError(f"last must be in 1..{batch.length[i] - 1} for sequence {i}; got {found[i]}")
+    return found
+
+
+def contexts(batch: Batch, last: np.ndarray, least: int) -> tuple[Batch, np.ndarray] | None:
+    """What the sequences share, and which of it [B] each goes on from; None where nothing is to be gained.
+
+    A sequence decodes all its tokens but the last one. Those before the ones that are wanted, length - last - 1 tokens, are
+    its context. least: tokens that every context needs, those that the codec keeps raw.
+    """
+    heads = [tuple(row[: n - k - 1].tolist()) for row, n, k in zip(batch.tokens, batch.length, last, strict=True)]
+    distinct = list(dict.fromkeys(heads))
+    if len(distinct) == len(heads) or min(map(len, distinct)) < max(1, least):
+        return None
+    number = {head: i for i, head in enumerate(distinct)}
+    return Batch.from_lists(distinct), np.array([number[head] for head in heads], np.int32)
+
+
+def score(engine, batch: Batch, last: np.ndarray, common: Batch, of: np.ndarray, progress: bool):
+    """Decode `common`, then the last tokens of `batch`, whose sequence i goes on from sequence of[i] of `common`.
+
+    Returns log-probabilities and hits [B, max(last)] of the last tokens, and three sums [L] over the tokens that were
+    decoded (see `step.Scored`).
+    """
+    S, raw_tokens = bucket(batch.tokens.shape[1]), engine.codec.frozen_after
+    decoded = common.length
+    ends = sorted(set(decoded.tolist()))
+    valid = np.arange(common.tokens.shape[1])[None] < decoded[:, None]
+    feed = Feed(engine, common.tokens, np.zeros_like(common.tokens), valid)
+    kv, new = (engine.init(B, raw_tokens or S) for B in (len(decoded), len(of)))
+    with generate.bar(progress, int(ends[-1] + last.max()), "score") as bar:
+        if raw_tokens:
+            kv = feed(kv, 0, raw_tokens, bar)
+            kv, new = (tuple(engine._freeze(state, S) for state in states) for states in (kv, new))
+        for first, end in itertools.pairwise([raw_tokens, *ends]):
+            kv = feed(kv, first, end, bar)
+            new = engine._adopt(new, kv, jnp.asarray(of), jnp.asarray(decoded[of] == end))
+        del kv
+        rows = np.arange(last.max())[None]
+        at = np.minimum((batch.length - last - 1)[:, None] + rows, batch.tokens.shape[1] - 1)
+        tokens, targets = (np.take_along_axis(np.pad(batch.tokens, ((0, 0), (0, 1))), at + i, 1) for i in (0, 1))
+        end = Feed(engine, tokens, targets, rows < last[:, None])
+        end(new, 0, int(last.max()), bar)
+    sums = [a + b for a, b in zip(feed.sums(), end.sums(), strict=True)]
+    return *end.rows(), *sums
+
+
+class Feed:
+    """Teacher-forced steps over tokens, targets and `valid` (what is counted), all [B, T]; `out` collects the results."""
+
+    def __init__(self, engine, tokens, targets, valid):
+        self.engine, self.out = engine, []
+        self.padded = [jnp.asarray(np.pad(x, ((0, 0), (0, step.CHUNK_STEPS)))) for x in (tokens, targets, valid)]
+
+    def __call__(self, kv, first: int, end: int, bar):
+        """The states after the tokens `first` .. `end` - 1."""
+        for at in range(first, end, step.CHUNK_STEPS):
+            n = min(step.CHUNK_STEPS, end - at)
+            piece = [x[:, at : at + step.CHUNK_STEPS] for x in self.padded]
+            out, kv = self.engine._score(self.engine.model.params, kv, *piece, jnp.int32(n))
+            self.out.append((n, jax.tree.map(np.asarray, out)))
+            bar.update(n)
+        return kv
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities and hits [B, T] of all steps so far."""
+        return tuple(np.concatenate([getattr(o, f)[:, :n] for n, o in self.out], 1) for f in ("logprobs", "correct"))
+
+    def sums(self) -> tuple[np.ndarray, ...]:
+        """Attended shares, loads and clipped elements [L] of all steps so far."""
+        return tuple(
+            sum(getattr(o, f).astype(np.float64) for _, o in self.out) for f in ("attended", "loads", "clipped")
+        )
