@@ -16,8 +16,8 @@ and use `--lengths`, `--items` and `--depths` (`eval/planted.py`).
 
 Every choice is a sequence of its own, scored from an empty cache. Under `decode` the choices of an item share the steps of
 their context, unless that differs from choice to choice (winogrande). `attended` and bytes per token are over all tokens
-that were decoded. ± is one standard error over items, needles over draws; `chance` is what guessing gives. Nothing is ever cut: a
-sequence longer than the model's context is an error before anything is scored.
+that were decoded. ± is one standard error over items, needles over draws; `chance` is what guessing gives. Nothing is ever
+cut: a sequence longer than the model's context is an error before anything is scored.
 
 Protocols: `decode` goes token by token through the decode path; `prefill_mask` is one pass with the causal selection mask
 row by row. `--samples` holds one line for each item of each cell; a cell that is finished in `--out` runs again where the
@@ -27,7 +27,6 @@ file of samples lacks it.
 import functools
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -287,12 +286,7 @@ class Samples:
         head = {"cell": name, **{key: fields[key] for key in keys}}
         new = [(name, json.dumps({**head, "index": i, **s}) + "\n") for i, s in enumerate(samples)]
         self.lines = [(other, line) for other, line in self.lines if other != name] + new
-        part = self.path.with_name(self.path.name + ".part")
-        try:
-            part.write_text("".join(line for _, line in self.lines), encoding="utf-8")
-            os.replace(part, self.path)
-        except OSError as error:
-            raise UserError(f"--samples: cannot write to {str(self.path)!r}: {error.strerror}") from None
+        common.write(self.path, "".join(line for _, line in self.lines))
 
 
 def report(records: Sequence[dict]) -> str:

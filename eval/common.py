@@ -7,8 +7,10 @@ finished cells are kept).
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -95,6 +97,19 @@ def emit(records: Iterable[dict], text: str, as_json: bool) -> None:
         for record in records:
             print(json.dumps(record, allow_nan=False))
     print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file in one step, its folder with it: it is there whole or as it was before. Raises UserError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path.name!r}: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:

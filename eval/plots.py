@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from eval.common import UserError
-from eval.quality import difference
+from eval.quality import METRICS, difference
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the markers do without colour.
 STYLES = MappingProxyType(
@@ -38,29 +38,37 @@ CHANGES = (
 )
 
 
-def quality(records: Mapping[tuple[str, float], dict], methods: Sequence[str], path: Path) -> str:
-    """Perplexity and recall accuracy against KV sparsity, two panels, as a PNG; returns a sentence on what
-    was done.
+def quality(
+    records: Mapping[tuple[str, float], dict],
+    methods: Sequence[str],
+    path: Path,
+    tasks: Mapping[str, Mapping[tuple[str, float], dict]] = MappingProxyType({}),
+) -> str:
+    """Perplexity, recall and the accuracy in each task against KV sparsity, as a PNG; returns a sentence on what was done.
 
-    `records` are those of `eval.reproduce`, by (method, kv_sparsity), dense among them; bars are one standard error of the
-    paired difference from dense. Raises UserError where `path` cannot be written.
+    `records` are those of Figure 8's sample, by (method, kv_sparsity), dense among them; bars are one standard error of the
+    paired difference from dense, in the tasks of the accuracy. Raises UserError where `path` cannot be written.
     """
     pyplot = _pyplot()
     if pyplot is None:
         return WITHOUT
     dense = records["dense", 0.0]
+    panels = [(records, *panel) for panel in PANELS if panel[1] in dense]
+    panels += [(found, name, "acc", 100, f"{name}, accuracy in %") for name, found in tasks.items()]
     with pyplot.rc_context(RECIPE):
-        figure, axes = pyplot.subplots(1, 2, figsize=(7.2, 3.4), layout="constrained")
-        for axis, (metric, key, scale, label) in zip(axes, PANELS, strict=True):
-            axis.axhline(scale * dense[key], **_style("dense"))
+        size = (3.6 * max(2, len(panels)), 3.4)
+        figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+        for axis, (found, metric, key, scale, label) in zip(axes[0], panels, strict=True):
+            full = found["dense", 0.0]
+            axis.axhline(scale * full[key], **_style("dense"))
             for method in methods:
-                points = {0.0: dense}  # what a method without sparsity is
-                points |= {s: r for (m, s), r in records.items() if m == method}
+                points = {0.0: full}  # what a method without sparsity is
+                points |= {s: r for (m, s), r in found.items() if m == method}
                 points = sorted(points.items())
                 axis.errorbar(
                     [100 * s for s, _ in points],
                     [scale * r[key] for _, r in points],
-                    yerr=[_bar(r, dense, metric, key, scale) for _, r in points],
+                    yerr=[_bar(r, full, metric, key, scale) for _, r in points],
                     markersize=6 if "int8" in method else 4,
                     capsize=2,
                     linewidth=1.2,
@@ -69,9 +77,10 @@ def quality(records: Mapping[tuple[str, float], dict], methods: Sequence[str], p
                 )
             axis.set_xlabel("KV sparsity, %")
             axis.set_ylabel(label)
-        _log_scale(axes[0])
-        axes[1].set_ylim(bottom=-4)
-        axes[0].legend(frameon=False)
+            if metric == "recall":
+                axis.set_ylim(bottom=-4)
+        _log_scale(axes[0, 0])
+        axes[0, 0].legend(frameon=False)
         figure.suptitle(
             f"{_sample(dense)};\ndecode protocol, bars: one standard error of the paired difference from dense",
             fontsize=8,
@@ -270,7 +279,9 @@ def _pyplot():
 
 
 def _bar(record: Mapping, reference: Mapping, metric: str, key: str, scale: float) -> float:
-    """One standard error of the paired difference, in the unit of the panel; 0 where there is none."""
+    """One standard error of the paired difference, of a task that of the value, in the panel's unit; 0 for none."""
+    if metric not in METRICS:
+        return scale * (record[f"{key}_stderr"] or 0.0)
     stderr = difference(record, reference, metric).stderr or 0.0
     return scale * stderr * (record[key] if metric == "perplexity" else 1)  # from that of a logarithm
 
@@ -286,10 +297,11 @@ def _log_scale(axis) -> None:
 
 def _sample(record: Mapping) -> str:
     """What was measured, in one sentence for the head of a figure."""
-    return (
-        f"{record['model']} on {record['data']}: {record['windows']} windows of {record['window_tokens']} tokens "
-        f"(n = {record['n']}), {record['recall_episodes']} recall episodes (n = {record['recall_n']})"
-    )
+    text = f"{record['model']} on {record['data']}: {record['windows']} windows of {record['window_tokens']} tokens"
+    text += f" (n = {record['n']})"
+    if "recall_n" in record:
+        text += f", {record['recall_episodes']} recall episodes (n = {record['recall_n']})"
+    return text
 
 
 def _save(figure, path: Path) -> str:

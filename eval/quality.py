@@ -36,7 +36,7 @@ class Sizes:
     @property
     def shortest(self) -> int:
         """Tokens of the shortest sequence."""
-        return min(self.context_tokens, *self.episode_lengths)
+        return min((self.context_tokens, *(self.episode_lengths if self.episodes else ())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def values(sample: Sample, scores) -> dict:
     hits, answers = recall.per_episode(sample.drawn, scores.correct[n:])
     return {
         **measure.perplexities(sample.text, sample.plan, scores.logprobs[:n]),
-        **recall.accuracies(sample.drawn, scores.correct[n:]),
+        **(recall.accuracies(sample.drawn, scores.correct[n:]) if sample.drawn else {}),
         **measure.footprint([scores]),
         "nll_nats_per_window": nll,
         "scored_tokens_per_window": scored,

@@ -1,207 +1,187 @@
-"""Quality against KV sparsity: the methods on the bundled model, as tables, a figure and records.
+"""The figures of the paper that can be made without its checkpoints, each beside the paper's own numbers.
 
-    python -m eval.reproduce      under 8 minutes on 2 CPU cores; an interrupted run goes on where it stopped
+    python -m eval.reproduce                     --quick: all figures on the bundled model, under 10 minutes on 2 CPU cores
+    python -m eval.reproduce --only=fig8 --full  one of them with all its cells
+    python -m eval.reproduce --full --model=meta-llama/Llama-2-7b-hf --text=wikitext2.txt --task=piqa --task=copa
 
-One cell is a method at a sparsity: dense, local, strided, SWA, and SWA with the K and V in INT8. Each cell scores one
-ragged batch, token by token through the decode path: windows of held-out standard library text, spread evenly
-over it (perplexity), and generated recall episodes, each of its own seed (accuracy), each sequence alone from an empty
-cache. Attended and clipped fractions and bytes per token are those of the whole batch. At 0 % every method but
-INT8 selects all tokens: of these only SWA is run, as a check of its whole path against dense.
+    fig1    dense inference with the cache on the CPU, half and half, on the GPU    modelled, and a stand-in measured
+    fig2c   a step with and without KV caching                                      measured
+    fig3    sparsity of dense attention by step and layer                           measured
+    fig4    accumulated attention of local, strided, SWA against dense              measured
+    fig5    attention maps                                                          measured
+    fig8    quality against KV sparsity                                             measured
+    fig9    throughput of Accelerate, FlexGen, vLLM, ALISA                          modelled, and a stand-in measured
+    fig10   sparsity under SWA                                                      measured
+    fig11   one attention module, operation by operation                            measured
+    fig12a, fig12b, fig12c    phases, recomputation, ablation                       modelled
 
-Differences from dense, from local and of INT8 are taken window by window and episode by episode; what is above two
-standard errors of such a paired difference is said below the tables, and nothing is said of the rest. With this
-many comparisons at so few windows, some will be above by chance.
+Figures 6 and 7 are worked examples and are tests. What is measured runs on this device with the model given, and the caption
+says which model stood in for the paper's; what is modelled is marked so, cell by cell. `configs/tables/` says how much
+each figure runs under --quick and --full.
 
-Writes eval/results/reproduce.jsonl (records) and eval/results/reproduce.png (needs matplotlib). The paper's Figure 8
-shows for LLaMA-7B that local and strided lose with growing sparsity what SWA keeps; its numbers stand beside ours
-and are of another model and text.
+--out is a folder: `records.jsonl`, for each figure a page of tables and a PNG (needs matplotlib), `manifest.json`
+and MANIFEST.md: what was reproduced, how far it is from the paper, and why where it differs. A cell that is finished in
+`records.jsonl` is not run again, so an interrupted run goes on where it stopped; a page is written when its figure is
+whole.
 """
 
+import importlib
+import json
+import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 from absl import flags
 
-from eval import common, episodes, inputs, plots, quality, windows
+from eval import common, inputs, quality, tables, tasks, windows
+from eval.common import UserError
+from eval.figures import base
 
-RESULTS = Path(__file__).parent / "results"
-METHODS = MappingProxyType({"local": "raw", "strided": "raw", "swa": "raw", "swa+int8": "int8"})  # and their codecs
-
-# Paper (arXiv 2403.17312v1), Figure 8, LLaMA-7B on WikiText-2: perplexity, read off the figure to about 3 %.
-# ALISA (SWA with INT8) lies on SWA there.
-PAPER_SPARSITIES = (0.2, 0.4, 0.6, 0.8, 0.9)
-PAPER_DENSE = 5.65
-PAPER = MappingProxyType(
-    {
-        "local": (10.8, 24, 49, 87, 186),
-        "strided": (8.4, 24, 115, 385, 762),
-        "swa": (5.7, 5.7, 5.8, 6.0, 6.3),
-        "swa+int8": (5.7, 5.7, 5.8, 6.0, 6.3),
-    }
-)
-CLAIM = (
-    "paper: Figure 8, LLaMA-7B on WikiText-2, another model and text. Its claim: SWA stays close to dense\n"
-    "up to 80 % (6.0 against 5.6-5.7), INT8 or not, while local and strided collapse from 20 % on (87 and 385 at 80 %)."
-)
-
-
-@dataclass(frozen=True)
-class Sizes(quality.Sizes):
-    """How much is measured; the run time grows with the number of cells times `context_tokens`."""
-
-    sparsities: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9)
-
-    def cells(self) -> list[tuple[str, float, str, str]]:
-        """(method, sparsity, policy, codec) of every cell, dense first."""
-        grid = [
-            (method, s, f"{method.removesuffix('+int8')}(kv_sparsity={s:g})", codec)
-            for method, codec in METHODS.items()
-            for s in self.sparsities
-            if s > 0 or method.startswith("swa")
-        ]
-        return [("dense", 0.0, "dense", "raw"), *grid]
-
-
-SIZES = Sizes()
+RESULTS = Path(__file__).parent / "results" / "reproduce"
+NAMES = ("fig1", "fig2c", "fig3", "fig4", "fig5", "fig8", "fig9", "fig10", "fig11", "fig12a", "fig12b", "fig12c")
+NEAR = 0.25  # what counts as close to the paper's number
 
 
 def main(
     argv: Sequence[str],
     load: Callable = inputs.load,
     make_engine: Callable = inputs.make_engine,
-    sizes: Sizes = SIZES,
+    sizes: dict | None = None,
 ) -> None:
-    """flags -> config -> load -> loop -> records. The arguments beside `argv` are for tests."""
-    setup = common.shared_flags("bundled", windows.BUNDLED, str(RESULTS / "reproduce.jsonl"))
-    flags.DEFINE_string("figure", None, "PNG file. Default: --out with the ending .png.", flag_values=setup)
-    quality.jobs_flag(setup)
-    common.parse(setup, argv, __doc__)
-    grid = [(m, s, inputs.policy(policy), inputs.codec(codec)) for m, s, policy, codec in sizes.cells()]
-    source = windows.read(setup.text)
-    card = inputs.card(setup.model)
-    results = inputs.results(setup.out)
-    sample = quality.draw(load, setup.model, card, source, sizes, setup.seed)
-    cells = [
-        {
-            "script": "eval.reproduce",
-            "method": method,
-            "kv_sparsity": sparsity,
-            "policy": policy,
-            "codec": codec,
-            "protocol": "decode",
-            **sample.fields,
-        }
-        for method, sparsity, policy, codec in grid
-    ]
-    found, reused, interrupted = quality.run(cells, sample, make_engine, results, rerun=setup.rerun, jobs=setup.jobs)
-    records = {(r["method"], r["kv_sparsity"]): r for r in found if r is not None}
-    if reused:
-        common.say(f"{reused} of {len(records)} cells were already in {setup.out}; --rerun measures them again")
-    text = report(records, [cell[:2] for cell in grid]) if records else "no cell was finished"
-    common.emit(records.values(), text, setup.json)
-    if interrupted:
-        raise KeyboardInterrupt
-    figure = Path(setup.figure) if setup.figure else Path(setup.out).with_suffix(".png")
-    common.say(plots.quality(records, tuple(METHODS), figure))
+    """flags -> checks of all figures -> records, page and picture of each -> manifest. Beside `argv` all is for tests."""
+    values = common.shared_flags("bundled", windows.BUNDLED, str(RESULTS))
+    where = {"flag_values": values}
+    values[
+        "out"
+    ].help = "Folder of records, tables, pictures and the manifest; what is finished there is not run again."
+    flags.DEFINE_list("only", [], f"Figures, comma-separated, of {', '.join(NAMES)}. Default: all.", **where)
+    flags.DEFINE_bool("quick", False, "Few cells; the default.", **where)
+    flags.DEFINE_bool("full", False, "All cells of configs/tables.", **where)
+    flags.DEFINE_multi_string("task", [], f"Accuracy panels of fig8, of {', '.join(tasks.NAMES)}; repeatable.", **where)
+    flags.DEFINE_multi_string("task_file", [], "JSON lines, one file for each --task. Default: the hub's.", **where)
+    quality.jobs_flag(values)
+    common.parse(values, argv, __doc__)
+    names = _names(values.only)
+    if values.quick and values.full:
+        raise UserError("--quick and --full are two sizes: give one of them")
+    folder = Path(values.out)
+    if folder.is_file():
+        raise UserError(f"--out: {values.out!r} is a file, and a folder is needed")
+    setup = base.Setup(
+        model=values.model,
+        text=values.text,
+        size="full" if values.full else "quick",
+        seed=values.seed,
+        jobs=values.jobs,
+        rerun=values.rerun,
+        results=inputs.results(str(folder / "records.jsonl")),
+        load=load,
+        make_engine=make_engine,
+        sizes=sizes,
+        tasks=_tasks(values.task, values.task_file),
+    )
+    inputs.card(values.model)
+    windows.read(values.text)
+    figures = {name: importlib.import_module(f"eval.figures.{name}") for name in names}
+    for figure in figures.values():
+        figure.check(setup)
+    for name, figure in figures.items():
+        found = figure.records(setup)
+        if found.interrupted:
+            raise KeyboardInterrupt
+        if found.reused:
+            common.say(
+                f"{name}: {found.reused} of {len(found.records)} cells were already in {folder / 'records.jsonl'}"
+            )
+        shown = figure.tables(setup, found.records)
+        title = f"Figure {name.removeprefix('fig')}: {figure.TITLE}"
+        common.emit(found.records, "\n\n".join([title, *map(tables.text, shown)]) + "\n", values.json)
+        common.write(folder / f"{name}.md", tables.page(title, shown))
+        common.say(figure.draw(setup, found.records, folder / f"{name}.png"))
+        _manifest(folder, name, entry(title, setup, found.records, shown))
+    common.say(f"manifest: {folder / 'MANIFEST.md'}")
 
 
-def report(records: Mapping[tuple[str, float], dict], cells: Sequence[tuple[str, float]]) -> str:
-    """The tables and sentences for people; a cell that is missing is `-`."""
-    first = next(iter(records.values()))
-    kinds = episodes.KINDS
-    head = ["method", "sparsity", "token ppl", "bits/byte", "recall", *kinds]
-    head += ["attended", "KV B/tok", "stats B/tok", "clipped", "paper"]
-    rows = []
-    for method, sparsity in cells:
-        r = records.get((method, sparsity), {})
+def _names(only: Sequence[str]) -> list[str]:
+    unknown = [name for name in only if name not in NAMES]
+    if unknown:
+        raise UserError(f"--only: unknown figure {unknown[0]!r}; known: {', '.join(NAMES)}")
+    return [name for name in NAMES if name in only or not only]
 
-        def show(key: str, form: str, scale: float = 1.0, stderr: str | None = None, r: dict = r) -> str:
-            return common.number(r.get(key), form, scale, r.get(stderr) if stderr else None)
 
-        rows.append(
-            [
-                method,
-                f"{100 * sparsity:.0f} %",
-                show("token_perplexity", ".3f", 1, "stderr"),
-                show("bits_per_byte", ".3f"),
-                show("recall_accuracy_frac", ".1f", 100, "recall_accuracy_frac_stderr"),
-                *(show(f"recall_{kind}_accuracy_frac", ".1f", 100) for kind in kinds),
-                show("attended_frac", ".1f", 100),
-                show("kv_bytes_per_token", ".0f"),
-                show("stats_bytes_per_token", ".0f"),
-                show("clipped_frac", ".3f", 100) if METHODS.get(method) == "int8" else "-",
-                common.number(_paper(method, sparsity), "g"),
-            ]
+def _tasks(names: Sequence[str], files: Sequence[str]) -> tuple[tuple[str, str | None], ...]:
+    for name in names:
+        if name not in tasks.NAMES:
+            raise UserError(f"--task: unknown task {name!r}; known: {', '.join(tasks.NAMES)}")
+    if files and len(files) != len(names):
+        raise UserError(f"--task_file goes with each --task: got {len(names)} tasks and {len(files)} files")
+    return tuple(zip(names, files or [None] * len(names), strict=True))
+
+
+def entry(title: str, setup: base.Setup, records: Sequence[dict], shown: Sequence[base.Table]) -> dict:
+    """What the manifest says of a figure.
+
+    `near` of the `compared` numbers are within a quarter of the paper's; `median_ratio` is ours over the paper's.
+    """
+    numbers = [versus for table in shown for versus in table.versus]
+    ratios = [versus.ratio for versus in numbers if versus.ratio is not None]
+    return {
+        "title": title,
+        "size": setup.size,
+        "model": setup.model,
+        "basis": sorted({r["basis"] for r in records}),
+        "device": base.device(records),
+        "git_commits": sorted({str(r["git_commit"])[:12] for r in records}),
+        "cells": len(records),
+        "compared": len(ratios),
+        "near": sum(abs(ratio - 1) <= NEAR for ratio in ratios),
+        "median_ratio": statistics.median(ratios) if ratios else None,
+        "why": [why for table in shown for why in table.why],
+        "numbers": [
+            {"what": v.what, "unit": v.unit, "ours": v.ours, "paper": v.paper, "ratio": v.ratio, "basis": v.basis}
+            for v in numbers
+        ],
+    }
+
+
+def _manifest(folder: Path, name: str, new: dict) -> None:
+    """Add one figure to manifest.json and draw MANIFEST.md from it; figures of earlier runs stay."""
+    path = folder / "manifest.json"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError):
+        raise UserError(
+            f"--out: {str(path)!r} cannot be read; remove it, and the figures that are asked for are listed anew"
+        ) from None
+    known[name] = new
+    known = {figure: known[figure] for figure in NAMES if figure in known}
+    common.write(path, json.dumps(known, indent=1, allow_nan=False) + "\n")
+    head = ("figure", "what", "size", "model", "basis", "compared", "within 25 %", "median ours / paper")
+    rows = [
+        (
+            f"[{figure}]({figure}.md)",
+            e["title"].split(": ", 1)[1],
+            e["size"],
+            e["model"],
+            " and ".join(e["basis"]),
+            str(e["compared"]),
+            str(e["near"]),
+            common.number(e["median_ratio"], ".2f"),
         )
-    above = (
-        f"{first['model']} on {first['data']} ({first['data_sha256'][:12]}), decode protocol, "
-        f"K and V raw but for swa+int8.\n"
-        f"Perplexity: {first['windows']} windows of {first['window_tokens']} tokens, n = {first['n']}.\n"
-        f"Recall: {first['recall_episodes']} episodes of {', '.join(map(str, first['episode_lengths']))} "
-        f"tokens, n = {first['recall_n']} answers.\n"
-        "Recall, attended and clipped in %; ± is one standard error (over windows, over episodes)."
+        for figure, e in known.items()
+    ]
+    why = "".join(
+        f"\n\n**{figure}**\n" + "".join(f"\n* {w}" for w in e["why"]) for figure, e in known.items() if e["why"]
     )
-    parts = [f"{above}\n\n{common.table(head, rows)}", paired(records, cells), claims(records, cells), CLAIM]
-    return "\n\n".join(parts)
-
-
-def references(records: Mapping[tuple[str, float], dict], method: str, sparsity: float) -> dict[str, dict]:
-    """The records that a cell is compared with, by name."""
-    named = {"dense": ("dense", 0.0)} if method != "dense" else {}
-    if method.startswith("swa"):
-        named["local"] = ("local", sparsity) if sparsity else ("dense", 0.0)
-    if method == "swa+int8":
-        named["swa"] = ("swa", sparsity)
-    return {name: records[key] for name, key in named.items() if key in records}
-
-
-def paired(records: Mapping[tuple[str, float], dict], cells: Sequence[tuple[str, float]]) -> str:
-    """The table of differences."""
-    names = ("dense", "local", "swa")
-    head = ["method", "sparsity", *(f"nats/token from {n}" for n in names), *(f"recall from {n}" for n in names)]
-    rows = []
-    for method, sparsity in cells:
-        if method == "dense" or (method, sparsity) not in records:
-            continue
-        others, row = references(records, method, sparsity), [method, f"{100 * sparsity:.0f} %"]
-        for metric, form, scale in (("perplexity", ".4f", 1), ("recall", ".1f", 100)):
-            for name in names:
-                d = quality.difference(records[method, sparsity], others[name], metric) if name in others else None
-                row.append(quality.show(d, form, scale))
-        rows.append(row)
-    text = (
-        "Paired differences, ± one standard error: ln of the ratio of perplexities, and recall in points.\n"
-        "* is above two standard errors."
+    caption = (
+        "Every number of ours that has one of the paper's beside it is in `manifest.json`. The paper's models and devices"
+        " are not these: where a small model or a CPU stands in, the ratio says how far that is, not that either is wrong."
     )
-    return f"{text}\n\n{common.table(head, rows)}"
-
-
-def claims(records: Mapping[tuple[str, float], dict], cells: Sequence[tuple[str, float]]) -> str:
-    """Which differences are above two standard errors, one line for each method, reference and metric."""
-    lines = ["Above two standard errors of the paired difference (all else is left open by this sample):"]
-    for metric in quality.METRICS:
-        for name in ("dense", "local", "swa"):
-            for method in METHODS:
-                higher, lower = [], []
-                for sparsity in [s for m, s in cells if m == method and (m, s) in records]:
-                    other = references(records, method, sparsity).get(name)
-                    d = None if other is None else quality.difference(records[method, sparsity], other, metric)
-                    if d is not None and d.shown:
-                        (higher if d.value > 0 else lower).append(f"{100 * sparsity:.0f}")
-                found = [f"{word} at {', '.join(at)} %" for word, at in (("higher", higher), ("lower", lower)) if at]
-                if found:
-                    lines.append(f"  {metric}: {method} is {' and '.join(found)} than {name}")
-    return "\n".join(lines if len(lines) > 1 else [lines[0], "  no difference"])
-
-
-def _paper(method: str, sparsity: float) -> float | None:
-    """The paper's value for this row, None where it has none."""
-    if sparsity == 0:
-        return PAPER_DENSE
-    return dict(zip(PAPER_SPARSITIES, PAPER.get(method, ()))).get(sparsity)
+    page = tables.markdown(base.Table(caption, head, rows, left=5))
+    common.write(
+        folder / "MANIFEST.md", f"# What was reproduced\n\n{page}\n\n## Why it differs{why or ' - nothing differs'}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,11 @@ def make_model():
     """What `alisa_jax.load` gives, as far as the scripts look into it."""
     tokenizer = make_tokenizer()
     decoder = SimpleNamespace(config=SimpleNamespace(vocab_size=tokenizer.get_vocab_size()))
-    return SimpleNamespace(tokenizer=tokenizer, bos_id=0, eos_ids=(), name="tiny", decoder=decoder)
+
+    def encode(text):
+        return [0, *tokenizer.encode(text, add_special_tokens=False).ids]
+
+    return SimpleNamespace(tokenizer=tokenizer, bos_id=0, eos_ids=(), name="tiny", decoder=decoder, encode=encode)
 
 
 def write_inputs(folder, max_positions: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m eval.reproduce` on a small known model: table, records, figure, and recall accuracy."""
+"""`python -m eval.reproduce`: the driver and its manifest, and Figure 8 on a small known model."""
 
 import json
 import math
@@ -9,12 +9,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from eval import common, inputs, quality, recall, reproduce, windows
+from eval import common, inputs, quality, recall, reproduce, tables, windows
+from eval.figures import base, fig8
+from eval.figures.base import Table, Versus
 from tests import induction
 
 pytestmark = pytest.mark.slow
 
-SIZES = reproduce.Sizes(sparsities=(0.0, 0.5), context_tokens=48, windows=3, episode_lengths=(24, 48), episodes=2)
+HALF = (0.5,)
+SIZES = dict(
+    sparsities={"local": HALF, "strided": HALF, "swa": (0.0, *HALF), "swa+int8": (0.0, *HALF)},
+    context_tokens=96,
+    windows=3,
+    episode_lengths=(72, 96),
+    episodes=2,
+    shots=1,
+    task_items=None,
+)
+SAMPLE = quality.Sizes(context_tokens=96, windows=3, episode_lengths=(72, 96), episodes=2)
 N_CELLS = 7  # dense; local, strided and both SWA at 50 %; both SWA at 0 %
 METHODS = ("local", "strided", "swa", "swa+int8")
 
@@ -26,14 +38,15 @@ def model():
 
 @pytest.fixture
 def bench(tmp_path, model):
-    given = induction.write_inputs(tmp_path, max_positions=64)
-    setup = SimpleNamespace(calls=[], stop_at=None, out=tmp_path / "r.jsonl", png=tmp_path / "r.png")
+    given = induction.write_inputs(tmp_path, max_positions=128)
+    setup = SimpleNamespace(calls=[], stop_at=None, out=tmp_path / "r", given=given)
+    setup.png, setup.records = setup.out / "fig8.png", setup.out / "records.jsonl"
 
     def make_engine(model, policy, codec):
         return engine(model, policy, codec, setup.calls, setup.stop_at)
 
-    def call(*flags):
-        argv = ["x", *given, f"--out={setup.out}", *flags]
+    def call(*flags, only="fig8"):
+        argv = ["x", *given, f"--out={setup.out}", f"--only={only}", *flags]
         return common.run(lambda a: reproduce.main(a, lambda name: model, make_engine, SIZES), argv)
 
     setup.call = call
@@ -66,7 +79,7 @@ def test_every_method_and_sparsity_has_a_row_a_record_and_a_point(bench, capsys)
     assert by["local", 0.5]["policy"] == "local(kv_sparsity=0.5)" and by["swa", 0.5]["windows"] == 3
     assert (by["swa+int8", 0.5]["policy"], by["swa+int8", 0.5]["codec"]) == ("swa(kv_sparsity=0.5)", "int8")
     assert by["swa+int8", 0.5]["clipped_frac"] == pytest.approx(0.0002) and by["swa", 0.5]["clipped_frac"] == 0.0
-    assert "Figure 8" in out.err and "LLaMA-7B" in out.err and "another model" in out.err
+    assert "Figure 8" in out.err and "LLaMA-7B" in out.err and "stands in for LLaMA-7B: another model" in out.err
     assert bench.png.read_bytes().startswith(b"\x89PNG") and "figure:" in out.err
 
 
@@ -74,7 +87,7 @@ def test_all_sequences_of_a_cell_are_one_batch_and_the_same_in_every_cell(bench,
     assert bench.call() == 0
     assert len(bench.calls) == N_CELLS
     assert all(call == bench.calls[0] for call in bench.calls)
-    assert sorted(map(len, bench.calls[0])) == [24] * 4 + [48] * 7
+    assert sorted(map(len, bench.calls[0])) == [72] * 4 + [96] * 7
 
 
 def test_a_record_holds_what_the_paired_errors_need(bench, without_figure, capsys):
@@ -99,10 +112,10 @@ def test_cells_side_by_side_give_the_records_of_cells_one_after_the_other(bench,
 
 def test_a_record_from_before_single_windows_were_kept_is_measured_again(bench, without_figure, capsys):
     assert bench.call() == 0
-    ran, lines = len(bench.calls), bench.out.read_text().splitlines()
+    ran, lines = len(bench.calls), bench.records.read_text().splitlines()
     old = json.loads(lines[0])
     del old["nll_nats_per_window"]
-    bench.out.write_text("\n".join([json.dumps(old), *lines[1:]]) + "\n")
+    bench.records.write_text("\n".join([json.dumps(old), *lines[1:]]) + "\n")
     assert bench.call() == 0
     assert len(bench.calls) == ran + 1
 
@@ -110,14 +123,16 @@ def test_a_record_from_before_single_windows_were_kept_is_measured_again(bench, 
 def test_only_differences_above_two_paired_standard_errors_are_claimed(bench, without_figure, capsys):
     assert bench.call() == 0
     text = capsys.readouterr().out
-    claimed = text.split("left open by this sample):\n")[1].split("\n\n")[0].splitlines()
-    rows = [line.split() for line in text.split("Paired differences")[1].split("\n\n")[1].splitlines()[2:]]
+    *rows, claimed = text.split("Paired differences")[1].split("\nwhy: ", 1)
+    claimed = claimed.strip().split("\nwhy: ")
+    rows = [line.split() for line in rows[0].splitlines()[3:]]
     by = {(row[0], row[1]): row[3:] for row in rows}
     assert by["swa", "50"][:2] == ["+0.0000", "±0.0000"]  # the same values as dense
-    assert "  recall: strided is lower at 50 % than dense" in claimed
-    assert "  recall: swa is higher at 50 % than local" in claimed
-    assert not any(line.startswith(("  perplexity: swa is higher", "  recall: swa is lower")) for line in claimed)
-    assert len(claimed) == sum(value.endswith("*") for row in rows for value in row)
+    assert "recall: strided is lower at 50 % than dense" in claimed
+    assert "recall: swa is higher at 50 % than local" in claimed
+    assert not any(line.startswith(("perplexity: swa is higher", "recall: swa is lower")) for line in claimed)
+    assert len(claimed) - 1 == sum(value.endswith("*") for row in rows for value in row)
+    assert claimed[-1].startswith("all else is within two standard errors")
 
 
 def test_a_second_run_measures_nothing_and_prints_the_same_table(bench, without_figure, capsys):
@@ -130,22 +145,25 @@ def test_a_second_run_measures_nothing_and_prints_the_same_table(bench, without_
     assert len(bench.calls) == 2 * ran
 
 
-def test_an_interrupted_run_shows_missing_cells_as_a_dash_and_goes_on(bench, capsys):
+def test_an_interrupted_run_writes_no_page_and_goes_on_to_the_pages_of_one_that_was_not(bench, without_figure, capsys):
     bench.stop_at = 3
     assert bench.call("--jobs=1") == common.EXIT_INTERRUPTED
-    out = capsys.readouterr().out
-    rows = [line.split()[:4] for line in out.split("\n\n")[1].splitlines() if line.startswith("swa")]
-    assert rows == [[method, s, "%", "-"] for method in ("swa", "swa+int8") for s in ("0", "50")]
-    assert not bench.png.exists() and len(bench.out.read_text().splitlines()) == 3
+    assert capsys.readouterr().out == "" and len(bench.records.read_text().splitlines()) == 3
+    assert {path.name for path in bench.out.iterdir()} == {"records.jsonl"}
     bench.stop_at = None
     assert bench.call() == 0
-    assert len(bench.calls) == N_CELLS and bench.png.exists()
+    assert len(bench.calls) == N_CELLS
+    resumed = {path.name: path.read_text() for path in bench.out.iterdir() if path.suffix == ".md"}
+    assert set(resumed) == {"fig8.md", "MANIFEST.md"}
+    bench.records.unlink()
+    assert bench.call() == 0
+    assert {name: (bench.out / name).read_text() for name in resumed} == resumed
 
 
 def test_a_cell_that_is_running_at_an_interrupt_is_finished_and_kept(tmp_path, model, capsys):
-    folder = induction.write_inputs(tmp_path, max_positions=64)[0].removeprefix("--model=")
+    folder = induction.write_inputs(tmp_path, max_positions=128)[0].removeprefix("--model=")
     source = windows.read(str(tmp_path / "text.txt"))
-    sample = quality.draw(lambda name: model, folder, inputs.card(folder), source, SIZES, seed=0)
+    sample = quality.draw(lambda name: model, folder, inputs.card(folder), source, SAMPLE, seed=0)
     both_run, never = threading.Barrier(2), threading.Event()
 
     def make_engine(model, policy, codec):
@@ -175,8 +193,9 @@ def test_without_matplotlib_the_script_says_so_and_ends_well(bench, capsys, with
 
 
 def test_a_figure_that_cannot_be_written_is_told_in_one_sentence(bench, tmp_path, capsys):
-    assert bench.call(f"--figure={tmp_path / 'absent' / 'f.png'}") == common.EXIT_MISTAKE
-    assert "cannot write the figure" in capsys.readouterr().err
+    bench.png.mkdir(parents=True)
+    assert bench.call() == common.EXIT_MISTAKE
+    assert "cannot write the figure 'fig8.png'" in capsys.readouterr().err
 
 
 def test_recall_counts_only_the_answers():
@@ -248,9 +267,168 @@ def test_records_of_different_samples_are_not_compared():
         quality.difference(one, one | {"answers_per_episode": [3, 5]}, "recall")
 
 
-def test_the_default_cells_are_the_methods_at_six_sparsities_and_dense_is_not_run_thrice():
-    cells = reproduce.Sizes().cells()
-    assert cells[0] == ("dense", 0.0, "dense", "raw") and len(cells) == 1 + 2 * 5 + 2 * 6
-    assert {s for _, s, _, _ in cells} == {0.0, 0.2, 0.4, 0.6, 0.8, 0.9}
-    assert ("swa+int8", 0.8, "swa(kv_sparsity=0.8)", "int8") in cells
-    assert not {("local", 0.0), ("strided", 0.0)} & {cell[:2] for cell in cells}
+def test_a_task_gets_a_table_beside_the_papers_panel(bench, tmp_path, without_figure, capsys):
+    rows = [{"query": f"The word {i} is", "choices": ["this", "that or so"], "gold": i % 2} for i in range(4)]
+    path = tmp_path / "copa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert bench.call("--task=copa", f"--task_file={path}", "--json") == 0
+    out = capsys.readouterr()
+    records = [json.loads(line) for line in out.out.splitlines()]
+    mine = [r for r in records if r.get("task") == "copa"]
+    assert len(records) == N_CELLS + len(mine) and {r["method"] for r in mine} >= {"dense", "local", "swa"}
+    assert all(r["n"] == 4 and r["shots"] == 1 and r["chance"] == 0.5 for r in mine)
+    head = next(line for line in out.err.splitlines() if line.startswith("method") and "acc_norm" in line)
+    assert "paper (OPT-30B)" in head
+
+
+def test_a_model_that_was_not_trained_for_recall_is_given_text_alone(bench, monkeypatch, without_figure, capsys):
+    monkeypatch.setitem(SIZES, "episodes_for", "bundled")
+    assert bench.call("--json") == 0
+    out = capsys.readouterr()
+    records = [json.loads(line) for line in out.out.splitlines()]
+    assert all("recall_accuracy_frac" not in r and r["windows"] == 3 for r in records)
+    assert "recall" not in out.err.split("Paper: LLaMA-7B")[1].split("\nwhy")[0]
+
+
+@pytest.mark.parametrize(
+    "method, sparsity, model, wanted",
+    [
+        ("swa", 0.8, "tiny", 6.0),
+        ("swa+int8", 0.8, "tiny", 6.0),
+        ("local", 0.95, "tiny", 287),
+        ("dense", 0.0, "tiny", 5.65),
+    ]
+    + [("h2o", 0.8, "tiny", None), ("swa", 0.5, "tiny", None)],
+)
+def test_the_papers_value_stands_beside_the_cell_it_belongs_to(method, sparsity, model, wanted):
+    assert fig8.published(fig8.panel(("wikitext2",), model), method, sparsity) == wanted
+
+
+def test_a_panel_is_that_of_the_model_with_the_same_name():
+    assert fig8.panel(("piqa",), "/models/OPT-6.7b")["dense"] == 77.2
+    assert fig8.panel(("piqa",), "tiny")["model"] == "LLaMA-33B"
+
+
+def test_full_has_every_sparsity_of_the_paper_and_quick_a_part_of_it():
+    config = {size: base.Setup("m", "t", size, 0, 1, False, None).config("fig8") for size in ("quick", "full")}
+    cells = {size: fig8.grid(config[size]) for size in config}
+    assert cells["full"][0] == ("dense", 0.0, "dense", "raw") and len(cells["full"]) == 1 + 2 * 6 + 2 * 7
+    assert {s for _, s, _, _ in cells["full"]} == {0.0, *base.paper("alisa_fig8")["kv_sparsity"]}
+    assert (
+        set(cells["quick"]) < set(cells["full"]) and ("swa+int8", 0.8, "swa(kv_sparsity=0.8)", "int8") in cells["quick"]
+    )
+    assert not {("local", 0.0), ("strided", 0.0)} & {cell[:2] for cell in cells["full"]}
+
+
+# The driver.
+
+
+class Fake:
+    """A figure of two numbers; the second of its cells is interrupted where it is told so."""
+
+    TITLE = "Two numbers"
+
+    def __init__(self):
+        self.ran, self.interrupt, self.refuse = [], False, None
+
+    def check(self, setup):
+        if self.refuse:
+            raise common.UserError(self.refuse)
+
+    def records(self, setup):
+        def run(cell):
+            if self.interrupt and cell["number"] == 2:
+                raise KeyboardInterrupt
+            self.ran.append(cell["number"])
+            return {"value": 1.5 * cell["number"]}, {"measured": cell["number"] == 1}
+
+        return base.collect(setup, [{"figure": "fake", "number": n} for n in (1, 2)], run, "fake")
+
+    def tables(self, setup, records):
+        rows = [(str(r["number"]), tables.value(r["value"], ".1f", r["basis"]), "-") for r in records]
+        versus = [Versus(f"number {r['number']}", "", r["value"], p, r["basis"]) for r, p in zip(records, (1.5, 6.0))]
+        return [Table("A caption", ("n", "a|b", "c"), rows, versus=versus, why=("it is a fake",))]
+
+    def draw(self, setup, records, path):
+        path.write_bytes(b"a picture")
+        return f"figure: {path}"
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Figures 3 and 5, faked."""
+    made = {name: Fake() for name in ("fig3", "fig5")}
+    known = reproduce.importlib.import_module
+    monkeypatch.setattr(reproduce.importlib, "import_module", lambda name: made.get(name.split(".")[-1]) or known(name))
+    return made
+
+
+def test_a_page_holds_the_table_with_modelled_cells_marked_and_the_manifest_the_distance(bench, fakes, capsys):
+    assert bench.call(only="fig5,fig3") == 0
+    page = (bench.out / "fig3.md").read_text()
+    assert page.startswith(
+        "# Figure 3: Two numbers\n\nA caption\n\n| n | a\\|b | c |\n| --- | ---: | ---: |\n| 1 | 1.5 | - |\n"
+    )
+    assert "| 2 | 3.0† | - |" in page and "* it is a fake" in page and "† modelled, not measured" in page
+    found = json.loads((bench.out / "manifest.json").read_text())
+    assert list(found) == ["fig3", "fig5"]
+    assert {k: found["fig5"][k] for k in ("compared", "near", "median_ratio", "basis")} == {
+        "compared": 2,
+        "near": 1,
+        "median_ratio": 0.75,
+        "basis": ["measured", "modelled"],
+    }
+    assert found["fig3"]["numbers"][1] == dict(
+        what="number 2", unit="", ours=3.0, paper=6.0, ratio=0.5, basis="modelled"
+    )
+    assert "| [fig3](fig3.md) | Two numbers | quick |" in (bench.out / "MANIFEST.md").read_text()
+    capsys.readouterr()
+
+
+def test_figures_of_an_earlier_run_stay_in_the_manifest_and_finished_cells_are_not_run_again(bench, fakes, capsys):
+    assert bench.call(only="fig3") == 0 and bench.call(only="fig5") == 0
+    assert list(json.loads((bench.out / "manifest.json").read_text())) == ["fig3", "fig5"]
+    assert (fakes["fig3"].ran, fakes["fig5"].ran) == ([1, 2], [])  # the two fakes have the same cells
+    assert "fig5: 2 of 2 cells were already in" in capsys.readouterr().err
+
+
+def test_an_interrupt_leaves_the_figures_before_it_whole_and_the_cells_before_it_on_file(bench, fakes, capsys):
+    fakes["fig5"].interrupt = fakes["fig3"].interrupt = True
+    assert bench.call(only="fig3,fig5") == common.EXIT_INTERRUPTED
+    assert {path.name for path in bench.out.iterdir()} == {"records.jsonl"}
+    assert [json.loads(line)["number"] for line in bench.records.read_text().splitlines()] == [1]
+    fakes["fig3"].interrupt = False
+    assert bench.call(only="fig3") == 0 and fakes["fig3"].ran == [1, 2]
+    capsys.readouterr()
+
+
+def test_every_figure_is_checked_before_the_first_one_runs(bench, fakes, capsys):
+    fakes["fig5"].refuse = "fig5 needs a tokenizer"
+    assert bench.call(only="fig3,fig5") == common.EXIT_MISTAKE
+    assert capsys.readouterr().err == "error: fig5 needs a tokenizer\n" and fakes["fig3"].ran == []
+
+
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        (["--only=fig6"], "unknown figure 'fig6'; known: fig1, fig2c"),
+        (["--quick", "--full"], "give one of them"),
+        (["--task=hellaswag"], "unknown task 'hellaswag'"),
+        (["--task=copa", "--task_file=a", "--task_file=b"], "1 tasks and 2 files"),
+        (["--task=copa", "--task_file=absent.jsonl"], "cannot read 'absent.jsonl'"),
+        (["--model=random:opt_125m"], "fig8: random:opt_125m has no tokenizer"),
+        (["--model=nowhere"], "no model at 'nowhere'"),
+        (["--text=nowhere.txt"], "cannot read the text 'nowhere.txt'"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence_before_anything_runs(bench, flags, part, capsys):
+    assert bench.call(*flags) == common.EXIT_MISTAKE
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and part in err and err.count("\n") == 1 and bench.calls == []
+
+
+def test_a_ratio_needs_two_numbers():
+    assert Versus("x", "s", 3.0, 2.0, "measured").ratio == 1.5
+    assert [
+        Versus("x", "s", *pair, "measured").ratio for pair in ((None, 1.0), ("OOM", 1.0), (1.0, 0), (1.0, None))
+    ] == [None] * 4

@@ -41,6 +41,7 @@ class Setup:
     load: Callable = inputs.load
     make_engine: Callable = inputs.make_engine
     sizes: dict | None = None  # instead of those of the config, for tests
+    tasks: Sequence[tuple[str, str | None]] = ()  # multiple choice for figure 8, each with its file or None for the hub
 
     def config(self, name: str) -> dict:
         """The sizes of the figure `name`: QUICK or FULL of configs/tables/<name>.py."""
