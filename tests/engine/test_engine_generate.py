@@ -53,7 +53,9 @@ def agreed(tokens, margins, other_tokens, other_margins):
     return n
 
 
-@pytest.mark.parametrize("policy", CASES)
+@pytest.mark.parametrize(
+    "policy", [pytest.param(policy, marks=[] if policy == SWA else pytest.mark.slow) for policy in CASES]
+)
 def test_a_ragged_batch_gives_what_its_prompts_give_one_by_one(some, together, policy):
     prompts, new, batch = together(policy)
     checked = 0

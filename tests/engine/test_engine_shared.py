@@ -30,6 +30,7 @@ def choices():
     return [made[i][0] + made[i][1] for i in order], [len(made[i][1]) for i in order]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy, codec", CASES)
 def test_choices_that_share_a_context_score_as_alone(random_model, choices, policy, codec):
     engine = alisa_jax.Engine(random_model(), policy, codec)
@@ -42,6 +43,7 @@ def test_choices_that_share_a_context_score_as_alone(random_model, choices, poli
     assert np.concatenate(hits).mean() > 0.9  # near-ties may fall either way
 
 
+@pytest.mark.slow
 def test_one_masked_pass_gives_the_last_tokens_as_well(random_model, choices):
     engine = alisa_jax.Engine(random_model(), SWA)
     sequences, last = choices

@@ -139,7 +139,11 @@ def run_and_compare(placed, resident, system, prompts, new_tokens, device, host,
     return run
 
 
-@pytest.mark.parametrize("system", SYSTEMS, ids=" | ".join)
+@pytest.mark.parametrize(
+    "system",
+    [pytest.param(s, marks=[] if "int8(axis=token)" in s else pytest.mark.slow) for s in SYSTEMS],
+    ids=map(" | ".join, SYSTEMS),
+)
 def test_every_controller_gives_the_tokens_of_resident_within_its_budgets(placed, resident, system):
     """At the smallest device budget that is accepted, which is where every phase is entered."""
     run = run_and_compare(placed, resident, system, PROMPTS[0], 24, 0.0, float("inf"), "rows")
