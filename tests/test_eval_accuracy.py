@@ -246,6 +246,20 @@ def test_rows_of_the_hub_are_worded_as_those_of_files(name, model, tokenizer, mo
     assert asked == [tasks.HUB[name]] and task.data == f"{tasks.HUB[name][0]}:{tasks.HUB[name][2]}"
 
 
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_the_datasets_library_itself_gives_the_same_words(name, model, tokenizer, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    row, prompt, right = HUB_ROWS[name]
+    split = tasks.HUB[name][2]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / f"{split}.jsonl").write_text(lines_of([row] * 3))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tasks, "HUB", {name: (str(tmp_path / "data"), None, split)})
+    task = tasks.from_hub(name)
+    made = tasks.Choices(task, model, shots=0, seed=0, limit=1)
+    assert words(made, tokenizer)[task.items[0].label] == (prompt, right) and len(task.items) == 3
+
+
 # Values on a known model.
 
 
