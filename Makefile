@@ -5,9 +5,10 @@
 #
 # PYTHON  the interpreter that the environment is made with, 3.11 or newer         make setup PYTHON=python3.12
 # VENV    the folder of the environment
-# PARITY  what the tests against torch and transformers need:  auto  install it unless torch would bring CUDA along
-#                                                              1     install it in any case, or fail
-#                                                              0     do without; those tests are skipped
+# PARITY  what the tests against torch, transformers and
+#         lm_eval need:  auto  install it unless torch would bring CUDA along
+#                        1     install it in any case, or fail
+#                        0     do without; those tests are skipped
 PYTHON ?= python3
 VENV ?= .venv
 PARITY ?= auto
@@ -39,23 +40,23 @@ $(VENV)/.parity-0: $(VENV)/.setup
 	@echo "PARITY=0" > $@
 
 $(VENV)/.parity-1: $(VENV)/.setup
-	@echo "installing torch and transformers for the parity tests (PARITY=0 does without)"
-	@$(PIP) install --quiet -c constraints.txt -e '.[parity]'
+	@echo "installing torch, transformers and lm_eval for the parity tests (PARITY=0 does without)"
+	@$(PIP) install --quiet -c constraints.txt -e '.[parity,lm_eval]'
 	@: > $@
 
 $(VENV)/.parity-auto: $(VENV)/.setup
-	@if ! plan=$$($(PIP) install --dry-run -c constraints.txt -e '.[parity]' 2>&1); then \
-	  echo "torch and transformers in the pinned versions cannot be installed here" > $@; \
+	@if ! plan=$$($(PIP) install --dry-run -c constraints.txt -e '.[parity,lm_eval]' 2>&1); then \
+	  echo "torch, transformers and lm_eval in the pinned versions cannot be installed here" > $@; \
 	elif echo "$$plan" | grep -q 'Would install.*nvidia'; then \
 	  echo "torch would bring several GB of CUDA packages (PARITY=1 installs them)" > $@; \
 	else \
-	  echo "installing torch and transformers for the parity tests (PARITY=0 does without)"; \
-	  $(PIP) install --quiet -c constraints.txt -e '.[parity]' && : > $@; \
+	  echo "installing torch, transformers and lm_eval for the parity tests (PARITY=0 does without)"; \
+	  $(PIP) install --quiet -c constraints.txt -e '.[parity,lm_eval]' && : > $@; \
 	fi
 
 test: setup parity lint
 	@if [ -s $(VENV)/.parity-$(PARITY) ]; then \
-	  echo "the tests against torch and transformers may be skipped: $$(cat $(VENV)/.parity-$(PARITY))"; fi
+	  echo "the tests against torch, transformers and lm_eval may be skipped: $$(cat $(VENV)/.parity-$(PARITY))"; fi
 	$(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 reproduce: setup

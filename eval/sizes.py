@@ -6,7 +6,6 @@ Every function raises UserError with one sentence.
 import dataclasses
 import json
 import math
-import re
 import runpy
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from alisa_jax.kv import codec as codecs
 from alisa_jax.models import checkpoint, hf, shapes
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder
+from alisa_jax.placement import sizes
 from alisa_jax.placement.cost import Hardware, Shape, statistics_bytes
 from alisa_jax.placement.plan import PAGE_TOKENS, Setting, pages
 from eval import inputs
@@ -22,26 +22,23 @@ from eval.common import UserError
 
 HARDWARE = Path(__file__).resolve().parent.parent / "configs" / "hardware"
 THIS_MACHINE = "this_machine.json"  # what --profile writes by default, and what --hardware=this_machine reads
-UNITS = {"": 1.0, "B": 1.0}
-UNITS |= {f"{letter}B": 1000.0**i for i, letter in enumerate("KMGT", 1)}
-UNITS |= {f"{letter}iB": 1024.0**i for i, letter in enumerate("KMGT", 1)}
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 def read_bytes(text: str, dense_kv_bytes: float, flag: str) -> float:
     """'2GB', '512MiB' and '1000' in bytes; '0.33x' times `dense_kv_bytes`."""
-    found = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([A-Za-z]*)", text.strip())
-    if not found or found[2] not in {*UNITS, "x"}:
-        raise UserError(f"{flag}: {text!r} is no size; write 2GB, 512MiB, or 0.33x for a share of the dense KV")
-    return float(found[1]) * (dense_kv_bytes if found[2] == "x" else UNITS[found[2]])
+    try:
+        return sizes.read_bytes(text, dense_kv_bytes, f"{flag}: ")
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def bytes_text(number: float) -> str:
     """Bytes as a table shows them; "any" for no limit."""
     if not math.isfinite(number):
         return "any"
-    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if number >= UNITS[u]), "B")
-    return f"{number / UNITS[unit]:.2f} {unit}"
+    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if number >= sizes.UNITS[u]), "B")
+    return f"{number / sizes.UNITS[unit]:.2f} {unit}"
 
 
 def model(name: str) -> ModelConfig:

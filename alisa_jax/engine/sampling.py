@@ -134,8 +134,8 @@ class Forced(NamedTuple):
 def choose(logits: jax.Array, draw: Draw | Forced | None, step) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Token [B] int32, margin [B] and log-probability [B] from logits [B, V]; `draw` None is greedy.
 
-    step: [] int32, steps since `draw` was made. margin: by how much the token won: the best minus the second best of
-    the logits (where a token is forced too), or, when drawn, of x / T + g over what is kept (inf where one token is kept).
+    step: [] int32, steps since `draw` was made. margin: by how much the token won: its logit minus the best of the others
+    (below 0 where it is forced and another is better), or, when drawn, of x / T + g over what is kept (inf where one is).
     log-probability: of the token under the model's own distribution, in nats, whatever the sampling.
     """
     logits = clean(logits)
@@ -143,9 +143,11 @@ def choose(logits: jax.Array, draw: Draw | Forced | None, step) -> tuple[jax.Arr
     if isinstance(draw, Draw):
         keys = jax.vmap(jax.random.fold_in, (0, None))(draw.keys, draw.made + step)
         compared = scores(logits, keys, draw.settings)
-    token, margin = pick(compared)
     if isinstance(draw, Forced):
         token = jax.lax.dynamic_index_in_dim(draw.tokens, draw.made + step, 1, keepdims=False)
+        margin = lead(logits, token)
+    else:
+        token, margin = pick(compared)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, margin, chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -159,8 +161,13 @@ def clean(logits: jax.Array) -> jax.Array:
 def pick(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Best entry [B] int32 of scores [B, V] (ties to the lowest id) and its margin over the second best [B]."""
     token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return token, lead(scores, token)
+
+
+def lead(scores: jax.Array, token: jax.Array) -> jax.Array:
+    """What the entry `token` [B] of scores [B, V] has more than the best of the others [B]."""
     rest = jnp.where(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) == token[:, None], -jnp.inf, scores)
-    return token, jnp.max(scores, axis=-1) - jnp.max(rest, axis=-1)
+    return jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0] - jnp.max(rest, axis=-1)
 
 
 def scores(logits: jax.Array, keys: jax.Array, settings: Settings) -> jax.Array:
