@@ -47,7 +47,7 @@ def trends(cells: Sequence[dict]) -> list[Trend]:
     for figure, check in (("9", _figure_9), ("12a", _figure_12a), ("12b", _figure_12b), ("12c", _figure_12c)):
         mine = [one for one in cells if one["figure"] == figure and "traffic" not in one]
         if mine:
-            found += check(mine) + list(_near(figure, mine))
+            found += check(mine) + list(near(figure, mine))
     return found
 
 
@@ -113,7 +113,7 @@ def _figure_12c(cells: Sequence[dict]) -> list[Trend]:
     return found
 
 
-def _near(figure: str, cells: Sequence[dict]) -> Iterable[Trend]:
+def near(figure: str, cells: Sequence[dict]) -> Iterable[Trend]:
     """How many predictions of each column are within NEAR, the worst, and why."""
     by = "system" if figure in ("9", "12c") else "quantity"
     for name in dict.fromkeys(one[by] for one in cells):

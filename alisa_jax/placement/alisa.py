@@ -134,17 +134,20 @@ class Alisa(Controller):
             return tuple(old)
         keep, share = _pages_kept(setting), 0.0 if self.alpha == "auto" else self.alpha
         begun = self.p1 != "auto" and step >= self.p1
+        given = list(zip(setting.prompt_tokens, after, old))
+        prompts, lengths, spans = zip(*dict.fromkeys(given))  # most sequences are alike
         away = [
             max(have.host, PAGE_TOKENS * max(0, pages(n) - keep), full_pages(int(share * n)))
             if begun or pages(n) > keep
             else have.host
-            for n, have in zip(after, old)
+            for n, have in zip(lengths, spans)
         ]
-        lost = self._lost(setting, step, after, away)
-        return tuple(
-            Span(max(have.dropped, min(gone, full_pages(s), host)), host)
-            for gone, host, s, have in zip(lost, away, setting.prompt_tokens, old)
-        )
+        lost = self._lost(setting, step, lengths, away)
+        made = {
+            (s, n, have): Span(max(have.dropped, min(gone, full_pages(s), host)), host)
+            for gone, host, s, n, have in zip(lost, away, prompts, lengths, spans)
+        }
+        return tuple(made[one] for one in given)
 
     def _lost(self, setting: Setting, step: int, after: Sequence[int], away: Sequence[int]) -> list[int]:
         """Tokens to delete of each sequence, before the clamp to the prompt."""

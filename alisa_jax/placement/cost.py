@@ -155,7 +155,7 @@ class Cost:
 def attended_tokens(view: View) -> float:
     """Tokens that a decode step attends, its own included: summed over the sequences, averaged over the layers."""
     if view.wanted is None:
-        return float(sum(n + 1 for n in view.lengths))
+        return float(sum(view.lengths) + len(view.lengths))
     layers, batch = view.setting.layers, view.setting.batch
     total = 0.0
     for (layer, sequence), positions in view.wanted.items():

@@ -17,16 +17,15 @@ def settle(view: View, spans: Sequence[Span]) -> tuple[tuple[Rows, ...], tuple[R
 
     What is deleted without having been on the host goes from the device straight to nowhere.
     """
-    before, store, drop = view.spans, [], []
-    for old, new in zip(before, spans):
-        store.append(((max(old.host, new.dropped), new.host, Tier.DEVICE, Tier.HOST),))
-        drop.append(
-            (
-                (old.dropped, min(new.dropped, old.host), Tier.HOST, Tier.NOWHERE),
-                (max(old.dropped, old.host), new.dropped, Tier.DEVICE, Tier.NOWHERE),
-            )
+    store, drop = {}, {}
+    pairs = list(zip(view.spans, spans))
+    for old, new in set(pairs):  # most sequences are alike
+        store[old, new] = ((max(old.host, new.dropped), new.host, Tier.DEVICE, Tier.HOST),)
+        drop[old, new] = (
+            (old.dropped, min(new.dropped, old.host), Tier.HOST, Tier.NOWHERE),
+            (max(old.dropped, old.host), new.dropped, Tier.DEVICE, Tier.NOWHERE),
         )
-    return _folded(store), _folded(drop)
+    return _folded([store[pair] for pair in pairs]), _folded([drop[pair] for pair in pairs])
 
 
 def fetch(view: View, spans: Sequence[Span], wanted: Positions | None) -> tuple[tuple[Rows, ...], tuple[Rows, ...]]:
@@ -112,10 +111,11 @@ def largest(fits: Callable[[int], bool], stop: int) -> int:
 
 def _folded(by_sequence: Sequence[Iterable[tuple]]) -> tuple[Rows, ...]:
     """(start, stop, source, target) of each sequence as rows without the empty ones; all alike: one row for ALL."""
-    found = [tuple(one for one in ranges if one[0] < one[1]) for ranges in by_sequence]
-    if len(set(found)) == 1:
-        return tuple(Rows(*one) for one in found[0])
-    return tuple(Rows(*one, sequence=b) for b, ranges in enumerate(found) for one in ranges)
+    given = list(map(tuple, by_sequence))
+    kept = {ranges: tuple(one for one in ranges if one[0] < one[1]) for ranges in set(given)}
+    if len(set(kept.values())) == 1:
+        return tuple(Rows(*one) for one in kept[given[0]])
+    return tuple(Rows(*one, sequence=b) for b, ranges in enumerate(given) for one in kept[ranges])
 
 
 def _ceil(number: float) -> int:

@@ -6,6 +6,7 @@ k tokens, k others spread over the rest, and a few of them changing at each step
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,13 +111,14 @@ def _run(controller: Controller, setting: Setting, cost: Cost, trace: Trace | No
     trace = trace if setting.selects else None
     prices: list[Price] = []
     device = host = 0.0
+    room = functools.cache(lambda ahead: device_bytes(setting, layout, ahead))
     p1 = p2 = setting.new_tokens
     notes: list[str] = []
     layout = controller.layout(setting)
     rows = Residency(setting, layout, strict) if strict else None
     for view, plan, spans in walk(controller, setting, trace):
         prices.append(cost.price(plan, view))
-        here = device_bytes(setting, layout, plan.ahead)
+        here = room(plan.ahead)
         if rows is not None:
             if view.step == 1:
                 rows.seed(view.wanted)
