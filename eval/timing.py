@@ -1,4 +1,4 @@
-"""The values of a system: from timed runs that take turns, or from one modelled run."""
+"""The values of a system: from timed runs that take turns, or from one modelled run; and the seconds of a call."""
 
 import hashlib
 import statistics
@@ -72,6 +72,13 @@ def measure(
                 bar.update()
                 if turn == repeats:
                     keep(system, measured(*runs[system]) | about(one), seconds[system])
+
+
+def timed(function: Callable, *args) -> tuple:
+    """What a compiled function returns, and the seconds by the host's clock until it is ready; the launch counts."""
+    began = time.perf_counter()
+    out = jax.block_until_ready(function(*args))
+    return out, time.perf_counter() - began
 
 
 def oom(reason: str) -> dict:

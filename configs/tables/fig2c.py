@@ -1,0 +1,19 @@
+"""The paper's Figure 2c on the device at hand: seconds and memory of decode steps with and without a KV cache.
+
+    python -m eval.reproduce --only=fig2c
+
+QUICK takes 35 seconds of processor time, two thirds of it compiling and making weights. A step without a cache should take
+2 to 2.5 times as long at step 127 as at step 0, as in the paper, because it runs 160 tokens in place of 64; with a cache it
+should hardly change: reading the weights is most of it at this batch. FULL measures all four buckets; it has not been timed.
+"""
+
+QUICK = dict(
+    model="random:opt_125m",  # where --model names no folder: time and bytes depend on the shape alone
+    batch=1,
+    prompt_tokens=32,  # the paper's jumps at steps 32 and 96 are those of lengths 64 and 128, if its prompt has 32
+    new_tokens=128,
+    buckets="ends",  # the first and the last context bucket that the steps meet, or "all"
+    every=32,  # steps between two that are measured without a cache, beside those at the borders of buckets
+    repeats=1,  # of a step without a cache
+)
+FULL = QUICK | dict(batch=8, buckets="all", every=8, repeats=3)
