@@ -110,7 +110,7 @@ class Policy:
         raise NotImplementedError
 
     def adopt(self, stats: Stats, other: Stats, rows: jax.Array, which: jax.Array) -> Stats:
-        """`stats` with the sequences `which` [B] bool replaced by the sequences `rows` [B] of `other`, of the same bucket."""
+        """`stats` with its sequences `which` [B] bool replaced by `rows` [B] of `other`, of the same bucket."""
         return jax.tree.map(lambda a, b: adopted(a, b, rows, which), stats, other)
 
     def select(self, stats: Stats, length, S: int, q=None) -> jax.Array:
