@@ -265,11 +265,13 @@ def prefill_rows(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerSt
     return out, state.replace(ws=ws, stats=stats, length=length), store
 
 
-def score_masked(policy: Policy, codec, q, k, v) -> tuple[jax.Array, jax.Array, jax.Array]:
+def score_masked(
+    policy: Policy, codec, q, k, v, look=lambda taps: taps.attended
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Whole texts in one pass, row i under the mask that decoding token by token would have had.
 
-    q [B, T, N, H], k and v [B, T, K, H]. Returns out [B, T, N, H], the number of attended tokens [B, T] float32, and the
-    number of elements of K and V that the codec had to clip [B, T] int32.
+    q [B, T, N, H], k and v [B, T, K, H]. Returns out [B, T, N, H]; what `look` takes from the taps of each row, [B, T, ...],
+    here the number of attended tokens, float32; and the number of elements of K and V that the codec clipped [B, T] int32.
     """
     B, T, N, H = q.shape
     K, raw_tokens = k.shape[2], codec.frozen_after
@@ -292,10 +294,10 @@ def score_masked(policy: Policy, codec, q, k, v) -> tuple[jax.Array, jax.Array, 
 
         length = jnp.full((B,), n, jnp.int32)
         part, stats, pos, taps = _masked_row(policy, stats, pos, q_row, attend_all, length)
-        return (stats, pos), (part.out.reshape(B, N, H).astype(q.dtype), taps.attended)
+        return (stats, pos), (part.out.reshape(B, N, H).astype(q.dtype), look(taps))
 
     start = (stats, jnp.full((B, P, T), -1, jnp.int32))
-    _, (out, attended) = jax.lax.scan(row, start, (by_step, jnp.arange(T, dtype=jnp.int32)))
+    _, (out, seen) = jax.lax.scan(row, start, (by_step, jnp.arange(T, dtype=jnp.int32)))
     late = (jnp.arange(T) >= raw_tokens)[None].astype(jnp.int32)
     clipped = late * sum(codec.clipped(home, x) for home, x in zip(packed, raw, strict=True))
-    return jnp.moveaxis(out, 0, 1), jnp.moveaxis(attended, 0, 1), clipped
+    return jnp.moveaxis(out, 0, 1), jnp.moveaxis(seen, 0, 1), clipped

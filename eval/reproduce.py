@@ -40,7 +40,6 @@ from eval.figures import base
 
 RESULTS = Path(__file__).parent / "results" / "reproduce"
 NAMES = ("fig1", "fig2c", "fig3", "fig4", "fig5", "fig8", "fig9", "fig10", "fig11", "fig12a", "fig12b", "fig12c")
-NEAR = 0.25  # what counts as close to the paper's number
 
 
 def main(
@@ -122,10 +121,11 @@ def _tasks(names: Sequence[str], files: Sequence[str]) -> tuple[tuple[str, str |
 def entry(title: str, setup: base.Setup, records: Sequence[dict], shown: Sequence[base.Table]) -> dict:
     """What the manifest says of a figure.
 
-    `near` of the `compared` numbers are within a quarter of the paper's; `median_ratio` is ours over the paper's.
+    `near` of the `compared` numbers are close to the paper's (`base.Versus`); `median_ratio` is ours over the paper's.
     """
     numbers = [versus for table in shown for versus in table.versus]
     ratios = [versus.ratio for versus in numbers if versus.ratio is not None]
+    near = [versus.near for versus in numbers if versus.near is not None]
     return {
         "title": title,
         "size": setup.size,
@@ -134,8 +134,8 @@ def entry(title: str, setup: base.Setup, records: Sequence[dict], shown: Sequenc
         "device": base.device(records),
         "git_commits": sorted({str(r["git_commit"])[:12] for r in records}),
         "cells": len(records),
-        "compared": len(ratios),
-        "near": sum(abs(ratio - 1) <= NEAR for ratio in ratios),
+        "compared": len(near),
+        "near": sum(near),
         "median_ratio": statistics.median(ratios) if ratios else None,
         "why": [why for table in shown for why in table.why],
         "numbers": [

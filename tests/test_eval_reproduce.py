@@ -428,7 +428,10 @@ def test_a_mistake_is_told_in_one_sentence_before_anything_runs(bench, flags, pa
 
 
 def test_a_ratio_needs_two_numbers():
-    assert Versus("x", "s", 3.0, 2.0, "measured").ratio == 1.5
+    assert Versus("x", "s", 3.0, 2.0, "measured").ratio == 1.5 and not Versus("x", "s", 3.0, 2.0, "measured").near
+    assert Versus("x", "rho", 0.9, 0.7, "measured").near and Versus("x", "rho", 0.9, 0.7, "measured").ratio is None
+    assert not Versus("x", "rho", 0.9, 0.01, "measured").near and Versus("x", "rho", None, 0.7, "measured").near is None
+    assert base.density("x", 95.0, 90.0).ratio == 0.5 and base.density("x", None, 90.0).near is None
     assert [
         Versus("x", "s", *pair, "measured").ratio for pair in ((None, 1.0), ("OOM", 1.0), (1.0, 0), (1.0, None))
     ] == [None] * 4

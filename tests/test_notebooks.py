@@ -53,8 +53,8 @@ def code_cells(notebook: dict) -> list[dict]:
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
-def test_there_is_a_notebook():
-    assert "write_your_own_policy.ipynb" in NAMES
+def test_the_notebooks_are_there():
+    assert {"write_your_own_policy.ipynb", "sparsity_analysis.ipynb", "where_does_the_time_go.ipynb"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
@@ -103,3 +103,41 @@ def test_the_figures_of_the_notebook_are_drawn(results):
     cells = code_cells(results["write_your_own_policy.ipynb"])
     images = [out for cell in cells for out in cell["outputs"] if "image/png" in out.get("data", {})]
     assert len(images) == 2
+
+
+@pytest.mark.slow
+def test_what_the_analysis_of_attention_finds_is_sane_and_missed_mass_predicts_perplexity(results):
+    cells = code_cells(results["sparsity_analysis.ipynb"])
+    found = json.loads("".join(cells[-1]["outputs"][0]["text"]))
+    dense, *others = found["rows"]
+    rows = {row["policy"]: row for row in others}
+    assert set(rows) == {f"{name}(kv_sparsity={s})" for name in ("local", "strided", "swa", "h2o") for s in (0.6, 0.9)}
+    assert dense["missed_frac"] == 0 and dense["attended_frac"] == 1 and dense["token_perplexity"] < 40
+    assert len(found["by_layer"]) == 4 and all(0.6 < one < 1 for one in found["by_layer"])
+    for row in others:
+        assert dense["sparsity_frac"] < row["sparsity_frac"] < 1 and row["sparsity_kept_frac"] < dense["sparsity_frac"]
+        assert 0 < row["missed_frac"] < 0.9 and -1 <= row["rho_by_position"] < row["rho_by_id"] <= 1
+        assert (row["entered_tokens"] > 0) == row["policy"].startswith("swa")
+    for name in ("local", "strided", "swa", "h2o"):
+        mild, strong = (rows[f"{name}(kv_sparsity={s})"] for s in (0.6, 0.9))
+        assert mild["missed_frac"] < strong["missed_frac"] and mild["token_perplexity"] < strong["token_perplexity"]
+        assert rows["swa(kv_sparsity=0.9)"]["missed_frac"] <= strong["missed_frac"]
+    assert found["rho_missed_perplexity"] > 0.8
+
+
+@pytest.mark.slow
+def test_the_watched_run_has_its_phases_and_the_planner_says_where_offloading_does_not_help(results):
+    cells = code_cells(results["where_does_the_time_go.ipynb"])
+    found = json.loads("".join(cells[-1]["outputs"][0]["text"]))
+    p1, p2, n = (found["phases"][name] for name in ("p1", "p2", "new_tokens"))
+    moved, homes = found["moved_bytes"], found["homes"]
+    first = {name: next((j for j, size in enumerate(sizes) if size), n) for name, sizes in moved.items()}
+    assert 0 < first["stored"] == p1 < p2 == first["dropped"] < n and p1 < first["loaded"] and p2 < first["recomputed"]
+    assert 0 < sum(moved["loaded"]) < sum(moved["stored"]), "only what enters a selection travels"
+    assert 0 < homes["device_peak_bytes"] <= homes["device_budget"] and homes["host_peak_bytes"] <= sum(moved["stored"])
+    small, large = found["plans"]
+    assert small["batch"] < small["offload_wins_from_batch"] == large["offload_wins_from_batch"] < large["batch"]
+    assert small["fits"] and small["alisa_tokens_per_s"] < small["waves_tokens_per_s"]
+    assert not large["fits"] and large["alisa_tokens_per_s"] > large["waves_tokens_per_s"]
+    ours = {"append", "attend", "observe", "exchange", "step"}
+    assert ours < set(found["operation_s"]) and all(0 < seconds < 10 for seconds in found["operation_s"].values())

@@ -113,9 +113,9 @@ class Base:
         self.decide_s += time.perf_counter() - start
         self.decisions += 1
         self.notes += [note for note in plan.notes if note not in self.notes]
+        self._drop(plan.drop, self.spans)  # first, so that what is stored finds its room
         if not first:
             self._store(plan.store)
-        self._drop(plan.drop, self.spans)
         spans, old = self.controller.spans(view), self.spans
         self.spans = spans
         if any(span.host for span in spans):

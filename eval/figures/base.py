@@ -25,6 +25,7 @@ from tqdm import tqdm
 from eval import inputs
 
 ROOT = Path(__file__).resolve().parents[2]
+NEAR = 0.25  # what counts as close to the paper's number
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,19 @@ class Versus:
 
     @property
     def ratio(self) -> float | None:
-        """Ours over the paper's, where both are numbers and the paper's is not 0."""
-        both = isinstance(self.ours, int | float) and isinstance(self.paper, int | float) and self.paper
-        return self.ours / self.paper if both else None
+        """Ours over the paper's, where both are numbers and the paper's is not 0; None for a correlation ("rho")."""
+        return self.ours / self.paper if self._both and self.paper and self.unit != "rho" else None
+
+    @property
+    def near(self) -> bool | None:
+        """Whether ours is within a quarter of the paper's, a correlation within 0.25 of it; None without two numbers."""
+        if self.unit == "rho":
+            return abs(self.ours - self.paper) <= NEAR if self._both else None
+        return None if self.ratio is None else abs(self.ratio - 1) <= NEAR
+
+    @property
+    def _both(self) -> bool:
+        return all(isinstance(x, int | float) for x in (self.ours, self.paper))
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,12 @@ class Table:
     left: int = 1  # columns that are aligned left
     versus: Sequence[Versus] = ()
     why: Sequence[str] = field(default=())
+
+
+def density(what: str, ours: float | None, theirs: float | None) -> Versus:
+    """Two sparsities in %, compared by what they leave: of 94 and 96 % the one is half as dense again as the other."""
+    left = [None if sparsity is None else 100 - sparsity for sparsity in (ours, theirs)]
+    return Versus(what, "%", *left, "measured")
 
 
 def paper(name: str) -> dict:

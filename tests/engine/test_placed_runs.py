@@ -173,6 +173,7 @@ def test_rounds_hold_no_more_than_staging_and_no_page_travels_twice(wanted, room
 @pytest.mark.slow
 @settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(system=SYSTEMS[4], prompts=(40, 40), new_tokens=20, device=0.0, host=1.0, reads="pages")
+@example(system=SYSTEMS[3], prompts=(40, 40), new_tokens=70, device=0.0, host=0.0, reads="rows")
 @given(
     system=st.sampled_from(SYSTEMS),
     prompts=st.sampled_from(PROMPTS[1:]),

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alisa_jax.engine import Engine
+from alisa_jax.engine.looking import attentions
 from alisa_jax.models import load, save
 
 torch = pytest.importorskip("torch")
@@ -185,3 +187,19 @@ def test_stories260k_logits_agree_with_transformers(stories, dense_forward):
     assert tokens[0, 0] == model.bos_id == 1
     got = np.asarray(dense_forward(model.decoder, model.params, jnp.asarray(tokens)))
     assert np.abs(got - torch_logits(from_pretrained(stories), tokens)).max() <= 1e-4
+
+
+def test_attention_maps_of_stories260k_agree_with_transformers(stories):
+    engine = Engine(load(stories))
+    ids = engine.model.encode("Once upon a time there was a little girl who liked to play outside with her dog.")
+    layers = []
+    attentions(engine, [ids], lambda layer, maps, length: layers.append(maps))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        stories, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        wanted = reference(torch.tensor([ids]), output_attentions=True).attentions
+    assert len(wanted) == len(layers) == 5
+    for mine, theirs in zip(layers, wanted, strict=True):
+        np.testing.assert_allclose(mine.weights, theirs.numpy(), atol=1e-5)
+        assert (mine.weights == mine.dense).all()
