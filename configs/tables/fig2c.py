@@ -12,8 +12,8 @@ QUICK = dict(
     batch=1,
     prompt_tokens=32,  # the paper's jumps at steps 32 and 96 are those of lengths 64 and 128, if its prompt has 32
     new_tokens=128,
-    buckets="ends",  # the first and the last context bucket that the steps meet, or "all"
-    every=32,  # steps between two that are measured without a cache, beside those at the borders of buckets
-    repeats=1,  # of a step without a cache
+    buckets="all",  # context buckets that the steps meet, or "ends": the first and the last
+    every=16,  # steps between two that are measured without a cache, beside those at the borders of buckets
+    repeats=3,  # of a step without a cache
 )
-FULL = QUICK | dict(batch=8, buckets="all", every=8, repeats=3)
+FULL = QUICK | dict(batch=8, every=8)
