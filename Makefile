@@ -1,6 +1,6 @@
 # make setup      a virtual environment with what the library, its tests, plots and notebooks need; at once when nothing changed
 # make test       lint, format check and the tests
-# make reproduce  the headline table and plot on the bundled model
+# make reproduce  the figures of the paper, beside its numbers, on the bundled model: ARGS=--full, ARGS=--only=fig8
 # make lint | format | clean
 #
 # PYTHON  the interpreter that the environment is made with, 3.11 or newer         make setup PYTHON=python3.12

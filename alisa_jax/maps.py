@@ -24,9 +24,7 @@ class Maps(NamedTuple):
     nothing of use, and no other row attends them."""
 
     weights: jax.Array  # [B, N, T, T] float32, rows sum to 1
-    kept: (
-        jax.Array
-    )  # [B, P, T, T] bool: the tokens that were attended, itself included; head n has selection n * P // N
+    kept: jax.Array  # [B, P, T, T] bool: what was attended, itself included; head n has selection n * P // N
     dense: jax.Array  # [B, N, T, T] float32: the weights of the same queries without a policy
 
 
@@ -49,9 +47,8 @@ def _logits(codec, q, k) -> jax.Array:
     B, T, N, H = q.shape
     K, raw_tokens = k.shape[2], codec.frozen_after
     scaled = q.astype(jnp.float32) * jnp.float32(H**-0.5)
-    heads = jnp.moveaxis(scaled.reshape(B, T, K, N // K, H), 1, 3).reshape(
-        B, K, -1, H
-    )  # queries of a group in one axis
+    grouped = jnp.moveaxis(scaled.reshape(B, T, K, N // K, H), 1, 3)
+    heads = grouped.reshape(B, K, -1, H)  # all queries of a group in one axis
     keys = jnp.swapaxes(k, 1, 2)
     z = codec.logits(heads, codec.fill(codec.empty(keys.shape, "slots", "k"), keys, "slots"))
     z = z.reshape(B, N, T, T)

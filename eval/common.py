@@ -36,6 +36,13 @@ def shared_flags(model: str, text: str, out: str | None) -> flags.FlagValues:
         "out", out, "JSON-lines file of records; a cell that is finished there is not run again.", **where
     )
     flags.DEFINE_bool("rerun", False, "Run finished cells again.", **where)
+    flags.DEFINE_string(
+        "compile_cache",
+        "auto",
+        "Folder of compiled programs, which the next run need not compile; none; or auto: what JAX_COMPILATION_CACHE_DIR"
+        " says, else alisa_jax in the user's folder of caches.",
+        **where,
+    )
     flags.DEFINE_bool("json", False, "Records on stdout, one JSON line each; all else on stderr.", **where)
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", **where)
     return values
@@ -67,7 +74,31 @@ def parse(values: flags.FlagValues, argv: Sequence[str], doc: str) -> flags.Flag
         raise HelpRequested(f"{doc}\n\n{values.get_help()}")
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: every setting is a flag (--name=value)")
+    if "compile_cache" in values:
+        keep_programs(values.compile_cache)
     return values
+
+
+def keep_programs(where: str) -> None:
+    """Have JAX keep what it compiles in the folder `where`; "auto" and "none" as `--compile_cache` says.
+
+    Raises UserError for a folder that cannot be made; under "auto" that is said, and nothing is kept.
+    """
+    if where == "none" or (where == "auto" and os.environ.get("JAX_COMPILATION_CACHE_DIR")):
+        return
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = caches / "alisa_jax" if where == "auto" else Path(where)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if where != "auto":
+            raise UserError(f"--compile_cache: cannot make the folder {where!r}: {error.strerror}") from None
+        say(f"compiled programs are not kept: no folder of caches ({error.strerror})")
+        return
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:

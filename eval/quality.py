@@ -55,15 +55,13 @@ def draw(load: Callable, name: str, card: inputs.Card, source: windows.Source, s
     """Load the model `name`, of which `card` tells, and draw the sample; raises UserError."""
     context, stride = inputs.window(sizes.context_tokens, None, card, sizes.context_tokens)
     model = inputs.model(load, name)
-    text = windows.tokenize(source.characters, inputs.tokenizer(model))
-    plan = windows.plan(len(text.tokens), context, stride, model.bos_id is not None)
-    plan = windows.spread([w for w in plan if w.stop - w.start == plan[0].stop - plan[0].start], sizes.windows)
+    bos = model.bos_id is not None
+    text, plan = windows.sample(source, inputs.tokenizer(model), context, stride, sizes.windows, bos)
     drawn = recall.draw(model, episodes.KINDS, sizes.episode_lengths, sizes.episodes, seed)
     batch = [windows.sequence(text, w, model.bos_id) for w in plan] + [e.tokens.tolist() for e in drawn]
     fields = {
         **card.fields(),
-        "data": source.name,
-        "data_sha256": source.sha256,
+        **source.fields,
         "placement": "resident",
         "window_tokens": context,
         "stride_tokens": stride,

@@ -84,9 +84,8 @@ def check(setup: base.Setup, sizes: Sizes, policies: Iterable[str], codec: str =
 def draw(setup: base.Setup, source: windows.Source, sizes: Sizes) -> Sample:
     """Load the model and cut the text; raises UserError."""
     context, model = sizes.context_tokens, inputs.model(setup.load, setup.model)
-    text = windows.tokenize(source.characters, inputs.tokenizer(model))
-    plan = windows.plan(len(text.tokens), context, context - 1, model.bos_id is not None)
-    plan = windows.spread([w for w in plan if w.stop - w.start == plan[0].stop - plan[0].start], sizes.windows)
+    bos = model.bos_id is not None
+    text, plan = windows.sample(source, inputs.tokenizer(model), context, context - 1, sizes.windows, bos)
     return Sample(model, text, plan, [windows.sequence(text, w, model.bos_id) for w in plan])
 
 
@@ -107,8 +106,7 @@ def collect(
     fields = {
         "script": "eval.sparsity",
         **inputs.card(setup.model).fields(),
-        "data": source.name,
-        "data_sha256": source.sha256,
+        **source.fields,
         "codec": inputs.codec(codec),
         "placement": "resident",
         "protocol": "prefill_mask",

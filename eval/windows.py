@@ -16,7 +16,7 @@ one.
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ import numpy as np
 from eval.common import UserError
 
 BUNDLED = "bundled:heldout"
+DOCUMENT_END = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class Source:
     name: str
     sha256: str
     characters: str
+
+    @property
+    def fields(self) -> dict:
+        """What identifies the windows of `sample` in a record."""
+        cut = {"windows_of": "documents"} if DOCUMENT_END in self.characters else {}
+        return {"data": self.name, "data_sha256": self.sha256, **cut}
 
 
 @dataclass(frozen=True)
@@ -118,9 +125,31 @@ def plan(n_tokens: int, context: int, stride: int, bos: bool) -> list[Window]:
         start, scored = start + stride, stop
 
 
-def spread(windows: Sequence[Window], count: int) -> list[Window]:
-    """`count` of the windows at equal distances, so that a small sample sees the whole text."""
+def spread(windows: Sequence, count: int) -> list:
+    """`count` of the windows, or of whatever else, at equal distances, so that a small sample sees the whole text."""
     return [windows[i] for i in np.unique(np.linspace(0, len(windows) - 1, count).round().astype(int))]
+
+
+def sample(source: Source, tokenizer, context: int, stride: int, count: int, bos: bool) -> tuple[Text, list[Window]]:
+    """A text and at most `count` whole windows, spread evenly over it.
+
+    Where the text has document ends, each window is the beginning of another document that fills it, and the text
+    is these documents: a window with a piece of one story and a piece of the next is neither. Raises UserError as `plan`.
+    """
+    documents = [document.strip() for document in source.characters.split(DOCUMENT_END)]
+    if len(documents) == 1:
+        text = tokenize(source.characters, tokenizer)
+        windows = plan(len(text.tokens), context, stride, bos)
+        return text, spread([w for w in windows if w.stop - w.start == windows[0].stop - windows[0].start], count)
+    body = context - bos
+    encoded = tokenizer.encode_batch(documents, add_special_tokens=False)
+    fitting = [d for d, e in zip(documents, encoded, strict=True) if len(e.ids) >= body]
+    if not fitting:
+        raise UserError(f"none of the {len(documents)} documents of {source.name} has the {body} tokens of a window")
+    texts = [tokenize(document, tokenizer) for document in spread(fitting, count)]
+    starts = np.cumsum([0, *(len(text.tokens) for text in texts[:-1])]).tolist()
+    joined = Text(*(np.concatenate([getattr(text, f.name) for text in texts]) for f in fields(Text)))
+    return joined, [Window(start, start + (not bos), start + body) for start in starts]
 
 
 def sequence(text: Text, window: Window, bos_id: int | None) -> list[int]:

@@ -105,6 +105,31 @@ def test_spread_windows_reach_both_ends_and_are_not_repeated():
     assert windows.spread(plan, 500) == plan
 
 
+@pytest.mark.parametrize("bos", [False, True])
+def test_windows_of_documents_are_the_beginnings_of_those_that_fill_one(byte_level, bos):
+    body = 12 - bos
+    long, short = ("abcdghijklmpqs " * 2, "zażółć gęślą jaźń", "return x, x, x, x, x, x"), ("end", "def f(x)")
+    characters = f" {windows.DOCUMENT_END}\n".join([long[0], short[0], long[1], long[2], short[1], ""])
+    source = windows.Source("t.txt", "0", characters)
+    assert source.fields["windows_of"] == "documents"
+    text, plan = windows.sample(source, byte_level, 12, 11, 9, bos)
+    found = [windows.sequence(text, w, 7 if bos else None) for w in plan]
+    wanted = [byte_level.encode(document.strip()).ids[:body] for document in long]
+    assert found == [[7, *ids] if bos else ids for ids in wanted]
+    assert [w.stop - w.score for w in plan] == [body if bos else body - 1] * 3
+    assert int(text.byte_count.sum()) == sum(len(document.strip().encode()) for document in long)
+    assert len(windows.sample(source, byte_level, 12, 11, 2, bos)[1]) == 2
+    with pytest.raises(UserError, match="none of the 6 documents of t.txt has the"):
+        windows.sample(source, byte_level, 200, 199, 2, bos)
+
+
+def test_windows_of_a_text_without_documents_are_those_of_its_plan(byte_level):
+    source = windows.Source("t.txt", "0", TEXT)
+    text, plan = windows.sample(source, byte_level, 16, 15, 4, True)
+    whole = windows.plan(len(text.tokens), 16, 15, True)
+    assert set(plan) <= set(whole) and len(plan) == 4 and source.fields == {"data": "t.txt", "data_sha256": "0"}
+
+
 def test_sequences_begin_with_bos_where_there_is_one():
     text = windows.Text(np.arange(10, dtype=np.int32), np.ones(10, int), np.ones(10, int))
     assert windows.sequence(text, windows.Window(3, 4, 6), 99) == [99, 3, 4, 5]
