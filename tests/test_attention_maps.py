@@ -15,6 +15,8 @@ from alisa_jax.models import Decoder, Model, ModelConfig
 from alisa_jax.policies import parse
 from tests import oracle, replay
 
+pytestmark = pytest.mark.slow
+
 RULES = {
     "dense": oracle.Dense(),
     "local(kv_sparsity=0.7)": oracle.Local(0.7),

@@ -360,15 +360,7 @@ def test_a_policy_without_statistics_is_priced_by_what_it_selects(bench):
 
 
 @pytest.fixture(scope="module")
-def quick():
-    """Programs of a few steps need no optimisation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, quick):
+def trained(tmp_path_factory):
     """(folder, text, loaded model)."""
     whole = alisa_jax.load("bundled")
     folder = tmp_path_factory.mktemp("models") / "two_layers"

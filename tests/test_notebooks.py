@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,8 +46,10 @@ def executed(path: Path, folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict]:
-    """Every notebook after a run from clean, by file name."""
-    return {path.name: executed(path, tmp_path_factory.mktemp("notebook")) for path in NOTEBOOKS}
+    """Every notebook after a run from clean, by file name; two run at a time."""
+    folders = [tmp_path_factory.mktemp("notebook") for _ in NOTEBOOKS]
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(NAMES, pool.map(executed, NOTEBOOKS, folders), strict=True))
 
 
 def code_cells(notebook: dict) -> list[dict]:

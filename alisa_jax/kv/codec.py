@@ -6,14 +6,15 @@ from types import MappingProxyType
 
 from alisa_jax import spec
 from alisa_jax.kv.base import NO_ROTATION, Codec, Packed, Rotation
+from alisa_jax.kv.int4 import Int4
 from alisa_jax.kv.int8 import Int8
 from alisa_jax.kv.raw import Raw
 
-__all__ = ["CODECS", "NO_ROTATION", "Codec", "Int8", "Packed", "Raw", "Rotation", "parse"]
+__all__ = ["CODECS", "NO_ROTATION", "Codec", "Int4", "Int8", "Packed", "Raw", "Rotation", "parse"]
 
-CODECS = MappingProxyType({"raw": Raw, "int8": Int8})
+CODECS = MappingProxyType({"raw": Raw, "int8": Int8, "int4": Int4})
 
 
-def parse(text: str) -> Raw | Int8:
+def parse(text: str) -> Raw | Int8 | Int4:
     """What `text` names, for example 'raw' or 'int8(axis=token)', yet to be resolved. Raises `spec.SpecError`."""
     return spec.parse(text, CODECS)

@@ -1,4 +1,4 @@
-"""int8 codes: rounding to them, and their products with float queries and weights without a float copy of the codes.
+"""Codes: rounding to int8, and products of codes with float queries and weights without a float copy of all codes.
 
     logits   z_m = sum_h q_h c_mh          mix   o_h = sum_m p_m c_mh
 
@@ -8,6 +8,9 @@ tile by tile, and one tile of floats (256 KiB) stays in a core's cache.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -34,44 +37,64 @@ def encode(x: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
 
 def logits(q: jax.Array, codes: jax.Array) -> jax.Array:
     """q [B, K, G, H] float32, codes [B, K, M, H] int8 -> [B, K, G, M] float32."""
-    return jax.lax.platform_dependent(q, codes, cpu=_logits_by_tiles, default=_logits)
+    return logits_of(q, (codes,), _plain)
 
 
 def mix(p: jax.Array, codes: jax.Array) -> jax.Array:
     """p [B, K, G, M] float32, codes [B, K, M, H] int8 -> [B, K, G, H] float32."""
-    return jax.lax.platform_dependent(p, codes, cpu=_mix_by_tiles, default=_mix)
+    return mix_of(p, (codes,), codes.shape[-1], _plain)
 
 
-def _logits(q, codes):
-    return jnp.einsum("bkgh,bkmh->bkgm", q, codes.astype(jnp.float32), preferred_element_type=jnp.float32)
+def logits_of(q: jax.Array, rows: tuple[jax.Array, ...], values: Callable) -> jax.Array:
+    """As `logits`, of arrays [B, K, M, *] for which `values(*rows)` is [B, K, M, H] float32; it is asked of tiles."""
+    by_tiles = functools.partial(_logits_by_tiles, values=values)
+    return jax.lax.platform_dependent(q, rows, cpu=by_tiles, default=functools.partial(_logits, values=values))
 
 
-def _mix(p, codes):
-    return jnp.einsum("bkgm,bkmh->bkgh", p, codes.astype(jnp.float32), preferred_element_type=jnp.float32)
+def mix_of(p: jax.Array, rows: tuple[jax.Array, ...], H: int, values: Callable) -> jax.Array:
+    """As `mix`, of arrays [B, K, M, *] for which `values(*rows)` is [B, K, M, H] float32; it is asked of tiles."""
+    by_tiles = functools.partial(_mix_by_tiles, H=H, values=values)
+    return jax.lax.platform_dependent(p, rows, cpu=by_tiles, default=functools.partial(_mix, values=values))
 
 
-def _tiling(codes) -> tuple[int, int, int]:
+def _plain(codes):
+    return codes.astype(jnp.float32)
+
+
+def _logits(q, rows, values):
+    return jnp.einsum("bkgh,bkmh->bkgm", q, values(*rows), preferred_element_type=jnp.float32)
+
+
+def _mix(p, rows, values):
+    return jnp.einsum("bkgm,bkmh->bkgh", p, values(*rows), preferred_element_type=jnp.float32)
+
+
+def _tiling(B, K, M, H) -> tuple[int, int, int]:
     """Rows of (B, K) in a tile, tokens in a tile, tiles along the tokens."""
-    B, K, M, H = codes.shape
     tokens = max(1, min(M, TILE_ELEMENTS // H))
     heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or (tokens == M and n * M * H <= TILE_ELEMENTS)))
     return heads, tokens, -(-M // tokens)
 
 
-def _tile(flat, i, heads, tokens, across):
-    """Tile number i of codes [B K, M, H] as float32; the last one of a row begins early enough to be whole."""
-    row, first = (i // across) * heads, jnp.minimum((i % across) * tokens, flat.shape[1] - tokens)
-    return row, first, jax.lax.dynamic_slice(flat, (row, first, 0), (heads, tokens, flat.shape[2])).astype(jnp.float32)
+def _tile(flat, i, heads, tokens, across, values):
+    """Tile number i of rows [B K, M, *] as float32; the last one of a row begins early enough to be whole."""
+    row, first = (i // across) * heads, jnp.minimum((i % across) * tokens, flat[0].shape[1] - tokens)
+    cut = [jax.lax.dynamic_slice(x, (row, first, 0), (heads, tokens, x.shape[2])) for x in flat]
+    return row, first, values(*cut)
 
 
-def _logits_by_tiles(q, codes):
+def _flat(rows):
+    return [x.reshape(-1, *x.shape[2:]) for x in rows]
+
+
+def _logits_by_tiles(q, rows, values):
     B, K, G, H = q.shape
-    M = codes.shape[2]
-    heads, tokens, across = _tiling(codes)
-    flat, queries = codes.reshape(B * K, M, H), q.reshape(B * K, G, H)
+    M = rows[0].shape[2]
+    heads, tokens, across = _tiling(B, K, M, H)
+    flat, queries = _flat(rows), q.reshape(B * K, G, H)
 
     def body(i, z):
-        row, first, tile = _tile(flat, i, heads, tokens, across)
+        row, first, tile = _tile(flat, i, heads, tokens, across, values)
         here = jax.lax.dynamic_slice_in_dim(queries, row, heads, 0)
         part = jnp.einsum("rgh,rth->rgt", here, tile, preferred_element_type=jnp.float32)
         return jax.lax.dynamic_update_slice(z, part, (row, 0, first))
@@ -80,14 +103,13 @@ def _logits_by_tiles(q, codes):
     return z.reshape(B, K, G, M)
 
 
-def _mix_by_tiles(p, codes):
+def _mix_by_tiles(p, rows, H, values):
     B, K, G, M = p.shape
-    H = codes.shape[3]
-    heads, tokens, across = _tiling(codes)
-    flat, weights = codes.reshape(B * K, M, H), p.reshape(B * K, G, M)
+    heads, tokens, across = _tiling(B, K, M, H)
+    flat, weights = _flat(rows), p.reshape(B * K, G, M)
 
     def body(i, o):
-        row, first, tile = _tile(flat, i, heads, tokens, across)
+        row, first, tile = _tile(flat, i, heads, tokens, across, values)
         here = jax.lax.dynamic_slice(weights, (row, 0, first), (heads, G, tokens))
         if across > 1:  # the last tile may overlap the one before it: each token counts once
             at = first + jax.lax.broadcasted_iota(jnp.int32, here.shape, 2)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax.kv import codes as products
-from alisa_jax.kv import rows
-from alisa_jax.kv.base import TOKEN_AXIS, Codec, Content
+from alisa_jax.kv.base import Content
 from alisa_jax.kv.raw import Raw
+from alisa_jax.kv.tokenwise import TokenWise
 
 
 @flax.struct.dataclass
@@ -28,48 +28,13 @@ class TokenCodes:
 
 
 @dataclass(frozen=True)
-class TokenInt8(Codec):
+class TokenInt8(TokenWise):
     """See above; `raw` is the type to which values are rounded first."""
 
     raw: Raw
 
     def token_bytes(self, K: int, H: int) -> float:
         return 2.0 * K * (H + 3)
-
-    def empty(self, shape, layout, part):
-        each = shape[:3]
-        return TokenCodes(jnp.zeros(shape, jnp.int8), jnp.zeros(each, jnp.bfloat16), jnp.zeros(each, jnp.int8))
-
-    def grow(self, packed, size, layout):
-        return jax.tree.map(lambda x: rows.pad_axis(x, TOKEN_AXIS(layout), size, 0), packed)
-
-    def fill(self, packed, x, layout):
-        return self._encode(x)
-
-    def write_slot(self, packed, x, slot):
-        at = slot[:, :, None]
-        return jax.tree.map(lambda old, new: rows.put_slots(old, new[:, :, None], at), packed, self._encode(x))
-
-    def write_token(self, packed, x, pos):
-        return jax.tree.map(lambda old, new: rows.put_tokens(old, new, pos), packed, self._encode(x))
-
-    def take(self, packed, pos):
-        return jax.tree.map(lambda x: rows.take_tokens(x, pos), packed)
-
-    def put(self, packed, codes, slot):
-        return jax.tree.map(lambda old, new: rows.put_slots(old, new, slot), packed, codes)
-
-    def slice_tokens(self, packed, start, size):
-        return jax.tree.map(lambda x: rows.slice_tokens(x, start, size), packed)
-
-    def leaves(self, packed):
-        return packed.codes, packed.scale, packed.zero
-
-    def rebuild(self, packed, leaves):
-        return TokenCodes(*leaves)
-
-    def encode(self, packed, x, layout):
-        return self.leaves(self._encode(x))
 
     def content(self, packed):
         return Content("token", packed.codes, packed.scale, packed.zero)
@@ -84,7 +49,7 @@ class TokenInt8(Codec):
         offset = jnp.sum(folded * v.zero.astype(jnp.float32)[:, :, None], axis=-1, keepdims=True)
         return products.mix(folded, v.codes) - offset
 
-    def _encode(self, x) -> TokenCodes:
+    def codes_of(self, x) -> TokenCodes:
         x = self.raw.rounded(x)
         low, high = jnp.minimum(x.min(-1), jnp.float32(0.0)), jnp.maximum(x.max(-1), jnp.float32(0.0))
         step = jnp.maximum((high - low) / products.LEVELS, jnp.float32(products.TINY))

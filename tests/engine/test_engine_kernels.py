@@ -10,6 +10,8 @@ from alisa_jax.engine.placed import Placed
 from alisa_jax.policies import POLICIES, parse
 from tests.policies.test_policy_contract import example, label
 
+pytestmark = pytest.mark.slow
+
 CODECS = ("int8(calibration_tokens=5)", "int8(axis=token)")
 # Beside the example of every policy: one that has no working set, and a selection per kv head with dense steps between.
 MORE = ("strided(kv_sparsity=0.6,anchor=query)", "swa(kv_sparsity=0.6,shared_heads=false,refresh_every=5)")

@@ -86,8 +86,8 @@ def test_due_rows_are_noted_behind_each_other_and_hide_their_slots():
 
 def test_delivered_rows_go_to_their_slots_and_nowhere_else():
     rng, one = np.random.default_rng(2), codec("int8(axis=token)")
-    packed = one._encode(jnp.asarray(rng.normal(size=(B, K, 5, H)), jnp.float32))
-    rows = one._encode(jnp.asarray(rng.normal(size=(3, K, 1, H)), jnp.float32))
+    packed = one.codes_of(jnp.asarray(rng.normal(size=(B, K, 5, H)), jnp.float32))
+    rows = one.codes_of(jnp.asarray(rng.normal(size=(3, K, 1, H)), jnp.float32))
     leaves = tuple(leaf[:, :, 0] for leaf in one.leaves(rows))
     sequence, slot = jnp.asarray([1, -1, 0], jnp.int32), jnp.asarray([[2, 4, -1], [0, 0, 0], [3, 3, 3]], jnp.int32)
     got = jax.jit(lambda p, r: ring.put(one, p, r, sequence, slot))(packed, leaves)

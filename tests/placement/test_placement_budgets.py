@@ -14,6 +14,8 @@ from alisa_jax.placement.cost import Cost, Hardware, Shape
 from alisa_jax.placement.plan import ALL, Setting, Tier
 from alisa_jax.placement.simulate import simulate, walk
 
+pytestmark = pytest.mark.slow
+
 COST = Cost(
     Hardware("toy", 1e9, 1e9, 1e12, 1e11, 1e10, 2e10, gathered_frac=0.5),
     Shape(1e6, 2e6, 1e3, layers=3, d_model=8, d_ff=32, vocab_size=11, kv_token_bytes=16.0),

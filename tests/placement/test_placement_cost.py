@@ -9,6 +9,8 @@ from alisa_jax.placement import cost, planner
 from alisa_jax.placement.flexgen_cost import FlexGenPolicy, flexgen_tokens_per_s
 from alisa_jax.placement.plan import Setting, View
 
+pytestmark = pytest.mark.slow
+
 HARDWARE = sorted((Path(__file__).resolve().parents[2] / "configs" / "hardware").glob("*.py"))
 LINK = cost.Hardware("link", 1e9, 1e9, 2e12, 1e11, 4e9, 8e9, gathered_frac=0.25, measured=True)
 SHAPE = cost.Shape(5e9, 4e9, 3e5, layers=10, d_model=64, d_ff=256, vocab_size=100, kv_token_bytes=256.0)

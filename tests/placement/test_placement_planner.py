@@ -12,6 +12,8 @@ from alisa_jax.placement.cost import Cost, Hardware, Shape
 from alisa_jax.placement.plan import Setting
 from alisa_jax.placement.simulate import simulate, swa_trace
 
+pytestmark = pytest.mark.slow
+
 
 def random_problem(rng) -> planner.Problem:
     s, n = int(rng.integers(4, 60)), int(rng.integers(4, 32))

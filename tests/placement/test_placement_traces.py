@@ -10,6 +10,8 @@ from alisa_jax.placement import ALL, Rows, Setting, Span, Tier, View
 from alisa_jax.placement.cost import Cost, Hardware, Shape
 from alisa_jax.placement.simulate import simulate, swa_trace, walk
 
+pytestmark = pytest.mark.slow
+
 COST = Cost(
     Hardware("toy", 1e9, 1e9, 1e12, 1e11, 1e10, 2e10),
     Shape(1e6, 2e6, 1e3, layers=6, d_model=8, d_ff=32, vocab_size=11, kv_token_bytes=1.0),

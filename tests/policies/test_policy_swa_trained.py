@@ -17,6 +17,8 @@ from alisa_jax.kv.codec import Raw
 from alisa_jax.policies import parse
 from tests import oracle
 
+pytestmark = pytest.mark.slow
+
 CODEC, T = Raw("float32"), 500
 BUCKETS = {"swa(kv_sparsity=0.8)": (128, 256, 512), "swa(kv_sparsity=0.6,window=2k,shared_heads=false)": (192, 512)}
 RULES = {
