@@ -91,7 +91,7 @@ def card(name: str) -> Card:
         if shape not in shapes.SHAPES:
             raise UserError(f"--model: unknown random model {shape!r}; known: {', '.join(sorted(shapes.SHAPES))}")
         return Card(name, None, shapes.SHAPES[shape].max_positions)
-    folder, called = (_bundled(), name) if name == "bundled" else _locate(name)
+    folder, called = locate(name)
     try:
         positions = json.loads((folder / "config.json").read_bytes())["max_position_embeddings"]
         digest = hashlib.sha256()
@@ -107,19 +107,16 @@ def card(name: str) -> Card:
     return Card(called, digest.hexdigest(), int(positions))
 
 
-def _locate(name: str) -> tuple[Path, str]:
-    from alisa_jax.models import hub
+def locate(name: str) -> tuple[Path, str]:
+    """The folder of `bundled`, a folder or a name of the hub, which is downloaded, and what to call the model."""
+    from alisa_jax.models import checkpoint, hub
 
+    if name == "bundled":
+        return Path(checkpoint.BUNDLED), name
     try:
         return hub.locate(name)
     except ValueError as error:
         raise UserError(f"--model: {error}") from None
-
-
-def _bundled() -> Path:
-    from alisa_jax.models import checkpoint
-
-    return Path(checkpoint.BUNDLED)
 
 
 def window(context: int | None, stride: int | None, of: Card, at_most: int) -> tuple[int, int]:

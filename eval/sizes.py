@@ -11,7 +11,7 @@ from pathlib import Path
 
 from alisa_jax import policies
 from alisa_jax.kv import codec as codecs
-from alisa_jax.models import checkpoint, hf, shapes
+from alisa_jax.models import hf, shapes
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder
 from alisa_jax.placement import sizes
@@ -42,10 +42,10 @@ def bytes_text(number: float) -> str:
 
 
 def model(name: str) -> ModelConfig:
-    """The configuration behind random:NAME, NAME, bundled or a folder; weights are not read."""
+    """The configuration behind random:NAME, NAME, bundled, a folder or a name of the hub; weights are not read."""
     if name.removeprefix("random:") in shapes.SHAPES:
         return shapes.SHAPES[name.removeprefix("random:")]
-    folder = Path(checkpoint.BUNDLED if name == "bundled" else name)
+    folder, _ = inputs.locate(name)
     if not folder.is_dir():
         raise UserError(f"--model: {name!r} is no folder; known shapes: {', '.join(shapes.SHAPES)}")
     try:

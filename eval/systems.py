@@ -6,18 +6,16 @@ All of it follows from the configuration of a model; no weights are read. Every 
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from alisa_jax import attention, placement, policies, spec
 from alisa_jax.engine import budget
 from alisa_jax.engine.step import Layer
 from alisa_jax.kv import codec as codecs
 from alisa_jax.kv.codec import Rotation
-from alisa_jax.models import checkpoint
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder
 from alisa_jax.placement.plan import Setting
-from eval import sizes
+from eval import inputs, sizes
 from eval.common import UserError
 
 DEFAULTS = (
@@ -85,7 +83,7 @@ def dtype(model: str, asked: str | None) -> str:
         return asked
     if model == "bundled" or model.startswith("random:"):
         return "float32"
-    raw = json.loads((Path(model) / "config.json").read_text())
+    raw = json.loads((inputs.locate(model)[0] / "config.json").read_text())
     stated = raw.get("dtype") or raw.get("torch_dtype")
     if stated not in sizes.ELEMENT_BYTES:
         known = ", ".join(sizes.ELEMENT_BYTES)
@@ -95,8 +93,7 @@ def dtype(model: str, asked: str | None) -> str:
 
 def has_tokenizer(model: str) -> bool:
     """Whether the model comes with one."""
-    folder = checkpoint.BUNDLED if model == "bundled" else Path(model)
-    return (folder / "tokenizer.json").is_file()
+    return not model.startswith("random:") and (inputs.locate(model)[0] / "tokenizer.json").is_file()
 
 
 def dense_kv_bytes(config: ModelConfig, dtype: str, batch: int, tokens: int) -> float:

@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -15,9 +16,9 @@ import pytest
 import alisa_jax
 from alisa_jax import policies
 from alisa_jax.engine.placed import Run
-from alisa_jax.models import Decoder, checkpoint
+from alisa_jax.models import Decoder, checkpoint, hub
 from alisa_jax.placement import mover
-from eval import common, sizes, throughput, timing, traces, windows
+from eval import common, inputs, sizes, systems, throughput, timing, traces, windows
 
 pytestmark = pytest.mark.slow
 
@@ -575,3 +576,11 @@ def test_a_traced_run_says_whose_selections_it_replays(trained, trace, bench, mo
     modelled = call("--simulate", "--hardware=h100_80gb", "--device_kv_bytes=1.7x")[2]
     assert loads == [(str(folder), None)] and len(asked) == 2
     assert modelled["basis"] == "modelled" and modelled["trace_sequences"] == 2
+
+
+def test_a_name_of_the_hub_is_sized_like_its_folder(trained, monkeypatch):
+    folder, _, _ = trained
+    monkeypatch.setattr(hub, "locate", lambda name: (folder, name) if name == "owner/name" else (Path(name), name))
+    assert sizes.model("owner/name") == sizes.model(str(folder))
+    assert systems.has_tokenizer("owner/name") and systems.dtype("owner/name", None) == "float32"
+    assert inputs.card("owner/name").name == "owner/name"
