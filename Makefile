@@ -41,17 +41,17 @@ $(VENV)/.parity-0: $(VENV)/.setup
 
 $(VENV)/.parity-1: $(VENV)/.setup
 	@echo "installing torch, transformers and lm_eval for the parity tests (PARITY=0 does without)"
-	@$(PIP) install --quiet -c constraints.txt -e '.[parity,lm_eval]'
+	@$(PIP) install --quiet -c constraints.txt -e '.[parity,lm-eval]'
 	@: > $@
 
 $(VENV)/.parity-auto: $(VENV)/.setup
-	@if ! plan=$$($(PIP) install --dry-run -c constraints.txt -e '.[parity,lm_eval]' 2>&1); then \
+	@if ! plan=$$($(PIP) install --dry-run -c constraints.txt -e '.[parity,lm-eval]' 2>&1); then \
 	  echo "torch, transformers and lm_eval in the pinned versions cannot be installed here" > $@; \
 	elif echo "$$plan" | grep -q 'Would install.*nvidia'; then \
 	  echo "torch would bring several GB of CUDA packages (PARITY=1 installs them)" > $@; \
 	else \
 	  echo "installing torch, transformers and lm_eval for the parity tests (PARITY=0 does without)"; \
-	  $(PIP) install --quiet -c constraints.txt -e '.[parity,lm_eval]' && : > $@; \
+	  $(PIP) install --quiet -c constraints.txt -e '.[parity,lm-eval]' && : > $@; \
 	fi
 
 test: setup parity lint

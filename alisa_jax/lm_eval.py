@@ -36,7 +36,7 @@ except ModuleNotFoundError as error:
     if error.name != "lm_eval":
         raise
     raise ImportError(
-        "alisa_jax.lm_eval needs the lm-evaluation-harness; install it with pip install 'alisa-jax[lm_eval]'"
+        "alisa_jax.lm_eval needs the lm-evaluation-harness; install it with pip install 'alisa-jax[lm-eval]'"
     ) from None
 
 from alisa_jax import placement as placements

@@ -120,7 +120,7 @@ def test_other_spellings_of_bytes_are_refused(text):
         (("--kv_sparsity=1",), "at least 0 and below 1"),
         (("--window=3k",), "--window: window must be"),
         (("--new_tokens=4000",), "2048 positions"),
-        (("--codec=int4",), "--codec"),
+        (("--codec=int3",), "--codec"),
         (("--placement=alisa(p1=9,p2=3)",), "p1 must be at most p2; got p1=9 and p2=3"),
         (("--placement=alisa(beta=1)",), "beta must be auto or above 0 and below 1; got 1"),
         (("--placement=alisa(p1=60)", "--device_kv_bytes=0.8x"), "p1 must be at most"),

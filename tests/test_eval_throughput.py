@@ -243,7 +243,7 @@ MISTAKES = [
     ("--attention_impl=xla --simulate --hardware=t4_16gb", "--simulate runs nothing"),
     ("--system=paged | dense", "unknown name 'paged'"),
     ("--system=resident | swo(kv_sparsity=0.8)", "unknown name 'swo'"),
-    ("--system=resident | dense | int4", "unknown name 'int4'"),
+    ("--system=resident | dense | int3", "unknown name 'int3'"),
     ("--system=resident | dense | raw | x", "is not 'controller | policy | codec'"),
     ("--system=resident || raw", "is not 'controller | policy | codec'"),
     ("--system=alisa(lag=2)", "lag must be 0 or 1"),

@@ -260,7 +260,7 @@ def test_arguments_that_cannot_be_served_are_refused_in_one_sentence(small):
         window="2k)",
     )
     refused("sparse", "known names are dense", pretrained=small, policy="sparse")
-    refused("int4", "known names are raw, int8", pretrained=small, codec="int4")
+    refused("int3", "known names are raw, int8, int4", pretrained=small, codec="int3")
     refused("no argument window", "pretrained, policy, codec", pretrained=small, window="2k")
     refused("batch_size must be a whole number", "'auto'", pretrained=small, batch_size="auto")
     refused("max_length must be below 512", "got 512", pretrained=small, max_length=512)
@@ -344,5 +344,5 @@ def test_the_command_evaluates_a_task(folder, small, tmp_path):
 def test_without_the_harness_the_import_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "alisa_jax.lm_eval")
-    with pytest.raises(ImportError, match=r"pip install 'alisa-jax\[lm_eval\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'alisa-jax\[lm-eval\]'"):
         importlib.import_module("alisa_jax.lm_eval")
