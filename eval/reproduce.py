@@ -129,7 +129,7 @@ def entry(title: str, setup: base.Setup, records: Sequence[dict], shown: Sequenc
     return {
         "title": title,
         "size": setup.size,
-        "model": setup.model,
+        "model": inputs.card(setup.model).name,  # of a folder its name alone
         "basis": sorted({r["basis"] for r in records}),
         "device": base.device(records),
         "git_commits": sorted({str(r["git_commit"])[:12] for r in records}),

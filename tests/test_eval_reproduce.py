@@ -371,7 +371,8 @@ def test_a_page_holds_the_table_with_modelled_cells_marked_and_the_manifest_the_
     )
     assert "| 2 | 3.0† | - |" in page and "* it is a fake" in page and "† modelled, not measured" in page
     found = json.loads((bench.out / "manifest.json").read_text())
-    assert list(found) == ["fig3", "fig5"]
+    assert list(found) == ["fig3", "fig5"] and found["fig3"]["model"] == "tiny"
+    assert str(bench.out.parent) not in (bench.out / "MANIFEST.md").read_text()
     assert {k: found["fig5"][k] for k in ("compared", "near", "median_ratio", "basis")} == {
         "compared": 2,
         "near": 1,
