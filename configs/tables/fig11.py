@@ -2,9 +2,9 @@
 
     python -m eval.reproduce --only=fig11
 
-QUICK takes 28 seconds of processor time, nearly all of it compiling. FULL has 12 cells and took 2 min 56 s on 2 CPU cores.
+QUICK takes 28 seconds of processor time, nearly all of it compiling. FULL has 12 cells and took 2 min 56 s on 2 cores.
 On a CPU the shares differ from the paper's: softmax is little beside the reads of K and V, gathering costs more than it
-saves at low sparsity, and our whole step takes about as long as dense at 20 % and half as long at 80 % (0.98 and 0.45 measured).
+saves at low sparsity, and our whole step takes about as long as dense at 20 % and half as long at 80 % (0.98, 0.45).
 """
 
 QUICK = dict(

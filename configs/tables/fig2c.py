@@ -2,8 +2,8 @@
 
     python -m eval.reproduce --only=fig2c
 
-QUICK took 51 seconds on 2 CPU cores, much of it compiling and making weights. A step without a cache takes about twice as
-long at step 127 as at step 0 (1.88 measured, 2.47 in the paper), because it runs 160 tokens in place of 64; with a cache 1.21
+QUICK took 51 seconds on 2 CPU cores, much of it compiling and making weights. A step without a cache takes about twice
+as long at step 127 as at step 0 (1.88 measured, 2.47 in the paper), as it runs 160 tokens in place of 64; with a cache 1.21
 times as long, as in the paper. FULL has a larger batch; it has not been timed.
 """
 
