@@ -6,16 +6,16 @@ One decode step of one layer, on each of the three routes that give equal result
     indexed       append -> select -> read those rows of the store -> attend -> observe
     masked        append -> attend every token under the boolean mask of `select` -> observe: the reference
 
-A prompt is attended densely (`prefill`); the policy is seeded from its last rows. `score_masked` runs a whole text in one
-pass as if it were decoded token by token, row i under the selection that its own earlier rows lead to.
+A prompt is attended densely (`prefill`); the policy is seeded from its last rows. `masked.score` runs a whole text in one
+pass.
 
 Shapes: q [B, N, H] or [B, T, N, H], unscaled; query head i reads kv head i // G, G = N / K. Logits, softmax statistics and
-attention mass are float32.
+attention mass are float32. Queries and keys come rotated; where `turning` is a `Rotation` they come as they were projected,
+keys are stored so, and both are turned here to the places that the policy gives them.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -23,8 +23,10 @@ import jax.numpy as jnp
 
 from alisa_jax import attend
 from alisa_jax.attend import Partial
+from alisa_jax.kv.base import Turn
 from alisa_jax.kv.ring import Due, Ring
 from alisa_jax.kv.state import LayerState, Store, WorkingSet, bias_of
+from alisa_jax.kv.turning import Rotation, turned
 from alisa_jax.policies.base import Dims, Policy, column, positions, settle
 
 ROUTES = ("working_set", "indexed", "masked")
@@ -42,35 +44,51 @@ class Taps(NamedTuple):
 
 def check(policy: Policy, codec, route: str, context: int, n_heads: int, n_kv_heads: int) -> None:
     """Refuse in one sentence what cannot run together, before anything is loaded. Raises ValueError."""
-    del codec  # every codec serves every policy and route
     if route not in ROUTES:
         raise ValueError(f"route must be auto or one of {', '.join(ROUTES)}; got {route!r}")
     if route not in policy.routes:
         raise ValueError(f"{policy} runs on {', '.join(policy.routes)}; got route {route!r}")
     if n_heads % n_kv_heads:
         raise ValueError(f"query heads must be a multiple of kv heads; got {n_heads} and {n_kv_heads}")
+    if policy.compacts and (policy.raw_keys or codec.raw_keys):
+        raise ValueError(
+            f"{policy} works on keys that carry their positions; {codec} keeps them as they were projected"
+        )
+    if (refused := codec.refuses(policy, route)) is not None:
+        raise ValueError(refused)
     policy.validate(context)
 
 
-def dims_of(policy: Policy, route: str, B: int, N: int, K: int, S: int) -> Dims:
+def dims_of(policy: Policy, route: str, B: int, N: int, K: int, S: int, H: int = 0) -> Dims:
     """Sizes of the state of one layer for a context bucket of S tokens."""
-    return Dims(B, N, K, S, policy.capacity(S) if route == "working_set" else S)
+    return Dims(B, N, K, S, policy.capacity(S) if route == "working_set" else S, H)
 
 
-def init(policy: Policy, codec, route: str, dims: Dims, H: int, impl: str = "xla") -> LayerState:
-    """The state of a layer that has seen nothing; impl: what attends, see `attend`."""
-    B, _, K, S, M = dims
+def prompt_dims(dims: Dims, policy: Policy, route: str, room: int) -> Dims:
+    """`dims` of a state that a prompt begins, and that `room` tokens can follow until it grows."""
+    if route != "working_set" or not policy.appends:
+        return dims
+    return dims._replace(M=min(dims.M, policy.prompt_capacity(dims.S) + room))
+
+
+def init(
+    policy: Policy, codec, route: str, dims: Dims, H: int, impl: str = "xla", turning: Rotation | None = None
+) -> LayerState:
+    """The state of a layer that has seen nothing; impl: what attends, see `attend`; turning: see above."""
+    B, _, K, S, M, _ = dims = dims._replace(H=H)
     P = policy.selection_heads(K)
     ws = None if route == "indexed" else WorkingSet.empty(codec, B, K, M, H, P)
     keeps_store = route == "indexed" or (route == "working_set" and not policy.evicts)
     store = Store.empty(codec, B, S, K, H) if keeps_store else None
     length = jnp.zeros((B,), jnp.int32)
-    return LayerState(ws, store, policy.init(dims), length, policy, codec, route, S, impl)
+    return LayerState(ws, store, policy.init(dims), length, policy, codec, route, S, impl, turning)
 
 
-def grow(state: LayerState, S: int) -> LayerState:
-    """The same state with room for S tokens."""
+def grow(state: LayerState, S: int, room: int | None = None) -> LayerState:
+    """The same state for a context of S tokens; room: how many may come at most, where a set grows by each (None: to S)."""
     M = state.policy.capacity(S) if state.route == "working_set" else S
+    if state.policy.appends and state.route == "working_set":
+        M = state.ws.pos.shape[-1] + min(S - state.context, S if room is None else room)
     return state.replace(
         ws=None if state.ws is None else state.ws.grow(state.codec, M),
         store=None if state.store is None else state.store.grow(state.codec, S),
@@ -88,12 +106,28 @@ def freeze(state: LayerState) -> LayerState:
 def decode(state: LayerState, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerState, Taps]:
     """One new token per sequence: q [B, N, H], k and v [B, K, H]. Returns out [B, N, H] in q's dtype."""
     step = {"working_set": _decode_working_set, "indexed": _decode_indexed, "masked": _decode_masked}[state.route]
-    q_heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [B, K, G, H]
-    home, codec = state.store if state.ws is None else state.ws, state.codec
+    policy, codec, length = state.policy, state.codec, state.length
+    home = state.store if state.ws is None else state.ws
     clipped = codec.clipped(home.k, k) + codec.clipped(home.v, v)
+    if policy.takes_keys:
+        keys = k if state.turning is None else turned(k, _wide(length, k), state.turning)
+        state = state.replace(stats=policy.note(state.stats, keys[:, None], length))
+    if state.turning is not None:
+        q = turned(q, _wide(policy.place(length), q), state.turning)
+    q_heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [B, K, G, H]
     part, state, taps = step(state, q_heads, k, v)
     taps = taps._replace(clipped=clipped)
     return part.out.reshape(q.shape).astype(q.dtype), state.replace(length=state.length + 1), taps
+
+
+def _wide(at, x):
+    """at [B] for each head of x [B, heads, H]: [B, heads]."""
+    return jnp.broadcast_to(at[:, None], x.shape[:2])
+
+
+def turn_of(policy: Policy, turning: Rotation | None, pos, length) -> Turn | None:
+    """How keys of the tokens `pos` are to be turned for the query at `length`."""
+    return None if turning is None else Turn(policy.places(pos, length), turning)
 
 
 def _taps(mass, pos, bias) -> Taps:
@@ -109,11 +143,12 @@ def _decode_working_set(state: LayerState, q, k, v):
     ws, slot = state.ws.append(codec, k, v, length)
     due = getattr(store, "due", None)
     bias = ws.bias if due is None else due.hide(ws.bias)
-    part, mass = attend.slots(codec, q, ws.k, ws.v, bias, state.impl)
+    turn, heads = turn_of(policy, state.turning, ws.pos, length), policy.mass_heads(q.shape[1] * q.shape[2], q.shape[1])
+    part, mass = attend.slots(codec, q, ws.k, ws.v, bias, state.impl, turn, heads)
     taps, dense = _taps(mass, ws.pos, bias), None
     which = policy.refresh(length)
     if which is not None:
-        part, row = _refreshed(store, codec, q, length, which, part, ws.pos.shape[1], S, state.impl)
+        part, row = _refreshed(state, store, q, which, part)
         dense = (which, row)
         taps = taps._replace(attended=jnp.where(which, (length + 1).astype(jnp.float32), taps.attended))
     stats = policy.observe(state.stats, mass, ws.pos, slot, length, dense)
@@ -155,13 +190,15 @@ def exchange(policy, codec, store, stats, ws: WorkingSet, length, S, after):
     return stats, ws, store.replace(due=due) if ring else store, loads
 
 
-def _refreshed(store: Store, codec, q, length, which, part: Partial, P: int, S: int, impl: str):
+def _refreshed(state: LayerState, store: Store, q, which, part: Partial):
     """Replace `part` by dense attention over the store where `which` [B]; also the dense row [B, P, S]."""
+    length, S, P = state.length, state.context, state.ws.pos.shape[1]
 
     def dense(part):
         seen = positions(S) <= column(length)
         bias = jnp.broadcast_to(jnp.where(seen, jnp.float32(0.0), -jnp.inf), (q.shape[0], P, S))
-        full, row = attend.store(codec, q, store.k, store.v, bias, impl)
+        turn = turn_of(state.policy, state.turning, jnp.broadcast_to(positions(S), bias.shape), length)
+        full, row = attend.store(state.codec, q, store.k, store.v, bias, state.impl, turn)
         chosen = jax.tree.map(lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), full, part)
         return chosen, row
 
@@ -177,7 +214,8 @@ def _decode_indexed(state: LayerState, q, k, v):
     keep = _kept(policy, state.stats, length, S, q)
     M = S if policy.refresh(length) is not None else min(S, policy.capacity(S))
     pos = settle(keep, M)
-    part, mass = attend.rows(codec, q, store.k, store.v, pos, bias_of(pos), state.impl)
+    turn = turn_of(policy, state.turning, pos, length)
+    part, mass = attend.rows(codec, q, store.k, store.v, pos, bias_of(pos), state.impl, turn)
     at = jnp.where(pos >= 0, pos, S)
     b, p = (jax.lax.broadcasted_iota(jnp.int32, at.shape, i) for i in (0, 1))
     row = jnp.zeros(keep.shape, jnp.float32).at[b, p, at].set(mass, mode="drop")
@@ -190,34 +228,43 @@ def _decode_masked(state: LayerState, q, k, v):
     policy, codec, ws, length = state.policy, state.codec, state.ws, state.length
     slot = jnp.broadcast_to(length[:, None], ws.pos.shape[:2])
     k, v = codec.write_slot(ws.k, k, slot), codec.write_slot(ws.v, v, slot)
-    part, stats, pos, taps = _masked_row(
-        policy, state.stats, ws.pos, q, lambda bias: attend.slots(codec, q, k, v, bias, state.impl), length
-    )
-    return part, state.replace(ws=WorkingSet(k, v, pos, bias_of(pos)), stats=stats), taps
+    heads = policy.mass_heads(q.shape[1] * q.shape[2], q.shape[1])
+
+    def attend_all(bias, pos):
+        return attend.slots(codec, q, k, v, bias, state.impl, turn_of(policy, state.turning, pos, length), heads)
+
+    part, stats, pos, bias, taps = masked_row(policy, state.stats, ws.pos, ws.bias, q, attend_all, length)
+    return part, state.replace(ws=WorkingSet(k, v, pos, bias), stats=stats), taps
 
 
-def _masked_row(policy: Policy, stats, pos, q, attend_all, length):
+def masked_row(policy: Policy, stats, pos, bias, q, attend_all, length):
     """One query of the reference: slot = position, every token's K and V at hand, the selection as a mask.
 
-    pos [B, P, S]: -1 for tokens that are still to come or that an evicting policy has dropped. `attend_all(bias)` attends
-    every token under a bias.
+    pos [B, P, S]: -1 for tokens that are still to come or that an evicting policy has dropped; bias [B, P, S]: of the tokens
+    that an evicting policy keeps. `attend_all(bias, pos)` attends every token under a bias. Returns the part, statistics,
+    pos, bias and taps.
     """
     S = pos.shape[-1]
-    pos = jnp.where(positions(S) == column(length), positions(S), pos)
-    keep = pos >= 0 if policy.evicts else _kept(policy, stats, length, S, q)
-    bias = jnp.where(keep, jnp.float32(0.0), -jnp.inf)
-    part, mass = attend_all(bias)
+    own = positions(S) == column(length)
+    pos = jnp.where(own, positions(S), pos)
+    if policy.evicts:
+        bias = jnp.where(own, jnp.float32(0.0), bias)
+    else:
+        bias = jnp.where(_kept(policy, stats, length, S, q), jnp.float32(0.0), -jnp.inf)
+    part, mass = attend_all(bias, pos)
     stats = _observe_row(policy, stats, mass, pos, length)
     taps = _taps(mass, pos, bias)
     if policy.evicts:
         stats, ex = policy.exchange(stats, pos, bias, length + 1, S)
-        pos = ex.pos
-    return part, stats, pos, taps
+        pos, bias = ex.pos, ex.bias
+    else:
+        bias = bias_of(pos)
+    return part, stats, pos, bias, taps
 
 
 def _observe_row(policy: Policy, stats, row, pos, length):
     """`observe` on the routes where slot = position."""
-    slot = jnp.broadcast_to(length[:, None], row.shape[:2])
+    slot = jnp.broadcast_to(length[:, None], pos.shape[:2])
     return policy.observe(stats, row, pos, slot, length, (jnp.ones(length.shape, jnp.bool_), row))
 
 
@@ -247,16 +294,25 @@ def prefill_rows(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerSt
     policy, codec, S = state.policy, state.codec, state.context
     B, T, N, H = q.shape
     K = k.shape[2]
-    dims = dims_of(policy, state.route, B, N, K, S)
-    P, W = policy.selection_heads(K), policy.seed_rows(S) if policy.seed_kind == "rows" else None
-    out, rows = attend.prompt(q, k, v, length, P, policy.seed_kind, W, state.impl)
+    dims = Dims(B, N, K, S, S if state.ws is None else state.ws.pos.shape[-1], H)
+    W = policy.seed_rows(S) if policy.seed_kind == "rows" else None
+    seen_q, seen_k = (turned_prompt(x, state.turning) for x in (q, k))
+    out, rows = attend.prompt(seen_q, seen_k, v, length, policy.mass_heads(N, K), policy.seed_kind, W, state.impl)
     if rows is not None:
         rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, S - T)])
     stats, pos = policy.seed(state.stats, rows, length, dims)
+    if policy.takes_keys:
+        stats = policy.note(stats, seen_k, jnp.zeros_like(length))
     empty = Store.empty(codec, B, T, K, H)
-    store = Store(codec.fill(empty.k, k, "tokens"), codec.fill(empty.v, v, "tokens"))
+    filled = ((codec.fill(home, x, "tokens"), x) for home, x in ((empty.k, k), (empty.v, v)))
+    store = Store(*(codec.upto(packed, x, length, "tokens") for packed, x in filled))
     ws = state.ws
-    if ws is not None:
+    if policy.compacts:
+        made = policy.compact(k, v, rows, length, dims)
+        found = (store.k, made.k), (store.v, made.v)  # in the ranges of the prompt as it came
+        held = (codec.rebuild(home, codec.encode(home, x, "slots")) for home, x in found)
+        ws = WorkingSet(*held, made.pos, made.bias)
+    elif ws is not None:
         if state.route == "masked" and not policy.evicts:
             pos = jnp.where(positions(S) < column(length), positions(S), -1)
             pos = jnp.broadcast_to(pos, ws.pos.shape)
@@ -265,39 +321,9 @@ def prefill_rows(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerSt
     return out, state.replace(ws=ws, stats=stats, length=length), store
 
 
-def score_masked(
-    policy: Policy, codec, q, k, v, look=lambda taps: taps.attended
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Whole texts in one pass, row i under the mask that decoding token by token would have had.
-
-    q [B, T, N, H], k and v [B, T, K, H]. Returns out [B, T, N, H]; what `look` takes from the taps of each row, [B, T, ...],
-    here the number of attended tokens, float32; and the number of elements of K and V that the codec clipped [B, T] int32.
-    """
-    B, T, N, H = q.shape
-    K, raw_tokens = k.shape[2], codec.frozen_after
-    P = policy.selection_heads(K)
-    stats = policy.init(dims_of(policy, "masked", B, N, K, T))
-    raw = [jnp.swapaxes(x, 1, 2) for x in (k, v)]  # [B, K, T, H]
-    packed = [codec.fill(codec.empty(x.shape, "slots", part), x, "slots") for x, part in zip(raw, "kv", strict=True)]
-    held = [x.astype(codec.raw.dtype) for x in raw] if raw_tokens else None  # what the first rows attend
-    by_step = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 0)
-
-    def row(carry, item):
-        stats, pos = carry
-        q_row, n = item
-
-        def attend_all(bias):
-            coded = functools.partial(attend.slots, codec, q_row, *packed, bias)
-            if not raw_tokens:
-                return coded()
-            return jax.lax.cond(n < raw_tokens, lambda: attend.slots(codec.raw, q_row, *held, bias), coded)
-
-        length = jnp.full((B,), n, jnp.int32)
-        part, stats, pos, taps = _masked_row(policy, stats, pos, q_row, attend_all, length)
-        return (stats, pos), (part.out.reshape(B, N, H).astype(q.dtype), look(taps))
-
-    start = (stats, jnp.full((B, P, T), -1, jnp.int32))
-    _, (out, seen) = jax.lax.scan(row, start, (by_step, jnp.arange(T, dtype=jnp.int32)))
-    late = (jnp.arange(T) >= raw_tokens)[None].astype(jnp.int32)
-    clipped = late * sum(codec.clipped(home, x) for home, x in zip(packed, raw, strict=True))
-    return jnp.moveaxis(out, 0, 1), jnp.moveaxis(seen, 0, 1), clipped
+def turned_prompt(x, turning: Rotation | None):
+    """x [B, T, *, H] of positions 0 .. T - 1 as attention is to see it."""
+    if turning is None:
+        return x
+    at = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :, None]
+    return turned(x, jnp.broadcast_to(at, x.shape[:3]), turning)

@@ -1,6 +1,6 @@
 """Attention maps of one layer under a policy: what every query paid to every token, what it was let see, and what it missed.
 
-`maps` runs a whole text as `attention.score_masked` does, row i under the selection that its own earlier rows lead to, and
+`maps` runs a whole text as `masked.score` does, row i under the selection that its own earlier rows lead to, and
 then works out all rows of weights at once from the same queries and keys, as the codec stores them:
 
     weights[i] = softmax(q_i K^T / sqrt(H)) over the tokens that row i attends      what the policy's own run paid
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alisa_jax import attention
+from alisa_jax import masked
 
 
 class Maps(NamedTuple):
@@ -35,7 +35,7 @@ def maps(policy, codec, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.A
     first rows attend raw keys.
     """
     N, T = q.shape[2], q.shape[1]
-    out, kept, _ = attention.score_masked(policy, codec, q, k, v, look=lambda taps: taps.pos >= 0)
+    out, kept, _ = masked.score(policy, codec, q, k, v, look=lambda taps: taps.pos >= 0)
     kept = jnp.moveaxis(kept, 2, 1)  # [B, P, T, T]
     z = _logits(codec, q, k)
     causal = jnp.tril(jnp.ones((T, T), jnp.bool_))[None, None]

@@ -41,6 +41,7 @@ class Kind(NamedTuple):
     codec: Any
     route: str
     impl: str = "xla"  # see `attend`
+    turning: Any = None  # see `attention`
 
     @property
     def layout(self) -> str:
@@ -50,7 +51,7 @@ class Kind(NamedTuple):
 
 def init(kind: Kind, part: Part, N: int, K: int, H: int) -> LayerState:
     """The state of one part of a layer that has seen nothing."""
-    policy, codec, route, impl = kind
+    policy, codec, route, impl, _ = kind
     B, S, C = part.stop - part.first, part.context, part.ring_tokens
     dims = attention.dims_of(policy, route, B, N, K, S)
     if C and not policy.selects:

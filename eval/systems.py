@@ -7,11 +7,12 @@ import json
 import math
 from dataclasses import dataclass
 
-from alisa_jax import attention, placement, policies, spec
+from alisa_jax import placement, policies, spec
+from alisa_jax.calibration import Calibration
 from alisa_jax.engine import budget
+from alisa_jax.engine.layers import assemble
 from alisa_jax.engine.step import Layer
 from alisa_jax.kv import codec as codecs
-from alisa_jax.kv.codec import Rotation
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder
 from alisa_jax.placement.plan import Setting
@@ -57,6 +58,7 @@ class Work:
     device_kv_bytes: float = math.inf
     host_kv_bytes: float = math.inf
     gather: bool = True
+    calibration: Calibration | None = None  # of the model, for the methods that need one
 
     @property
     def context(self) -> int:
@@ -101,34 +103,26 @@ def dense_kv_bytes(config: ModelConfig, dtype: str, batch: int, tokens: int) -> 
     return config.n_layers * codecs.Raw(dtype).token_bytes(config.n_kv_heads, config.head_dim) * batch * tokens
 
 
-def layers(system: System, config: ModelConfig, dtype: str) -> tuple[Layer, ...]:
+def layers(
+    system: System, config: ModelConfig, dtype: str, calibration: Calibration | None = None
+) -> tuple[Layer, ...]:
     """Policy, codec and route of every layer, as an engine chooses them; refuses what does not go together."""
-    policy, decoder = policies.parse(system.policy), Decoder(config)
-    rotation = Rotation(decoder.rotary_angles, config.max_positions)
-    codec = codecs.parse(system.codec).resolve(dtype, rotation)
-    dense = getattr(policy, "dense_layers", 0)
-    if dense > config.n_layers:
-        raise UserError(f"--system: {system}: dense_layers must be at most {config.n_layers}; got {dense}")
-    chosen = [policy.for_layer(i) for i in range(config.n_layers)]
-    found = tuple(Layer(one, codec, one.routes[0]) for one in chosen)
     try:
-        for one in found:
-            attention.check(one.policy, one.codec, one.route, 1, config.n_heads, config.n_kv_heads)
+        return assemble(Decoder(config), system.policy, system.codec, dtype, calibration=calibration).layers
     except ValueError as error:
         raise UserError(f"--system: {system}: {error}") from None
-    return found
 
 
 def setting(system: System, work: Work, budgeted: bool = True) -> Setting:
     """The run in numbers, as the arrays will be; not `budgeted`: without a limit on either side."""
     limits = (work.device_kv_bytes, work.host_kv_bytes) if budgeted else (math.inf, math.inf)
-    kinds = layers(system, work.config, work.dtype)
+    kinds = layers(system, work.config, work.dtype, work.calibration)
     return budget.setting_of(work.config, kinds, work.prompt_tokens, work.new_tokens, *limits, work.gather)
 
 
 def refusal(system: System, work: Work) -> str | None:
     """Why the budgets refuse `system`, or None. What no budget could make possible is a mistake."""
-    controller, kinds = placement.parse(system.controller), layers(system, work.config, work.dtype)
+    controller, kinds = placement.parse(system.controller), layers(system, work.config, work.dtype, work.calibration)
     needed, shortest = kinds[0].codec.frozen_after, min(work.prompt_tokens)
     if shortest < needed:
         raise UserError(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alisa_jax import attend, attention
+from alisa_jax import attend, attention, masked
 from alisa_jax.policies import parse
 from tests import oracle, replay
 from tests.replay import BUCKETS, STARTS, STREAM, B, K
@@ -138,7 +138,7 @@ MASKED = (
 @pytest.mark.parametrize("text", MASKED)
 def test_scoring_a_whole_text_under_the_mask_equals_decoding_it(text):
     policy = parse(text)
-    score = jax.jit(functools.partial(attention.score_masked, policy, replay.CODEC))
+    score = jax.jit(functools.partial(masked.score, policy, replay.CODEC))
     out, attended, clipped = score(*(jnp.asarray(x) for x in STREAM))
     assert not np.asarray(clipped).any()
     decoded = run(text, policy.routes[0], "empty")

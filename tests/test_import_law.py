@@ -1,11 +1,11 @@
 """The import law: what each part of the code may import and do, read from the syntax trees.
 
-    0   axes, spec, records                    and the leaf package pallas_kernels
+    0   axes, spec, records, calibration       and the leaf package pallas_kernels
     1   kv, policies                           siblings: neither imports the other
     2   attend                                 the only part of alisa_jax that imports pallas_kernels
     3   attention
-    4   models, parts, maps                    siblings; models is the only part that imports flax.linen
-    5   placement                              knows no model; only placement/mover.py speaks of memory kinds
+    4   models, parts, masked                  siblings; models is the only part that imports flax.linen
+    5   placement, maps                        siblings; placement knows no model, only its mover.py speaks of memory kinds
     6   engine, parallel                       siblings too
     top alisa_jax itself, lm_eval and testing
 
@@ -30,12 +30,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TOP = 7
 LAYERS = {
-    **dict.fromkeys(["axes", "spec", "records"], 0),
+    **dict.fromkeys(["axes", "spec", "records", "calibration"], 0),
     **dict.fromkeys(["kv", "policies"], 1),
     "attend": 2,
     "attention": 3,
-    **dict.fromkeys(["models", "parts", "maps"], 4),
-    "placement": 5,
+    **dict.fromkeys(["models", "parts", "masked"], 4),
+    **dict.fromkeys(["placement", "maps"], 5),
     **dict.fromkeys(["engine", "parallel"], 6),
     **dict.fromkeys(["", "lm_eval", "testing"], TOP),
 }

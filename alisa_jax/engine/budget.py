@@ -64,6 +64,18 @@ def check(controller: Controller, layers: tuple[Layer, ...], setting: Setting) -
     for kind in layers:
         if kind.route != "working_set":
             raise ValueError(f"placement serves the route working_set; {kind.policy} is run by the route {kind.route}")
+        if kind.policy.appends:
+            raise ValueError(
+                f"placement plans sets of a known size; {kind.policy} keeps what its prompt leaves and all after it"
+            )
+        if not kind.codec.placed:
+            raise ValueError(
+                f"placement moves tokens by their rows, and {kind.codec} keeps some of them beside their rows"
+            )
+        if kind.turning is not None:
+            raise ValueError(
+                f"placement moves keys that carry their positions; {kind.policy} with {kind.codec} turns them at every step"
+            )
     controller.check(setting)
     if setting.refreshes and any(controller.layout(part).kept_pages for part in controller.groups(setting)):
         raise ValueError(

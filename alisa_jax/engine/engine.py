@@ -7,6 +7,7 @@ where the states grow by one layer at a time.
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,17 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alisa_jax import attend, attention, policies
-from alisa_jax.engine import generate, shared, step, stops
+from alisa_jax.calibration import Calibration
+from alisa_jax.engine import generate, prompts, shared, step, stops
 from alisa_jax.engine.batch import Batch
 from alisa_jax.engine.generate import Generated
+from alisa_jax.engine.layers import assemble
+from alisa_jax.engine.progress import progress_bar
 from alisa_jax.engine.sampling import Sampling, batch_keys, choose
-from alisa_jax.kv import codec as codecs
 from alisa_jax.kv.buckets import bucket
-from alisa_jax.kv.codec import Rotation
-from alisa_jax.kv.state import tree_bytes
+from alisa_jax.kv.state import bytes_of
 
-PROTOCOLS = ("decode", "prefill_mask")
+PROTOCOLS = ("decode", "prefill_mask", "prompt")
 
 
 @dataclass(frozen=True)
@@ -52,33 +53,41 @@ class Engine:
     model: as returned by `alisa_jax.load`. policy, codec: specs such as "swa(kv_sparsity=0.8)" and "raw", or the objects.
     route: "working_set", "indexed", "masked", or "auto" for the first that the policy serves. attention_impl: "xla",
     "pallas" (the kernels of `pallas_kernels`, which need a GPU), "interpret" (the same kernels interpreted, for tests), or
-    "auto" for kernels where they run and XLA elsewhere; `chosen` tells which, and why. Raises ValueError or
-    `spec.SpecError`, in one sentence, for what does not go together.
+    "auto" for kernels where they run and XLA elsewhere; `chosen` tells which, and why. calibration: statistics of the model
+    (`eval.calibrate`) for the methods that need them, or the path of their file; None: `calibration.json` in the folder that
+    the model was read from, where there is one. Raises ValueError or `spec.SpecError`, in one sentence, for what does not go
+    together.
     """
 
-    def __init__(self, model, policy="dense", codec="raw", route: str = "auto", attention_impl: str = "auto"):
-        self.model = model
-        self.policy = policies.parse(policy) if isinstance(policy, str) else policy
-        chosen = codecs.parse(codec) if isinstance(codec, str) else codec
+    def __init__(
+        self,
+        model,
+        policy="dense",
+        codec="raw",
+        route: str = "auto",
+        attention_impl: str = "auto",
+        calibration: Calibration | str | os.PathLike | None = None,
+    ):
+        self.model, decoder = model, model.decoder
+        if calibration is None:
+            calibration = model.calibration()
+        elif not isinstance(calibration, Calibration):
+            calibration = Calibration.load(calibration)
         dtype = jax.tree.leaves(model.params)[0].dtype
-        c = model.decoder.config
-        self.codec = chosen.resolve(dtype, Rotation(model.decoder.rotary_angles, c.max_positions))
-        if getattr(self.policy, "dense_layers", 0) > c.n_layers:
-            raise ValueError(f"dense_layers must be at most {c.n_layers}; got {self.policy.dense_layers}")
-        layers = [self.policy.for_layer(i) for i in range(c.n_layers)]
-        self.chosen = attend.choose(attention_impl, self.codec, dtype, c.head_dim)
-        routes = [p.routes[0] if route == "auto" else route for p in layers]
-        self.layers = tuple(step.Layer(p, self.codec, r, self.chosen.impl) for p, r in zip(layers, routes, strict=True))
-        for layer in self.layers:
-            attention.check(layer.policy, layer.codec, layer.route, 1, c.n_heads, c.n_kv_heads)
+        self.policy, self.codec, self.layers, self.chosen = assemble(
+            decoder, policy, codec, dtype, route, attention_impl, calibration
+        )
         self.compiles = 0
-        decoder = model.decoder
-        self._prefill = self._jit(functools.partial(step.prefill, decoder, self.layers))
+        self._prefill = self._jit(functools.partial(step.prefill, decoder, self.layers), static_argnums=3)
+        self._chosen = self._jit(
+            functools.partial(step.chosen, decoder, self.policy, self.chosen.impl), static_argnums=3
+        )
+        self._judge = self._jit(step.judge)
         self._choose = self._jit(choose)
         self._generate = self._jit(functools.partial(step.generate_chunk, decoder), donate_argnums=1)
         self._score = self._jit(functools.partial(step.score_chunk, decoder), donate_argnums=1)
         self._masked = self._jit(functools.partial(step.score_masked, decoder, self.layers))
-        self._grow = self._jit(step.grow, static_argnums=1)
+        self._grow = self._jit(step.grow, static_argnums=(1, 2))
         self._freeze = self._jit(step.freeze, static_argnums=1)
         self._adopt = self._jit(step.adopt, donate_argnums=0)
 
@@ -101,11 +110,13 @@ class Engine:
         """Why attention is computed by what `implementation` names."""
         return self.chosen.reason
 
-    def validate(self, tokens: int) -> None:
-        """Raise ValueError unless sequences of `tokens` tokens can be served."""
+    def validate(self, tokens: int, prompt_tokens: int = 0) -> None:
+        """Raise ValueError unless sequences of `tokens` tokens can be served, the first of them as a dense prompt."""
         limit = self.model.decoder.config.max_positions
-        if tokens > limit:
-            raise ValueError(f"the model's context is {limit} tokens; got {tokens}")
+        endless = all(layer.policy.endless for layer in self.layers)
+        longest = prompt_tokens if endless else max(tokens, prompt_tokens)
+        if longest > limit:
+            raise ValueError(f"the model's context is {limit} tokens; got {longest}")
         for layer in self.layers:
             layer.policy.validate(tokens)
 
@@ -133,17 +144,13 @@ class Engine:
                 f" {length.min()}: give calibration_tokens={length.min()} or fewer, or axis=token"
             )
 
-    def init(self, B: int, context_tokens: int):
-        """Empty states for B sequences of up to `context_tokens` tokens."""
-        return step.init(self.model.decoder, self.layers, B, bucket(context_tokens))
+    def init(self, B: int, context_tokens: int, room: int | None = None):
+        """Empty states for B sequences of up to `context_tokens` tokens; room: see `step.init`."""
+        return step.init(self.model.decoder, self.layers, B, bucket(context_tokens), room)
 
     def state_bytes(self, B: int, context_tokens: int) -> tuple[int, int]:
         """Bytes of K and V, and of all else, that B sequences of `context_tokens` tokens keep resident."""
-        kv = jax.eval_shape(lambda: tuple(step.freeze(s, s.context) for s in self.init(B, context_tokens)))
-        whole = sum(tree_bytes(state) for state in kv)
-        homes = [h for state in kv for h in (state.ws, state.store) if h is not None]
-        content = sum(tree_bytes((h.k, h.v)) for h in homes)
-        return content, whole - content
+        return bytes_of(jax.eval_shape(lambda: tuple(step.freeze(s, s.context) for s in self.init(B, context_tokens))))
 
     def generate(
         self,
@@ -170,8 +177,9 @@ class Engine:
         batch = self.batch(prompts)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-        self.validate(int(batch.length.max()) + max_new_tokens)
-        self.check_calibration(batch.length)
+        longest = int(batch.length.max())
+        self.validate(int(self.policy.feeds(longest)) + max_new_tokens, longest)
+        self.check_calibration(self.policy.feeds(batch.length))
         stop = stops.check_stops(stop)
         if self.model.tokenizer is None and (stop or on_text is not None):
             raise ValueError(f"stop strings and on_text need text, and the model {self.model.name} has no tokenizer")
@@ -186,11 +194,15 @@ class Engine:
         """Log-probability of every token but the first of a ragged batch of sequences, from an empty cache.
 
         protocol "decode" feeds token by token through the real decode path; "prefill_mask" does one pass per layer under
-        the row-by-row selection mask. Both give the same numbers; they differ in what they exercise.
+        the row-by-row selection mask. Both give the same numbers; they differ in what they exercise. "prompt" is what
+        `generate` does: all tokens but the last ones are read as a dense prompt, the policy keeps of it what it will, and
+        the last ones are decoded.
         last: how many tokens at the end of each sequence are wanted, for all of which it is given: `logprobs` and `correct`
-        then hold these alone. Under "decode", sequences whose other tokens are equal, the choices of an item, share the
-        steps of these; attended, loaded and clipped are means over the tokens that were decoded.
-        Raises ValueError, before anything runs, for what `generate` refuses, a sequence of one token and a wrong `last`.
+        then hold these alone. Under "decode" and "prompt", sequences whose other tokens are equal, the choices of an item,
+        share the work on these; attended, loaded and clipped are means over the tokens that were decoded, and bytes of
+        "prompt" are those of the cache at the end.
+        Raises ValueError, before anything runs, for what `generate` refuses, a sequence of one token, a wrong `last`, and
+        none with "prompt".
         """
         start, compiles = time.perf_counter(), self.compiles
         if protocol not in PROTOCOLS:
@@ -199,15 +211,28 @@ class Engine:
         if batch.length.min() < 2:
             raise ValueError(f"a sequence to score needs at least 2 tokens; number {batch.length.argmin()} has 1")
         B, T = batch.tokens.shape
-        self.validate(T)
-        self.check_calibration(batch.length - 1)
+        if protocol == "prompt" and last is None:
+            raise ValueError("protocol prompt needs last=, how many tokens come after each prompt")
+        if protocol == "prompt":
+            given = batch.length - shared.check(batch, last)
+            fed = self.policy.feeds(given)
+            self.validate(int((fed + batch.length - given).max()), int(given.max()))
+            self.check_calibration(fed)
+        else:
+            self.validate(T)
+            self.check_calibration(batch.length - 1)
+        content, other = (None, None) if protocol == "prompt" else self.state_bytes(B, T)
         decoded, wanted, raw_tokens = batch.length - 1, batch.length - 1, self.codec.frozen_after
         kind, reason = self.implementation, self.implementation_reason
         common = None
         if last is not None:
             wanted = shared.check(batch, last)
             common = shared.contexts(batch, wanted, raw_tokens) if protocol == "decode" else None
-        if common is not None:
+        if protocol == "prompt":
+            *out, content, other = prompts.score(self, batch, wanted, progress)
+            decoded, counted = wanted, int((wanted - 1).sum())
+            coded = counted
+        elif common is not None:
             out = shared.score(self, batch, wanted, *common, progress)
             decoded, counted = wanted, int(common[0].length.sum() + wanted.sum())
             coded = counted - raw_tokens * len(common[0].length)
@@ -218,17 +243,16 @@ class Engine:
                 batch.tokens, targets, valid, progress
             )
             counted, coded = int(valid.sum()), int(valid[:, raw_tokens:].sum())
-        if protocol != "decode":
+        if protocol == "prefill_mask":
             kind, reason = "xla:masked", "prefill_mask is the reference, which XLA computes"
         logprobs, correct, attended, loads, clipped = out
-        content, other = self.state_bytes(B, T)
         c = self.model.decoder.config
         ends = list(zip(decoded - wanted, decoded, strict=True))
         return Scores(
             [row[a:b] for row, (a, b) in zip(logprobs, ends, strict=True)],
             [row[a:b] for row, (a, b) in zip(correct, ends, strict=True)],
-            attended / counted,
-            loads / counted,
+            attended / max(1, counted),
+            loads / max(1, counted),
             clipped / max(1, coded * 2 * c.n_kv_heads * c.head_dim),
             content / (B * bucket(T)),
             other / (B * bucket(T)),
@@ -243,7 +267,7 @@ class Engine:
         B, T = tokens.shape
         raw_tokens = self.codec.frozen_after
         kv, feed = self.init(B, raw_tokens or T), shared.Feed(self, tokens, targets, valid)
-        with generate.bar(progress, T - 1, "score") as bar:
+        with progress_bar(progress, T - 1, "score") as bar:
             if raw_tokens:
                 kv = feed(kv, 0, raw_tokens, bar)
                 kv = tuple(self._freeze(state, bucket(T)) for state in kv)
@@ -257,8 +281,9 @@ class Engine:
         logprobs, correct, attended, clipped = (np.asarray(x) for x in self._masked(self.model.params, *padded))
         return logprobs, correct, attended, np.full(attended.shape, np.nan), clipped
 
-    def _grow_each(self, layers: list, S: int):
-        """The states of all layers for the bucket S; `layers` is emptied on the way."""
+    def _grow_each(self, layers: list, S: int, tokens: int):
+        """The states of all layers for the bucket S, when `tokens` more are to come; `layers` is emptied on the way."""
+        room = prompts.room(self, tokens)
         for i in range(len(layers)):
-            layers[i] = self._grow(layers[i], S)
+            layers[i] = self._grow(layers[i], S, room)
         return tuple(layers)

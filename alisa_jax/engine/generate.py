@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from alisa_jax.engine import step, stops
+from alisa_jax.engine import prompts, step, stops
 from alisa_jax.engine.batch import Batch
+from alisa_jax.engine.progress import progress_bar
 from alisa_jax.engine.sampling import Draw, Settings
 from alisa_jax.kv.buckets import bucket, next_bucket
 
@@ -94,16 +94,16 @@ def run(
                 on_text(i, piece)
         return np.array([s.reason is not None for s in running])
 
-    longest = int(batch.length.max())
-    S = bucket(longest)
     eos = jnp.asarray(sorted(eos_ids) or [-1], jnp.int32)
     steps = LISTENING_STEPS if listening else step.CHUNK_STEPS
-    logits, kv = engine._prefill(model.params, jnp.asarray(batch.padded(S)), jnp.asarray(batch.length))
+    fed, logits, kv, _ = prompts.begin(engine, batch, max_new_tokens)
+    longest = int(fed.length.max())
+    S = bucket(longest)
     first = engine._choose(logits, _draw(drawn, 0), jnp.int32(0))
     token, made = first[0], 1
     columns = [np.asarray(x)[:, None] for x in first]  # waits for the device
     prefill_s = time.perf_counter() - start
-    with bar(progress, max_new_tokens, "generate") as shown:
+    with progress_bar(progress, max_new_tokens, "generate") as shown:
         done = took(*columns)
         shown.update(1)
         while not done.all():
@@ -111,7 +111,7 @@ def run(
             if room == 0:
                 S, layers = next_bucket(S), list(kv)
                 del kv  # `_grow_each` holds the only reference: an old layer is freed before the next one grows
-                kv = engine._grow_each(layers, S)
+                kv = engine._grow_each(layers, S, max_new_tokens - made)
                 room = S - (longest + made - 1)
             n = min(steps, room, max_new_tokens - made)
             out, kv = engine._generate(
@@ -135,11 +135,6 @@ def run(
         prefill_s,
         decode_s,
     )
-
-
-def bar(progress: bool, total: int, label: str) -> tqdm:
-    """A progress bar on stderr: only when wanted, and silent when stderr is not a terminal."""
-    return tqdm(total=total, desc=label, unit="token", disable=None if progress else True, leave=False)
 
 
 def _draw(drawn, made: int) -> Draw | None:

@@ -33,6 +33,10 @@ def attentions(engine, sequences, see: Callable[[int, Maps, np.ndarray], None]) 
     T, length = int(batch.length.max()), batch.length
     engine.validate(T)
     engine.check_calibration(length)
+    if engine.codec.raw_keys or any(layer.turning is not None for layer in engine.layers):
+        raise ValueError(
+            f"maps are of keys that carry their positions; {engine.policy} with {engine.codec} places them anew"
+        )
     decoder, params, tokens = engine.model.decoder, engine.model.params, batch.padded(bucket(T))
     x, at = _embed(decoder, _without_blocks(params), tokens)
     for layer, (policy, codec, *_) in enumerate(engine.layers):

@@ -16,8 +16,9 @@ import numpy as np
 
 from alisa_jax import placement
 from alisa_jax.engine import budget
-from alisa_jax.engine.generate import bar
 from alisa_jax.engine.programs import Programs
+from alisa_jax.engine.progress import progress_bar
+from alisa_jax.engine.prompts import condensed
 from alisa_jax.engine.selecting import Selecting
 from alisa_jax.engine.streaming import Streaming
 from alisa_jax.placement import mover
@@ -126,13 +127,17 @@ class Placed:
         batch = self.engine.batch(prompts)
         if new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {new_tokens}")
-        self.engine.validate(int(batch.length.max()) + new_tokens)
-        self.engine.check_calibration(batch.length)
+        longest, feeds = int(batch.length.max()), self.engine.policy.feeds
+        self.engine.validate(int(feeds(longest)) + new_tokens, longest)
+        self.engine.check_calibration(feeds(batch.length))
+        reading = time.perf_counter()
+        batch = condensed(self.engine, batch)
+        reading = time.perf_counter() - reading
         setting = self.check(batch.length.tolist(), new_tokens)
         kind = Selecting if setting.selects else Streaming
         runs, first = [], 0
         meter = mover.Meter(self.device_kv_bytes, self.host_kv_bytes)
-        with bar(progress, new_tokens * setting.batch, str(self.controller)) as shown:
+        with progress_bar(progress, new_tokens * setting.batch, str(self.controller)) as shown:
             for part in self.controller.groups(setting):
                 rows = slice(first, first + part.batch)
                 first = rows.stop
@@ -145,7 +150,7 @@ class Placed:
             tokens=[row.tolist() for row in columns[0]],
             margins=columns[1],
             logprobs=columns[2],
-            prefill_s=sum(run.prefill_s for run in runs),
+            prefill_s=reading + sum(run.prefill_s for run in runs),
             decode_s=sum(run.decode_s for run in runs),
             wall_s=time.perf_counter() - start,
             load_bytes=meter.load_bytes,

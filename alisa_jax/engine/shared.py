@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alisa_jax.engine import generate, step
+from alisa_jax.engine import step
 from alisa_jax.engine.batch import Batch
+from alisa_jax.engine.progress import progress_bar
 from alisa_jax.kv.buckets import bucket
 
 
@@ -57,7 +58,7 @@ def score(engine, batch: Batch, last: np.ndarray, common: Batch, of: np.ndarray,
     valid = np.arange(common.tokens.shape[1])[None] < decoded[:, None]
     feed = Feed(engine, common.tokens, np.zeros_like(common.tokens), valid)
     kv, new = (engine.init(B, raw_tokens or S) for B in (len(decoded), len(of)))
-    with generate.bar(progress, int(ends[-1] + last.max()), "score") as bar:
+    with progress_bar(progress, int(ends[-1] + last.max()), "score") as bar:
         if raw_tokens:
             kv = feed(kv, 0, raw_tokens, bar)
             kv, new = (tuple(engine._freeze(state, S) for state in states) for states in (kv, new))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alisa_jax import attention, parts
+from alisa_jax import attend, attention, masked, parts
 from alisa_jax.engine import sampling
 from alisa_jax.kv.ring import Ring
 from alisa_jax.kv.state import KVState, LayerState
@@ -21,28 +21,46 @@ CHUNK_STEPS = 64
 Layer = parts.Kind
 
 
-def init(decoder: Decoder, layers: tuple[Layer, ...], B: int, S: int) -> KVState:
-    """States of all layers for B sequences and a context bucket of S tokens."""
-    c = decoder.config
-    return tuple(
-        attention.init(p, codec, r, attention.dims_of(p, r, B, c.n_heads, c.n_kv_heads, S), c.head_dim, impl)
-        for p, codec, r, impl in layers
-    )
+def init(decoder: Decoder, layers: tuple[Layer, ...], B: int, S: int, room: int | None = None) -> KVState:
+    """States of all layers for B sequences and a context bucket of S tokens.
+
+    room: for states that a prompt begins: how many tokens must find room in sets that grow by what follows it.
+    """
+    c, states = decoder.config, []
+    for policy, codec, route, impl, turning in layers:
+        dims = attention.dims_of(policy, route, B, c.n_heads, c.n_kv_heads, S, c.head_dim)
+        if room is not None:
+            dims = attention.prompt_dims(dims, policy, route, room)
+        states.append(attention.init(policy, codec, route, dims, c.head_dim, impl, turning))
+    return tuple(states)
 
 
-def prefill(decoder: Decoder, layers, params, tokens, length) -> tuple[jax.Array, KVState]:
+def prefill(decoder: Decoder, layers, params, tokens, length, room: int = 0) -> tuple[jax.Array, KVState]:
     """tokens [B, S], length [B] -> logits [B, V] of the last token of each prompt, and the states (bucket S)."""
     B, S = tokens.shape
-    kv, x, at = list(init(decoder, layers, B, S)), *_embed(decoder, params, tokens)
+    kv, x, at = list(init(decoder, layers, B, S, room)), *_embed(decoder, params, tokens)
 
     for layer, state in enumerate(kv):
 
         def attend(q, k, v, state=state):
             return attention.prefill(state, q, k, v, length)
 
-        x, kv[layer] = decoder.block(params, layer, x, at, attend)
+        x, kv[layer] = decoder.block(params, layer, x, at, attend, rotate=state.turning is None)
     last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
     return decoder.unembed(params, last)[:, 0], tuple(kv)
+
+
+def chosen(decoder: Decoder, policy, impl: str, params, tokens, length, layer: int) -> jax.Array:
+    """Which tokens of prompts, tokens [B, S] and length [B], `policy` feeds by what it reads in `layer`: [B, n] int32.
+
+    Of that layer only queries and keys are computed, of later ones nothing.
+    """
+    x, at = _embed(decoder, params, tokens)
+    for earlier in range(layer):
+        x, _ = decoder.block(params, earlier, x, at, lambda q, k, v: (attend.causal(q, k, v, length, impl), ()))
+    _, (q, k) = decoder.block(params, layer, x, at, lambda q, k, v: (jnp.zeros_like(q), (q, k)))
+    last = jnp.take_along_axis(q, (length - 1)[:, None, None, None], axis=1)[:, 0]
+    return policy.choose(last, k, length)
 
 
 def decode(decoder: Decoder, params, kv: KVState, token) -> tuple[jax.Array, KVState, list[attention.Taps]]:
@@ -57,7 +75,8 @@ def decode(decoder: Decoder, params, kv: KVState, token) -> tuple[jax.Array, KVS
             out, state, tap = one(state, q[:, 0], k[:, 0], v[:, 0])
             return out[:, None], (state, tap)
 
-        x, (state, tap) = decoder.block(params, layer, x, at, attend)
+        rotate = not isinstance(state, LayerState) or state.turning is None
+        x, (state, tap) = decoder.block(params, layer, x, at, attend, rotate=rotate)
         states.append(state)
         taps.append(tap)
     return decoder.unembed(params, x)[:, 0], tuple(states), taps
@@ -170,13 +189,13 @@ def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):
     """
     x, at = _embed(decoder, params, tokens)
     shares, clips = [], []
-    for layer, (policy, codec, *_) in enumerate(layers):
+    for layer, (policy, codec, _, _, turning) in enumerate(layers):
 
-        def attend(q, k, v, policy=policy, codec=codec):
-            out, *aux = attention.score_masked(policy, codec, q, k, v)
+        def attend(q, k, v, policy=policy, codec=codec, turning=turning):
+            out, *aux = masked.score(policy, codec, q, k, v, turning=turning)
             return out, aux
 
-        x, (attended, clipped) = decoder.block(params, layer, x, at, attend)
+        x, (attended, clipped) = decoder.block(params, layer, x, at, attend, rotate=turning is None)
         share = attended / (at + 1).astype(jnp.float32)
         shares.append(jnp.sum(jnp.where(valid, share, jnp.float32(0.0))))
         clips.append(jnp.sum(jnp.where(valid, clipped, 0), dtype=jnp.int32))
@@ -193,9 +212,9 @@ def judge_all(decoder: Decoder, params, x: jax.Array, targets: jax.Array) -> tup
     return tuple(jnp.moveaxis(y, 0, 1).reshape(B, T) for y in (logprobs, correct))
 
 
-def grow(state: LayerState, S: int) -> LayerState:
-    """One layer's state for the bucket S."""
-    return attention.grow(state, S)
+def grow(state: LayerState, S: int, room: int | None = None) -> LayerState:
+    """One layer's state for the bucket S; see `attention.grow`."""
+    return attention.grow(state, S, room)
 
 
 def freeze(state: LayerState, S: int) -> LayerState:

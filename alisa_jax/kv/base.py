@@ -12,24 +12,19 @@ take either form.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from alisa_jax.kv.turning import NO_ROTATION, Rotation, Turn, turned
+
+__all__ = ["NO_ROTATION", "TOKEN_AXIS", "Asked", "Codec", "Content", "Layout", "Packed", "Part", "Rotation", "Turn"]
 
 Packed = Any  # a pytree that only its codec looks into
 Layout = Literal["slots", "tokens"]
 Part = Literal["k", "v"]
 TOKEN_AXIS = {"slots": 2, "tokens": 1}.__getitem__
-
-
-class Rotation(NamedTuple):
-    """How a model turns its keys: pair c of H channels, (c, c + len(angles)), by angles[c] radians a position."""
-
-    angles: tuple[float, ...]
-    positions: int  # of the longest context
-
-
-NO_ROTATION = Rotation((), 0)
 
 
 class Content(NamedTuple):
@@ -43,12 +38,26 @@ class Content(NamedTuple):
     zero: jax.Array | None = None  # the shape of scale
 
 
-class Codec:
-    """Base of all codecs: frozen dataclasses of pure methods.
+class Asked:
+    """What a user names in a spec: a frozen dataclass that `resolve(dtype, rotation)` turns into the codec of a model, where
+    `dtype` is the type that the model computes in. A codec that needs to know neither is its own spec."""
 
-    What a user names in a spec is turned into the codec of a model by `resolve(dtype, rotation)`, where `dtype` is the
-    type that the model computes in; a codec that needs to know neither is its own spec.
-    """
+    raw_keys: ClassVar[bool] = False  # keys are to come before their rotation; `turned_logits` turns them
+    calibrates: ClassVar[bool] = False  # `resolve` also takes calibration= and config=, the model's
+
+
+class Codec(Asked):
+    """Base of all codecs: frozen dataclasses of pure methods."""
+
+    placed: ClassVar[bool] = True  # the row of a token is all there is of it, and may be moved by itself
+
+    def for_layer(self, layer: int) -> Codec:
+        """The codec of layer `layer`, counted from 0."""
+        return self
+
+    def refuses(self, policy, route: str) -> str | None:
+        """Why this codec cannot serve `policy` on `route`, in one sentence; None: it can."""
+        return None
 
     @property
     def frozen_after(self) -> int:
@@ -77,6 +86,10 @@ class Codec:
     def fill(self, packed: Packed, x: jax.Array, layout: Layout) -> Packed:
         """Encode a whole prompt of `frozen_after` tokens or more; `x` has the layout and shape of the empty `packed`."""
         raise NotImplementedError
+
+    def upto(self, packed: Packed, x: jax.Array, length: jax.Array, layout: Layout) -> Packed:
+        """`packed`, which `fill` made of x, as it is when only the first `length` [B] tokens of x have come."""
+        return packed
 
     def freeze(self, packed: Packed, layout: Layout) -> Packed:
         """Encode what has been kept raw until now."""
@@ -122,10 +135,20 @@ class Codec:
         """`q` [B, K, G, H] against head-major keys: [B, K, G, M] float32. The caller has scaled `q`."""
         raise NotImplementedError
 
+    def values(self, packed: Packed) -> jax.Array:
+        """What head-major `packed` stands for: [B, K, M, H] float32."""
+        raise NotImplementedError
+
+    def turned_logits(self, q: jax.Array, k: Packed, turn: Turn) -> jax.Array:
+        """As `logits`, against keys that were stored before their rotation: each slot is turned to its place."""
+        places = jnp.broadcast_to(turn.places, (*q.shape[:2], turn.places.shape[2]))
+        keys = turned(self.values(k), places, turn.rotation)
+        return jnp.einsum("bkgh,bkmh->bkgm", q.astype(jnp.float32), keys, preferred_element_type=jnp.float32)
+
     def mix(self, p: jax.Array, v: Packed) -> jax.Array:
         """Weights `p` [B, K, G, M] float32 times head-major values: [B, K, G, H] float32."""
         raise NotImplementedError
 
     def clipped(self, packed: Packed, x: jax.Array) -> jax.Array:
         """How many elements of each token of `x` [B, K, *, H] the codes of `packed` cannot reach: [B, *] int32."""
-        return jax.numpy.zeros((x.shape[0], *x.shape[2:-1]), jax.numpy.int32)
+        return jnp.zeros((x.shape[0], *x.shape[2:-1]), jnp.int32)

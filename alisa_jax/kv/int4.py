@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax.kv import codes as products
-from alisa_jax.kv.base import NO_ROTATION, Codec, Rotation
+from alisa_jax.kv.base import NO_ROTATION, Asked, Codec, Rotation
 from alisa_jax.kv.raw import Raw
 from alisa_jax.kv.tokenwise import TokenWise
 
@@ -26,7 +26,7 @@ LEVELS = 15.0
 
 
 @dataclass(frozen=True)
-class Int4:
+class Int4(Asked):
     """What is asked for; `resolve` gives the codec of a model. group: channels of a head that share a range."""
 
     group: int = 64
@@ -74,6 +74,9 @@ class GroupInt4(TokenWise):
         code = jnp.clip(jnp.round(x / self._wide(wide, H) + self._wide(zero, H)), 0, LEVELS)
         lower, upper = jnp.split(_padded(code.astype(jnp.uint8), 2), 2, axis=-1)
         return GroupCodes(lower | (upper << 4), scale, zero.astype(jnp.int8), H)
+
+    def values(self, packed):
+        return self._values(packed.channels)(*self.leaves(packed))
 
     def logits(self, q, k):
         return products.logits_of(q.astype(jnp.float32), self.leaves(k), self._values(k.channels))

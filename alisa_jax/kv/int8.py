@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from alisa_jax.kv.base import NO_ROTATION, Codec, Rotation
+from alisa_jax.kv.base import NO_ROTATION, Asked, Codec, Rotation
 from alisa_jax.kv.int8_channel import ChannelInt8
 from alisa_jax.kv.int8_token import TokenInt8
 from alisa_jax.kv.raw import Raw
@@ -30,7 +30,7 @@ CALIBRATION_TOKENS, HEADROOM = 64, 1.0
 
 
 @dataclass(frozen=True)
-class Int8:
+class Int8(Asked):
     """What is asked for; `resolve` gives the codec of a model. The other fields belong to axis="channel".
 
     calibration_tokens: the first tokens of a sequence, which stay raw and give the range (default 64).

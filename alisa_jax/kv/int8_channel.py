@@ -122,6 +122,11 @@ class ChannelInt8(Codec):
             return self.raw.content(packed.values)
         return Content("channel", packed.codes, packed.scale, packed.zero)
 
+    def values(self, packed):
+        if isinstance(packed, Calibrating):
+            return self.raw.values(packed.values)
+        return (packed.codes.astype(jnp.float32) - packed.zero[:, :, None]) * packed.scale[:, :, None]
+
     def logits(self, q, k):
         if isinstance(k, Calibrating):
             return self.raw.logits(q, k.values)

@@ -39,6 +39,10 @@ class TokenInt8(TokenWise):
     def content(self, packed):
         return Content("token", packed.codes, packed.scale, packed.zero)
 
+    def values(self, packed):
+        codes, scale, zero = (x.astype(jnp.float32) for x in self.leaves(packed))
+        return (codes - zero[..., None]) * scale[..., None]
+
     def logits(self, q, k):
         q = q.astype(jnp.float32)
         offset = jnp.sum(q, axis=-1, keepdims=True) * k.zero.astype(jnp.float32)[:, :, None]

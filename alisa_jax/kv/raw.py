@@ -70,6 +70,9 @@ class Raw(Codec):
     def content(self, packed):
         return Content(None, packed)
 
+    def values(self, packed):
+        return packed.astype(jnp.float32)
+
     def logits(self, q, k):
         return jnp.einsum("bkgh,bkmh->bkgm", q.astype(k.dtype), k, preferred_element_type=jnp.float32)
 

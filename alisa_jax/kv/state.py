@@ -120,6 +120,7 @@ class LayerState:
     route: str = flax.struct.field(pytree_node=False)  # "working_set" | "indexed" | "masked"
     context: int = flax.struct.field(pytree_node=False)  # S, the context bucket
     impl: str = flax.struct.field(pytree_node=False, default="xla")  # what attends: "xla" | "pallas" | "interpret"
+    turning: Any = flax.struct.field(pytree_node=False, default=None)  # `Rotation` of keys that are stored before it
 
     def adopt(self, other: LayerState, rows: jax.Array, which: jax.Array) -> LayerState:
         """This state with its sequences `which` [B] bool replaced by the sequences `rows` [B] of `other`.
@@ -140,6 +141,13 @@ KVState = tuple[LayerState, ...]
 def bias_of(pos: jax.Array) -> jax.Array:
     """The logit bias of slots `pos`: 0 where a token is, -inf where none is."""
     return jnp.where(pos >= 0, jnp.float32(0.0), jnp.float32(-jnp.inf))
+
+
+def bytes_of(kv: KVState) -> tuple[int, int]:
+    """Bytes of K and V, and of all else, in states or their shapes."""
+    homes = [h for state in kv for h in (state.ws, state.store) if h is not None]
+    content = sum(tree_bytes((h.k, h.v)) for h in homes)
+    return content, sum(tree_bytes(state) for state in kv) - content
 
 
 def tree_bytes(tree: Any) -> int:

@@ -32,6 +32,7 @@ import safetensors.numpy
 import tokenizers
 import tqdm
 
+from alisa_jax.calibration import Calibration
 from alisa_jax.models import hub, names
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder, Params
@@ -40,7 +41,7 @@ from alisa_jax.models.shapes import SHAPES
 from alisa_jax.models.weights import WEIGHTS, open_weights, read_json, read_tensor
 
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled" / "pylib_1m"
-CONFIG = "config.json"
+CONFIG, CALIBRATION = "config.json", "calibration.json"
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -55,6 +56,11 @@ class Model:
     bos_id: int | None
     eos_ids: tuple[int, ...]
     source: str  # the folder it was read from, or "random:NAME"
+
+    def calibration(self) -> Calibration | None:
+        """The statistics that lie beside the weights as `calibration.json`, if any do."""
+        path = Path(self.source or "") / CALIBRATION
+        return Calibration.load(path) if self.source and path.is_file() else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, after the model's BOS id where it has one. Raises CheckpointError without a tokenizer."""

@@ -68,12 +68,14 @@ class Decoder:
         x: jax.Array,  # [B, T, D]
         positions: jax.Array,  # [B, T] int32
         attend: Attend,
+        rotate: bool = True,
     ) -> tuple[jax.Array, Any]:
         """Layer `layer` -> (x [B, T, D], aux), where aux is what `attend` returned beside its output.
 
         `attend(q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]) -> (out [B, T, N, H], aux)`. It is called
-        once. q and k carry their positions (rotated, but for opt); q is not scaled: `attend` multiplies logits
-        by H ** -0.5. Raises ValueError where x, positions or the output of `attend` have the wrong shape.
+        once. q and k carry their positions (rotated, but for opt); with rotate=False they are as they were projected.
+        q is not scaled: `attend` multiplies logits by H ** -0.5. Raises ValueError where x, positions or the output of
+        `attend` have the wrong shape.
         """
         c = self.config
         sizes = check("B T D", x, {"D": c.d_model}, name="x")
@@ -85,7 +87,7 @@ class Decoder:
             check("B T N H", out, expected, name="output of attend")
             return out, aux
 
-        module = _FAMILIES[c.arch].Block(c)
+        module = _FAMILIES[c.arch].Block(c, rotate=rotate)
         return module.apply({"params": params["blocks"][layer]}, x, positions, checked)
 
     def unembed(self, params: Params, x: jax.Array) -> jax.Array:

@@ -35,6 +35,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     param_dtype: DType = jnp.float32
+    rotate: bool = True  # False: q and k as they were projected
 
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array, attend):
@@ -49,8 +50,8 @@ class Block(nn.Module):
         q = linear("q", c.n_heads * c.head_dim, c.attention_bias)(n).reshape(B, T, c.n_heads, c.head_dim)
         k = linear("k", c.n_kv_heads * c.head_dim, c.attention_bias)(n).reshape(B, T, c.n_kv_heads, c.head_dim)
         v = linear("v", c.n_kv_heads * c.head_dim, c.attention_bias)(n).reshape(B, T, c.n_kv_heads, c.head_dim)
-        q = rotate(q, positions, c.rope_theta, c.rope_scaling)
-        k = rotate(k, positions, c.rope_theta, c.rope_scaling)
+        if self.rotate:
+            q, k = (rotate(x, positions, c.rope_theta, c.rope_scaling) for x in (q, k))
         out, aux = attend(q, k, v)
         out = out.reshape(B, T, c.n_heads * c.head_dim)
         x = x + linear("o", c.d_model, c.attention_bias, residual)(out)

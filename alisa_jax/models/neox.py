@@ -38,6 +38,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     param_dtype: DType = jnp.float32
+    rotate: bool = True  # False: q and k as they were projected
 
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array, attend):
@@ -52,8 +53,8 @@ class Block(nn.Module):
         q, k, v = (
             linear(name, D, c.attention_bias)(n).reshape(B, T, c.n_heads, c.head_dim) for name in ("q", "k", "v")
         )
-        q = rotate(q, positions, c.rope_theta, c.rope_scaling, c.rotary_dims)
-        k = rotate(k, positions, c.rope_theta, c.rope_scaling, c.rotary_dims)
+        if self.rotate:
+            q, k = (rotate(x, positions, c.rope_theta, c.rope_scaling, c.rotary_dims) for x in (q, k))
         out, aux = attend(q, k, v)
         a = linear("o", D, c.attention_bias, residual)(out.reshape(B, T, D))
 

@@ -44,6 +44,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     param_dtype: DType = jnp.float32
+    rotate: bool = True  # of no effect: positions are in x
 
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array, attend):

@@ -8,6 +8,10 @@ query at position n attends the tokens that the policy keeps among positions 0 .
 
 and `select` states the same set from scratch, as a boolean mask: the reference for `exchange`, the first set after a
 prompt, and the whole policy on the routes that do not keep a working set.
+
+Some methods need more, and say so: what the model is (`resolve`), the keys as they are written (`takes_keys`), mass of every
+query head (`mass_heads`), keys before their rotation (`raw_keys`, `places`), a set that grows by all that comes after a
+prompt (`appends`), keys and values of a prompt changed (`compacts`), or a prompt of chosen tokens (`reads_layer`).
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ class Dims(NamedTuple):
     K: int  # kv heads
     S: int  # context bucket
     M: int  # slots of the working set (M = S on the routes where slot = position)
+    H: int = 0  # channels of a head; 0 where nobody needs to know
 
 
 class Exchange(NamedTuple):
@@ -43,6 +48,15 @@ class Exchange(NamedTuple):
     more: jax.Array  # [] bool: the list of loads was full; call again
 
 
+class Compacted(NamedTuple):
+    """What the slots of a working set hold once `compact` has changed keys and values."""
+
+    k: jax.Array  # [B, K, M, H]
+    v: jax.Array  # [B, K, M, H]
+    pos: jax.Array  # [B, P, M] int32, -1 = empty
+    bias: jax.Array  # [B, P, M] float32: log n for a token that stands for n, -inf where a slot is empty
+
+
 @dataclass(frozen=True)
 class Policy:
     """Base of all policies; what is not overridden is a stateless policy that shares its selection between heads."""
@@ -52,6 +66,36 @@ class Policy:
     needs_query: ClassVar[bool] = False  # cannot be chosen one step ahead
     routes: ClassVar[tuple[str, ...]] = ("working_set", "indexed", "masked")
     seed_kind: ClassVar[str] = "none"  # what a prefill hands to `seed`: "none" | "rows" | "sum"
+    takes_keys: ClassVar[bool] = False  # `note` gets every key
+    appends: ClassVar[bool] = False  # what comes after a prompt is kept: the set grows by what the prompt left
+    compacts: ClassVar[bool] = False  # `compact` changes the keys and values of a prompt
+
+    @property
+    def raw_keys(self) -> bool:
+        """Keys are stored before their rotation, and turned to `places` at every step."""
+        return False
+
+    @property
+    def endless(self) -> bool:
+        """Places stay below the capacity, so that contexts may be longer than the model's positions."""
+        return False
+
+    def reads_layer(self, tokens: int) -> int | None:
+        """The layer whose attention chooses what is fed of prompts, the longest of `tokens` (`choose`); None: all is fed."""
+        return None
+
+    def feeds(self, tokens):
+        """At most how many tokens of a prompt of `tokens`, a number or an array of them, are fed."""
+        return tokens
+
+    def resolve(self, config, calibration=None) -> Policy:
+        """This policy for a model: config is a `ModelConfig`, calibration a `Calibration` of the model or None.
+
+        Raises ValueError, in one sentence, for what the model does not have.
+        """
+        if (dense := getattr(self, "dense_layers", 0)) > config.n_layers:
+            raise ValueError(f"dense_layers must be at most {config.n_layers}; got {dense}")
+        return self
 
     def for_layer(self, layer: int) -> Policy:
         """The policy of layer `layer`, counted from 0."""
@@ -61,9 +105,33 @@ class Policy:
         """P: 1 when heads share a selection, K when every kv head has its own."""
         return 1
 
+    def mass_heads(self, N: int, K: int) -> int:
+        """Groups of the N query heads over which the mass for `observe` and `seed` is summed: `selection_heads`, or N for
+        every query head by itself, where head n belongs to kv head n // (N / K)."""
+        return self.selection_heads(K)
+
     def capacity(self, S: int) -> int:
-        """Slots of the working set that a context bucket of S tokens needs."""
+        """Slots of the working set that a context bucket of S tokens needs when all of them are decoded."""
         raise NotImplementedError
+
+    def prompt_capacity(self, S: int) -> int:
+        """Slots that a prompt in a bucket of S tokens leaves taken, for a policy that `appends`."""
+        return self.capacity(S)
+
+    @classmethod
+    def sized(cls, kept: int, tokens: int) -> Policy | None:
+        """This method with room for `kept` of a prompt of `tokens` tokens in every layer, else at its defaults; None for a
+        method that has no such size.
+
+        What comes after the prompt is kept as the method does: as a share of what is there, or all of it. Raises ValueError
+        for a size that the method cannot have.
+        """
+        fields = cls.__dataclass_fields__
+        if "kv_sparsity" not in fields:
+            return None
+        return cls(
+            kv_sparsity=round(1.0 - kept / tokens, 6), **({"dense_layers": 0} if "dense_layers" in fields else {})
+        )
 
     def validate(self, S: int) -> None:
         """Raise ValueError when this policy cannot serve a context of S tokens."""
@@ -83,11 +151,41 @@ class Policy:
     def seed(self, stats: Stats, rows, length: jax.Array, dims: Dims) -> tuple[Stats, jax.Array]:
         """Statistics and first set after a dense prompt.
 
-        rows: `seed_kind` "rows": [B, P, W, S] float32, W = seed_rows(S), the last row belongs to the last query of each
-        sequence; "sum": [B, P, S] float32, summed over all queries; "none": None. length: [B].
+        rows: `seed_kind` "rows": [B, mass_heads, W, S] float32, W = seed_rows(S), the last row belongs to the last query of
+        each sequence; "sum": [B, mass_heads, S] float32, summed over all queries; "none": None. length: [B].
         Returns the statistics and `pos` [B, P, M]: which token each slot of the working set is to hold.
         """
         return stats, settle(self.select(stats, length, dims.S), dims.M)
+
+    def compact(self, k: jax.Array, v: jax.Array, rows, length: jax.Array, dims: Dims) -> Compacted:
+        """Keys and values of a dense prompt as the slots are to hold them, for a policy that `compacts`.
+
+        k, v [B, T, K, H]; tokens from `length` [B] on are padding; rows as for `seed`. With M = S slot p holds a token of
+        position p.
+        """
+        raise NotImplementedError
+
+    def choose(self, q: jax.Array, k: jax.Array, length: jax.Array) -> jax.Array:
+        """Which tokens of a prompt are fed, for a policy with `reads_layer`: [B, n] int32, ascending, -1 behind them.
+
+        q [B, N, H]: the query of each prompt's last token in that layer; k [B, T, K, H]: its keys, padding behind `length`.
+        """
+        raise NotImplementedError
+
+    def note(self, stats: Stats, k: jax.Array, first: jax.Array) -> Stats:
+        """Take in the keys k [B, T, K, H], rotated, of positions first [B] .. first + T - 1, for a policy that `takes_keys`.
+
+        One token before its query selects; a whole prompt, padding included, with first = 0.
+        """
+        return stats
+
+    def places(self, pos: jax.Array, length: jax.Array) -> jax.Array:
+        """Rotary positions [B, P, M] of the tokens `pos` for the query at `length` [B]; asked where `raw_keys`."""
+        return pos
+
+    def place(self, length: jax.Array) -> jax.Array:
+        """Rotary position [B] of the query at `length`; asked where `raw_keys`."""
+        return length
 
     def refresh(self, length: jax.Array) -> jax.Array | None:
         """[B] bool: sequences whose query at position `length` attends every token; None for never."""
@@ -96,9 +194,9 @@ class Policy:
     def observe(self, stats: Stats, mass, pos, slot, length, dense=None) -> Stats:
         """Take in one step.
 
-        mass [B, P, M] float32: attention that the query at position `length` [B] paid to each slot, summed over the heads
-        that share the selection; pos [B, P, M]; slot [B, P]: where the query's own token lies; dense: None or
-        (which [B] bool, row [B, P, S] float32): for those sequences the attention paid to every position instead.
+        mass [B, mass_heads, M] float32: attention that the query at position `length` [B] paid to each slot, summed over
+        the heads of a group; pos [B, P, M]; slot [B, P]: where the query's own token lies; dense: None or (which [B] bool,
+        row [B, mass_heads, S] float32): for those sequences the attention paid to every position instead.
         """
         return stats
 

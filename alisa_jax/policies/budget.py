@@ -44,7 +44,12 @@ def at_least_one(count: np.ndarray) -> np.ndarray:
 
 
 def lookup(table: np.ndarray, length):
-    """table[length] for a traced `length`; lengths beyond the table read its last entry."""
+    """table[length] for a traced `length`; lengths beyond the table read its last entry.
+
+    Entries that repeat the last one at the end are left out, so a constant budget is a short table at any context.
+    """
     import jax.numpy as jnp
 
+    table = np.asarray(table)
+    table = table[: int(np.flatnonzero(table != table[-1]).max(initial=-1)) + 2]
     return jnp.asarray(table)[jnp.minimum(length, len(table) - 1)]

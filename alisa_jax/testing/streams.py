@@ -64,6 +64,18 @@ class Run(NamedTuple):
         return [[[set(np.flatnonzero(head).tolist()) for head in step] for step in b] for b in self.slots]
 
 
+def dense_over(tokens: Stream, n: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Float64 attention of the queries at n [B, steps] over held [B, steps, P, T + 1]: [B, steps, N, H]."""
+    q, k, v = (x.astype(np.float64) for x in tokens)
+    q = np.take_along_axis(q, n[:, :, None, None], axis=1)
+    q = q.reshape(*n.shape, k.shape[2], -1, q.shape[-1])  # [B, steps, K, G, H]
+    z = np.einsum("bskgh,btkh->bskgt", q, k) / np.sqrt(q.shape[-1])
+    z = np.where(held[:, :, :, None, :-1], z, -np.inf)
+    e = np.exp(z - z.max(-1, keepdims=True))
+    out = np.einsum("bskgt,btkh->bskgh", e / e.sum(-1, keepdims=True), v)
+    return out.reshape(*n.shape, -1, q.shape[-1])
+
+
 class Driver:
     """Decodes streams under any policy; compiles every step once, and remembers the runs over its own stream.
 
@@ -99,7 +111,10 @@ class Driver:
     def _run(self, policy, route, tokens, buckets, prompt, padded):
         q, k, v = (jnp.asarray(x) for x in tokens)
         (B, T, N, H), K, S = q.shape, k.shape[2], buckets.pop(0)
-        state = attention.init(policy, self.codec, route, attention.dims_of(policy, route, B, N, K, S), H)
+        dims = attention.dims_of(policy, route, B, N, K, S)
+        if prompt is not None:
+            dims = attention.prompt_dims(dims, policy, route, S - max(prompt))
+        state = attention.init(policy, self.codec, route, dims, H)
         length, prompt_out = np.zeros(B, np.int32), None
         if prompt is not None:
             length = np.array(prompt, np.int32)

@@ -1,0 +1,58 @@
+"""The layers of an engine: policy, codec, route and what attends, put together and checked before a weight is needed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from alisa_jax import attend, attention, policies
+from alisa_jax.kv import codec as codecs
+from alisa_jax.kv.codec import NO_ROTATION, Rotation
+from alisa_jax.models.decoder import Decoder
+from alisa_jax.parts import Kind
+
+
+class Assembled(NamedTuple):
+    """What `assemble` returns."""
+
+    policy: policies.Policy  # resolved for the model
+    codec: codecs.Codec  # likewise
+    layers: tuple[Kind, ...]
+    chosen: attend.Choice  # what attends, and why
+
+
+def assemble(
+    decoder: Decoder, policy, codec, dtype, route: str = "auto", attention_impl: str = "auto", calibration=None
+) -> Assembled:
+    """The layers of `decoder`, which computes in `dtype`, under a policy and a codec given as specs or objects.
+
+    calibration: the `Calibration` of the model, for methods that need one. Raises ValueError or `spec.SpecError`, in one
+    sentence, for what does not go together.
+    """
+    c = decoder.config
+    policy = policies.parse(policy) if isinstance(policy, str) else policy
+    policy = policy.resolve(c, calibration)
+    asked = codecs.parse(codec) if isinstance(codec, str) else codec
+    each = [policy.for_layer(i) for i in range(c.n_layers)]
+    rotation = Rotation(decoder.rotary_angles, c.max_positions)
+    raw_keys = asked.raw_keys or any(p.raw_keys for p in each)
+    more = {"calibration": calibration, "config": c} if asked.calibrates else {}
+    stored = asked.resolve(dtype, NO_ROTATION if raw_keys else rotation, **more)
+    turning = rotation if raw_keys and rotation.angles else None
+    chosen = attend.choose(attention_impl, stored, dtype, c.head_dim, _xla_only(each, turning, c))
+    layers = tuple(
+        Kind(p, stored.for_layer(i), p.routes[0] if route == "auto" else route, chosen.impl, turning)
+        for i, p in enumerate(each)
+    )
+    for kind in layers:
+        attention.check(kind.policy, kind.codec, kind.route, 1, c.n_heads, c.n_kv_heads)
+    return Assembled(policy, stored, layers, chosen)
+
+
+def _xla_only(each, turning, config) -> str | None:
+    """Why no kernel can attend for these policies, or None."""
+    N, K = config.n_heads, config.n_kv_heads
+    if turning is not None:
+        return "keys that are stored before their rotation are turned by XLA"
+    if any(p.mass_heads(N, K) != p.selection_heads(K) for p in each):
+        return "the kernels do not tell the attention of single query heads"
+    return None

@@ -1,0 +1,106 @@
+"""Dense prompts: what of them is fed, the states they leave, and scoring what comes after them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alisa_jax.engine import shared
+from alisa_jax.engine.batch import Batch
+from alisa_jax.engine.progress import progress_bar
+from alisa_jax.kv.buckets import bucket, next_bucket
+from alisa_jax.kv.state import bytes_of
+
+ROOM = 32  # sets that grow by what follows a prompt have room for multiples of this, so few programs are compiled
+
+
+class Begun(NamedTuple):
+    """A batch of prompts that has been read."""
+
+    fed: Batch  # the tokens that were fed: the prompts, or what a policy chose of them
+    logits: jax.Array  # [B, V] of the last token of each
+    kv: Any  # the states, for the bucket of the longest
+    room: int  # tokens that the working sets have room for, where they grow by what follows
+
+
+def begin(engine, batch: Batch, tokens: int) -> Begun:
+    """Read `batch` densely, with `tokens` more to come; a policy that `reads_layer` chooses what is fed."""
+    fed = condensed(engine, batch)
+    longest = int(fed.length.max())
+    S = bucket(longest)
+    more = room(engine, min(S - longest, tokens)) or 0
+    prompts = jnp.asarray(fed.padded(S)), jnp.asarray(fed.length)
+    logits, kv = engine._prefill(engine.model.params, *prompts, more)
+    return Begun(fed, logits, kv, more)
+
+
+def room(engine, tokens: int) -> int | None:
+    """For how many more tokens sets that grow by each of them have room until they grow again; None: there are none."""
+    if not any(layer.policy.appends for layer in engine.layers):
+        return None
+    return -(-max(tokens, 1) // ROOM) * ROOM
+
+
+def condensed(engine, batch: Batch) -> Batch:
+    """The prompts as they are fed: all of their tokens, or those that an early layer of the model chooses."""
+    layer = engine.policy.reads_layer(int(batch.length.max()))
+    if layer is None:
+        return batch
+    S = bucket(int(batch.length.max()))
+    at = np.asarray(engine._chosen(engine.model.params, jnp.asarray(batch.padded(S)), jnp.asarray(batch.length), layer))
+    return Batch.from_lists([row[p[p >= 0]].tolist() for row, p in zip(batch.tokens, at, strict=True)])
+
+
+def score(engine, batch: Batch, last: np.ndarray, progress: bool):
+    """The last tokens of `batch`, last [B] of each, after all others as a dense prompt; equal prompts are read once.
+
+    Returns log-probabilities and hits [B, max(last)], three sums [L] over the tokens that were decoded (see `step.Scored`),
+    and the bytes of K and V and of all else at the end.
+    """
+    heads = [tuple(row[: n - k].tolist()) for row, n, k in zip(batch.tokens, batch.length, last, strict=True)]
+    distinct = list(dict.fromkeys(heads))
+    of = np.array([distinct.index(head) for head in heads], np.int32)
+    start = Batch.from_lists(distinct)
+    begun = begin(engine, start, int(last.max()))
+    rows, first = np.arange(last.max())[None], batch.length - last
+    at = np.minimum(first[:, None] + rows, batch.tokens.shape[1] - 1)
+    tokens = np.take_along_axis(batch.tokens, at, 1)
+    targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    opening = [np.asarray(x) for x in engine._judge(begun.logits[jnp.asarray(of)], jnp.asarray(tokens[:, 0]))]
+    feed = shared.Feed(engine, tokens, targets, rows < last[:, None] - 1)
+    steps, kv = int(last.max()) - 1, begun.kv
+    logprobs, correct = (x[:, None] for x in opening)
+    if steps:
+        S = bucket(int(begun.fed.length.max()))
+        if len(of) > len(distinct):
+            kv = _spread(engine, kv, of, S, begun.room)
+        with progress_bar(progress, steps, "score") as bar:
+            done, free = 0, S - int(begun.fed.length.max())
+            while done < steps:
+                if not free:
+                    grown = next_bucket(S)
+                    layers = list(kv)
+                    del kv
+                    kv = engine._grow_each(layers, grown, steps - done)
+                    free, S = grown - S, grown
+                n = min(free, steps - done)
+                kv = feed(kv, done, done + n, bar)
+                done, free = done + n, free - n
+        later = feed.rows()
+        logprobs, correct = (np.concatenate(pair, 1) for pair in zip((logprobs, correct), later, strict=True))
+        sums = feed.sums()
+    else:
+        sums = tuple(np.zeros(len(kv)) for _ in range(3))
+    each = len(of) / len(kv[0].length)
+    return logprobs, correct, *sums, *(each * size for size in bytes_of(kv))
+
+
+def _spread(engine, kv, of: np.ndarray, S: int, room: int):
+    """States of one sequence for each of `of`, a copy of that sequence of `kv`."""
+    new = engine.init(len(of), S, room)
+    if engine.codec.frozen_after:
+        new = tuple(engine._freeze(state, S) for state in new)
+    return engine._adopt(new, kv, jnp.asarray(of), jnp.ones(len(of), jnp.bool_))
