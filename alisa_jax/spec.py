@@ -7,7 +7,8 @@ Inside quotes a backslash takes the next character as it is. The annotation of t
 how a bare word is read: of the types that the field allows the first that fits wins, in the order none,
 bool, int, float, str. Quoted text is always a str. So ``window: int | str`` reads ``16`` as an integer and
 ``2k`` as text. Which values make sense is the dataclass's own business: its ``__post_init__`` raises
-ValueError.
+ValueError. A field that is hidden (``repr=False``) or not for the constructor is no part of a spec; one whose metadata
+has a name under ``spec`` goes by that name.
 """
 
 import dataclasses
@@ -74,7 +75,7 @@ def parse(text: str, registry: Mapping[str, type]) -> Any:
     if missing:
         raise SpecError(f"{text}: {name} needs a value for {', '.join(missing)}")
     try:
-        return cls(**given)
+        return cls(**{fields[key].name: value for key, value in given.items()})
     except ValueError as error:
         raise SpecError(f"{text}: {error}") from error
 
@@ -92,7 +93,7 @@ def to_text(obj: Any, registry: Mapping[str, type]) -> str:
         raise SpecError(f"{obj!r}: {type(obj).__name__} has no name; known names are {_listed(registry)}")
     pairs = []
     for key, field in _fields(type(obj)).items():
-        value = getattr(obj, key)
+        value = getattr(obj, field.name)
         if field.required or value != field.default:
             pairs.append(f"{key}={_write(value, f'{name}: {key}')}")
     return f"{name}({','.join(pairs)})" if pairs else name
@@ -104,6 +105,7 @@ class _Misfit(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Field:
+    name: str  # of the dataclass
     type: Any
     required: bool
     default: Any
@@ -113,13 +115,14 @@ def _fields(cls: type) -> dict[str, _Field]:
     hints = typing.get_type_hints(cls)
     fields = {}
     for field in dataclasses.fields(cls):
-        if not field.init:
+        if not (field.init and field.repr):
             continue
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         required = default is dataclasses.MISSING
-        fields[field.name] = _Field(hints[field.name], required, None if required else default)
+        key = field.metadata.get("spec", field.name)
+        fields[key] = _Field(field.name, hints[field.name], required, None if required else default)
     return fields
 
 

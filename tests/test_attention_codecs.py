@@ -4,10 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
-from alisa_jax import attention
+from alisa_jax import attention, masked
 from alisa_jax.kv import codec as codecs
 from alisa_jax.kv.codec import NO_ROTATION, Rotation
 from alisa_jax.kv.state import tree_bytes
@@ -22,9 +23,18 @@ CODECS = {
     "int8(calibration_tokens=5)": ("empty",),
     "int8(axis=token)": ("full_bucket",),
     "int4(group=2)": ("full_bucket",),  # of the 5 channels: the last group has one
+    "skvq(group=4,window=7,sinks=2)": ("prompt",),  # as a user: keys before their rotation, here without any
+    "skvq(k_bits=3,group=4,window=7,sinks=2,span=head)": ("prompt",),
 }
-SOME = ("swa(", "h2o(")  # what int4 is tried on: its moves are those of int8(axis=token)
-CASES = [(t, p) for t in CODECS for p in EXAMPLES if not t.startswith("int4") or label(p).startswith(SOME)]
+SOME = {  # what codecs are tried on whose moves are those of another one, or that serve policies with one set alone
+    "int4(group=2)": ("swa(", "h2o("),
+    "skvq(group=4,window=7,sinks=2)": ("dense", "swa(", "streaming("),
+    "skvq(k_bits=3,group=4,window=7,sinks=2,span=head)": ("h2o(", "double_sparsity("),
+}
+CASES = [(t, p) for t in CODECS for p in EXAMPLES if label(p).startswith(SOME.get(t, ""))]
+NAMED = [
+    (t, p) for t, p in CASES if not p.compacts or CODECS[t] == ("empty",)
+]  # slots hold the tokens they are named by
 TOLERANCE = 1e-5
 
 
@@ -39,6 +49,9 @@ def stood_for(text: str) -> tuple[np.ndarray, np.ndarray]:
     _, k, v = driver(text).tokens
     if text == "int8(axis=token)":
         return _by_token(k), _by_token(v)
+    if text.startswith("skvq"):
+        asked = codecs.parse(text)
+        return tuple(_by_group(x, bits, asked) for x, bits in ((k, asked.k_bits), (v, asked.v_bits)))
     if text == "int4(group=2)":
         return tuple(np.concatenate([_by_token(x[..., i : i + 2], 15) for i in (0, 2, 4)], -1) for x in (k, v))
     return _by_channel(k, 5, TURNS), _by_channel(v, 5, NO_ROTATION)
@@ -49,6 +62,19 @@ def _by_token(x, levels=255):
     scale = np.asarray(jnp.asarray((high - low) / np.float32(levels) * np.float32(1 + 2**-8), jnp.bfloat16), np.float32)
     zero = np.round(-low / scale)
     return (scale * (np.clip(np.round(x / scale + zero), 0, levels) - zero)).astype(np.float64)
+
+
+def _by_group(x, bits, asked):
+    """SKVQ's equations, group by group: ends and steps are rounded to float8 after the codes are made."""
+    flat = x.reshape(*x.shape[:2], 1 if asked.span == "layer" else x.shape[2], -1)
+    out = []
+    for i in range(0, flat.shape[-1], asked.group):
+        y, clip = flat[..., i : i + asked.group], np.float32(asked.clip)
+        low, high = clip * y.min(-1, keepdims=True), clip * y.max(-1, keepdims=True)
+        step = np.maximum((high - low) / np.float32(2**bits - 1), np.float32(1e-5))
+        stored = [np.asarray(e.astype(ml_dtypes.float8_e4m3fn), np.float64) for e in (step, low)]
+        out.append(np.round(np.clip((y - low) / step, 0, 2**bits - 1)) * stored[0] + stored[1])
+    return np.concatenate(out, -1).reshape(x.shape)
 
 
 def _by_channel(x, first: int, rotation):
@@ -75,6 +101,10 @@ def attended_to(text: str, run, b: int, i: int) -> np.ndarray:
     k, v = stood_for(text)
     if run.prompt is None and "calibration" in text and n < 5:
         k, v = raw_k, raw_v
+    if text.startswith("skvq"):
+        asked, t = codecs.parse(text), np.arange(k.shape[1])
+        as_they_came = ((t < asked.sinks) | (t > n - asked.window))[None, :, None, None]
+        k, v = np.where(as_they_came, raw_k, k), np.where(as_they_came, raw_v, v)
     K = k.shape[2]
     heads = q[b, n].astype(np.float64).reshape(K, -1, H)
     out = np.empty_like(heads)
@@ -95,7 +125,7 @@ def test_the_routes_agree_on_codes(text, policy):
             np.testing.assert_allclose(other.out, first.out, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("text, policy", CASES, ids=label)
+@pytest.mark.parametrize("text, policy", NAMED, ids=label)
 def test_the_output_is_attention_over_what_the_codes_stand_for(text, policy):
     for start in CODECS[text]:
         run = driver(text).shared_run(policy, policy.routes[0], start)
@@ -110,7 +140,7 @@ def test_scoring_under_the_mask_equals_decoding_with_codes(text, policy):
     """The first tokens are attended raw in both, and the same elements are clipped."""
     run = driver(text)
     tokens = [jnp.asarray(x) for x in run.tokens]
-    score = jax.jit(functools.partial(attention.score_masked, policy, run.codec), compiler_options=dict(QUICK))
+    score = jax.jit(functools.partial(masked.score, policy, run.codec), compiler_options=dict(QUICK))
     out, attended, clipped = score(*tokens)
     decoded = run.shared_run(policy, policy.routes[0], "empty")
     np.testing.assert_allclose(out, decoded.out, atol=TOLERANCE)
@@ -121,7 +151,7 @@ def test_scoring_under_the_mask_equals_decoding_with_codes(text, policy):
     want = np.array(run.codec.clipped(home.k, k) + run.codec.clipped(home.v, v))
     want[:, : run.codec.frozen_after] = 0
     np.testing.assert_array_equal(clipped, want)
-    assert (want.sum() > 0) == ("calibration" in text)
+    assert (want.sum() > 0) == ("calibration" in text or "skvq" in text)
 
 
 @functools.cache

@@ -5,16 +5,17 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from alisa_jax import spec
-from alisa_jax.kv.base import NO_ROTATION, Codec, Packed, Rotation
+from alisa_jax.kv.base import NO_ROTATION, Asked, Codec, Packed, Rotation
 from alisa_jax.kv.int4 import Int4
 from alisa_jax.kv.int8 import Int8
 from alisa_jax.kv.raw import Raw
+from alisa_jax.kv.skvq import Skvq
 
-__all__ = ["CODECS", "NO_ROTATION", "Codec", "Int4", "Int8", "Packed", "Raw", "Rotation", "parse"]
+__all__ = ["CODECS", "NO_ROTATION", "Asked", "Codec", "Int4", "Int8", "Packed", "Raw", "Rotation", "Skvq", "parse"]
 
-CODECS = MappingProxyType({"raw": Raw, "int8": Int8, "int4": Int4})
+CODECS = MappingProxyType({"raw": Raw, "int8": Int8, "int4": Int4, "skvq": Skvq})
 
 
-def parse(text: str) -> Raw | Int8 | Int4:
+def parse(text: str) -> Asked:
     """What `text` names, for example 'raw' or 'int8(axis=token)', yet to be resolved. Raises `spec.SpecError`."""
     return spec.parse(text, CODECS)

@@ -45,15 +45,22 @@ def mix(p: jax.Array, codes: jax.Array) -> jax.Array:
     return mix_of(p, (codes,), codes.shape[-1], _plain)
 
 
-def logits_of(q: jax.Array, rows: tuple[jax.Array, ...], values: Callable) -> jax.Array:
-    """As `logits`, of arrays [B, K, M, *] for which `values(*rows)` is [B, K, M, H] float32; it is asked of tiles."""
-    by_tiles = functools.partial(_logits_by_tiles, values=values)
+def logits_of(q: jax.Array, rows: tuple[jax.Array, ...], values: Callable, whole_tokens: bool = False) -> jax.Array:
+    """As `logits`, of arrays [B, K, M, *] for which `values(*rows)` is [B, K, M, H] float32.
+
+    `values` is asked of tiles: arrays [heads, tokens, *] of one sequence; with `whole_tokens` a tile has all heads of its
+    tokens. The first array has all of B, K and M; in others an axis may be 1 instead, where sequences, heads or tokens
+    share what it holds, and is 1 in their tiles.
+    """
+    by_tiles = functools.partial(_logits_by_tiles, values=values, whole_tokens=whole_tokens)
     return jax.lax.platform_dependent(q, rows, cpu=by_tiles, default=functools.partial(_logits, values=values))
 
 
-def mix_of(p: jax.Array, rows: tuple[jax.Array, ...], H: int, values: Callable) -> jax.Array:
-    """As `mix`, of arrays [B, K, M, *] for which `values(*rows)` is [B, K, M, H] float32; it is asked of tiles."""
-    by_tiles = functools.partial(_mix_by_tiles, H=H, values=values)
+def mix_of(
+    p: jax.Array, rows: tuple[jax.Array, ...], H: int, values: Callable, whole_tokens: bool = False
+) -> jax.Array:
+    """As `mix`, of arrays [B, K, M, *]; see `logits_of`."""
+    by_tiles = functools.partial(_mix_by_tiles, H=H, values=values, whole_tokens=whole_tokens)
     return jax.lax.platform_dependent(p, rows, cpu=by_tiles, default=functools.partial(_mix, values=values))
 
 
@@ -69,32 +76,37 @@ def _mix(p, rows, values):
     return jnp.einsum("bkgm,bkmh->bkgh", p, values(*rows), preferred_element_type=jnp.float32)
 
 
-def _tiling(B, K, M, H) -> tuple[int, int, int]:
+def _tiling(B, K, M, H, whole_tokens: bool = False) -> tuple[int, int, int]:
     """Rows of (B, K) in a tile, tokens in a tile, tiles along the tokens."""
+    if whole_tokens:
+        tokens = max(1, min(M, TILE_ELEMENTS // (K * H)))
+        return K, tokens, -(-M // tokens)
     tokens = max(1, min(M, TILE_ELEMENTS // H))
     heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or (tokens == M and n * M * H <= TILE_ELEMENTS)))
     return heads, tokens, -(-M // tokens)
 
 
-def _tile(flat, i, heads, tokens, across, values):
-    """Tile number i of rows [B K, M, *] as float32; the last one of a row begins early enough to be whole."""
-    row, first = (i // across) * heads, jnp.minimum((i % across) * tokens, flat[0].shape[1] - tokens)
-    cut = [jax.lax.dynamic_slice(x, (row, first, 0), (heads, tokens, x.shape[2])) for x in flat]
-    return row, first, values(*cut)
+def _tile(rows, i, heads, tokens, across, values):
+    """Tile number i of `rows`, float32, with its first row of (B, K) and token; the last begins early enough to be whole."""
+    _, K, M, _ = rows[0].shape
+    row, first = (i // across) * heads, jnp.minimum((i % across) * tokens, M - tokens)
+
+    def cut(x):
+        at = [start if n > 1 else 0 for n, start in zip(x.shape, (row // K, row % K, first))]
+        size = [min(n, wanted) for n, wanted in zip(x.shape, (1, heads, tokens))]
+        return jax.lax.dynamic_slice(x, (*at, 0), (*size, x.shape[3]))[0]
+
+    return row, first, values(*map(cut, rows))
 
 
-def _flat(rows):
-    return [x.reshape(-1, *x.shape[2:]) for x in rows]
-
-
-def _logits_by_tiles(q, rows, values):
+def _logits_by_tiles(q, rows, values, whole_tokens):
     B, K, G, H = q.shape
     M = rows[0].shape[2]
-    heads, tokens, across = _tiling(B, K, M, H)
-    flat, queries = _flat(rows), q.reshape(B * K, G, H)
+    heads, tokens, across = _tiling(B, K, M, H, whole_tokens)
+    queries = q.reshape(B * K, G, H)
 
     def body(i, z):
-        row, first, tile = _tile(flat, i, heads, tokens, across, values)
+        row, first, tile = _tile(rows, i, heads, tokens, across, values)
         here = jax.lax.dynamic_slice_in_dim(queries, row, heads, 0)
         part = jnp.einsum("rgh,rth->rgt", here, tile, preferred_element_type=jnp.float32)
         return jax.lax.dynamic_update_slice(z, part, (row, 0, first))
@@ -103,13 +115,13 @@ def _logits_by_tiles(q, rows, values):
     return z.reshape(B, K, G, M)
 
 
-def _mix_by_tiles(p, rows, H, values):
+def _mix_by_tiles(p, rows, H, values, whole_tokens):
     B, K, G, M = p.shape
-    heads, tokens, across = _tiling(B, K, M, H)
-    flat, weights = _flat(rows), p.reshape(B * K, G, M)
+    heads, tokens, across = _tiling(B, K, M, H, whole_tokens)
+    weights = p.reshape(B * K, G, M)
 
     def body(i, o):
-        row, first, tile = _tile(flat, i, heads, tokens, across, values)
+        row, first, tile = _tile(rows, i, heads, tokens, across, values)
         here = jax.lax.dynamic_slice(weights, (row, 0, first), (heads, G, tokens))
         if across > 1:  # the last tile may overlap the one before it: each token counts once
             at = first + jax.lax.broadcasted_iota(jnp.int32, here.shape, 2)

@@ -1,4 +1,4 @@
-"""`h2o(kv_sparsity= | heavy=, recent=, normalise="none" | "age")`: heavy hitters and the most recent tokens, per kv head.
+"""`h2o(kv_sparsity= | heavy=, recent=, gqa="sum" | "mean" | "max", normalise="none" | "age")`: heavy hitters by kv head.
 
 H2O (NeurIPS 2023, arXiv 2306.14048). A token's score is the attention that it has received since it came, summed over
 queries and over the query heads of its kv head; for a prompt, over all of its queries. Each kv head keeps the last `recent`
@@ -6,9 +6,16 @@ tokens and, of those before, the `heavy` ones with the highest scores. What is e
 no later attention can bring it back. One token comes in a step, so one goes at most: an argmin, and no sort.
 
 Of the variants in the authors' repository this is the causal one that really drops tokens (their streaming code), with true
-positions; the one behind their accuracy tables sums the whole matrix, future rows included. With kv_sparsity 1 - r the
-budget round(n r) is split evenly as there, the odd token recent, and grows with the context. Sum and mean over the heads of
-a group rank alike. `normalise="age"` divides a score by the steps it has had, which a plain sum rewards.
+positions; the one behind their accuracy tables sums the whole matrix, future rows included. The one in their FlexGen, with
+room for n heavy tokens and n recent ones, the query's own counted, puts the oldest recent token into the place of the worst
+heavy one without comparing the two: that is h2o(heavy=n-1, recent=n). With kv_sparsity 1 - r the budget round(n r) is split
+evenly as there, the odd token recent, and grows with the context. `normalise="age"` divides a score by the steps it has had,
+which a plain sum rewards.
+
+The paper's models have a kv head for every query head. Where G of them share one, `gqa` says what a token's score is:
+the "sum" of the attention it got from all of them, their "mean", which ranks alike and runs the same, or the "max": each
+query head keeps an account of its own from the token's first step to its last, and the largest of the G accounts counts. A
+token that one head lives on then outranks one that all heads look at in passing; scores take G times the memory.
 """
 
 from __future__ import annotations
@@ -25,11 +32,12 @@ from alisa_jax.policies import base, budget, swap
 
 @dataclass(frozen=True)
 class H2O(base.Policy):
-    """Scores are kept per slot, [B, K, M] float32; ties keep the earlier token."""
+    """Scores are kept per slot, [B, K, M] float32, or [B, N, M] with gqa="max"; ties keep the earlier token."""
 
     kv_sparsity: float | None = None
     heavy: int | None = None
     recent: int | None = None
+    gqa: str = "sum"
     normalise: str = "none"
 
     seed_kind: ClassVar[str] = "sum"
@@ -48,6 +56,8 @@ class H2O(base.Policy):
             raise ValueError(
                 f"heavy and recent are at least 0 and one of them more; got heavy={self.heavy} and recent={self.recent}"
             )
+        if self.gqa not in ("sum", "mean", "max"):
+            raise ValueError(f'gqa must be "sum", "mean" or "max"; got {self.gqa!r}')
         if self.normalise not in ("none", "age"):
             raise ValueError(f'normalise must be "none" or "age"; got {self.normalise!r}')
 
@@ -63,11 +73,14 @@ class H2O(base.Policy):
     def selection_heads(self, K: int) -> int:
         return K
 
+    def mass_heads(self, N: int, K: int) -> int:
+        return N if self.gqa == "max" else K
+
     def capacity(self, S: int) -> int:
         return int(sum(self.counts(S)).max()) + 1
 
     def init(self, dims):
-        return jnp.zeros((dims.B, dims.K, dims.M), jnp.float32)
+        return jnp.zeros((dims.B, self.mass_heads(dims.N, dims.K), dims.M), jnp.float32)
 
     def grow(self, stats, S, M):
         return jnp.pad(stats, ((0, 0), (0, 0), (0, M - stats.shape[-1])))
@@ -76,18 +89,19 @@ class H2O(base.Policy):
         heavy, first = self._borders(length, dims.S)
         p, n = base.positions(dims.S), base.column(length)
         rows = jnp.where(jnp.isnan(rows), jnp.float32(0.0), rows)
-        old = jnp.where(p < first, self._rank(rows, p, n), -jnp.inf)
+        old = jnp.where(p < first, self._rank(rows, p, n, dims.K), -jnp.inf)
         pos = base.settle(swap.top_mask(old, heavy) | ((p >= first) & (p < n)), dims.M)
-        return jnp.where(pos >= 0, swap.take(rows, jnp.maximum(pos, 0)), jnp.float32(0.0)), pos
+        at = _for_each(pos, rows.shape[1])
+        return jnp.where(at >= 0, swap.take(rows, jnp.maximum(at, 0)), jnp.float32(0.0)), pos
 
     def observe(self, stats, mass, pos, slot, length, dense=None):
-        new = jax.lax.broadcasted_iota(jnp.int32, pos.shape, 2) == slot[:, :, None]
+        new = jax.lax.broadcasted_iota(jnp.int32, mass.shape, 2) == _for_each(slot[:, :, None], mass.shape[1])
         return jnp.where(new, jnp.float32(0.0), stats) + jnp.where(jnp.isnan(mass), jnp.float32(0.0), mass)
 
     def exchange(self, stats, pos, bias, length, S):
         heavy, first = self._borders(length, S)
         old = (pos >= 0) & (pos < first)
-        score = jnp.where(old, -self._rank(stats, pos, base.column(length)), -jnp.inf)
+        score = jnp.where(old, -self._rank(stats, pos, base.column(length), pos.shape[1]), -jnp.inf)
         _, last, _ = swap.best(score, S - pos, 2 * S)  # of equal scores the latest goes
         crowded = jnp.sum(old, axis=-1, keepdims=True, dtype=jnp.int32) > heavy
         return stats, base.evicted(pos, bias, crowded & old & (S - pos == last[..., None]))
@@ -97,8 +111,16 @@ class H2O(base.Policy):
         heavy, recent = (base.column(budget.lookup(table, length)) for table in self.counts(S))
         return heavy, base.column(length) - recent
 
-    def _rank(self, score, pos, length):
-        """What tokens `pos` are compared by before the query at `length`."""
+    def _rank(self, score, pos, length, K: int):
+        """[B, K, X]: what tokens `pos` [B, K or 1, X] with accounts `score` [B, mass_heads, X] are compared by before the
+        query at `length` [B, 1, 1]."""
+        B, heads, X = score.shape
+        score = score if heads == K else jnp.max(score.reshape(B, K, heads // K, X), axis=2)
         if self.normalise == "none":
             return score
         return score / jnp.maximum(length - pos, 1).astype(jnp.float32)
+
+
+def _for_each(x, heads: int):
+    """x [B, K, X] of each kv head for each of its accounts: [B, heads, X]."""
+    return jnp.repeat(x, heads // x.shape[1], axis=1)

@@ -1,4 +1,4 @@
-"""`streaming(sinks=4, kv_sparsity= | tokens=)`: the first tokens and the most recent ones.
+"""`streaming(sinks=4, kv_sparsity= | tokens=, positions="true" | "cache")`: the first tokens and the most recent ones.
 
 StreamingLLM (ICLR 2024, arXiv 2309.17453): softmax must put its mass somewhere, models learn to put it on the first tokens,
 and a sliding window that lets these go breaks. So `sinks` tokens are never evicted, and the rest of the budget slides.
@@ -6,9 +6,11 @@ The budget counts both: with `tokens` the window has tokens - sinks, with kv_spa
 round(n r). The sinks are there from the beginning, and one recent token at least: while a share of a short context is less
 than that, more than the share is kept.
 
-Positions are true: a key keeps the rotation of the place where the token stood. The authors' code rotates by the place in
-the cache instead, which lets a stream run beyond the longest position that a model knows; that needs keys that are stored
-before their rotation.
+With positions="true", the default, a key keeps the rotation of the place where the token stood: what is attended is the
+masked text, as under every other policy here. positions="cache" is the method of the authors' code: tokens are placed by
+their index in the cache, at every step anew, so a model sees no distance longer than the budget, and a stream runs on beyond
+the longest position that the model knows. Keys are stored before their rotation for that, and rotary models alone can do it.
+A dense prompt is read at true positions in either case. Without sinks, or before anything is evicted, both are the same.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class Streaming(base.Policy):
     sinks: int = 4
     kv_sparsity: float | None = None
     tokens: int | None = None
+    positions: str = "true"
 
     def __post_init__(self):
         budget.check(self.kv_sparsity, self.tokens)
@@ -36,6 +39,25 @@ class Streaming(base.Policy):
             raise ValueError(f"sinks must be at least 0; got {self.sinks}")
         if self.tokens is not None and self.tokens <= self.sinks:
             raise ValueError(f"tokens counts the sinks and must be more than sinks={self.sinks}; got {self.tokens}")
+        if self.positions not in ("true", "cache"):
+            raise ValueError(f'positions must be "true" or "cache"; got {self.positions!r}')
+
+    @property
+    def raw_keys(self) -> bool:
+        return self.positions == "cache"
+
+    @property
+    def endless(self) -> bool:
+        return self.raw_keys and self.tokens is not None
+
+    def resolve(self, config, calibration=None):
+        if self.raw_keys and not config.rotary_dims:
+            raise ValueError(f"positions=cache needs a model with rotary positions; {config.arch} models learn theirs")
+        if self.endless and self.tokens >= config.max_positions:
+            raise ValueError(
+                f"positions=cache needs tokens below {config.max_positions}, the model's context; got {self.tokens}"
+            )
+        return super().resolve(config, calibration)
 
     def recent(self, S: int) -> np.ndarray:
         """[S + 1] int32: tokens of the sliding window when n tokens are past, the sinks not counted."""
@@ -48,7 +70,25 @@ class Streaming(base.Policy):
 
     def _first(self, length, S: int):
         """[B, 1, 1]: where the sliding window begins."""
-        return base.column(length - budget.lookup(self.recent(S), length))
+        counted = S if self.tokens is None else min(S, self.tokens)  # no table as long as an endless stream
+        return base.column(length - budget.lookup(self.recent(counted), length))
+
+    def places(self, pos, length):
+        """With positions="cache": indices in the cache, less that of the query, which is thus at 0 (`place`).
+
+        The index of a token is its rank by age among those that are kept, sinks first, and that of the query their number.
+        Rotary logits depend on differences alone, and these are what the ring and the number of kept tokens tell: a token of
+        the window is as far from the query as it stood, and the sinks lie directly before the window. Never below
+        1 - capacity, at whatever position of the stream.
+        """
+        if not self.raw_keys:
+            return pos
+        n = base.column(length)
+        kept = jnp.sum((pos >= 0) & (pos < n), axis=-1, keepdims=True, dtype=jnp.int32)
+        return pos - jnp.where(pos < self.sinks, kept, n)
+
+    def place(self, length):
+        return jnp.zeros_like(length) if self.raw_keys else length
 
     def exchange(self, stats, pos, bias, length, S):
         return stats, base.evicted(pos, bias, (pos >= self.sinks) & (pos < self._first(length, S)))

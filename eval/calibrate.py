@@ -1,0 +1,177 @@
+"""Statistics of a model's queries, keys and values over a text, for the methods that choose channels by them.
+
+    python -m eval.calibrate --model=FOLDER --text=FILE --out=FOLDER/calibration.json
+    python -m eval.calibrate --model=bundled --digits=5 --out=alisa_jax/bundled/pylib_1m/calibration.json
+
+The model reads `--tokens` tokens densely, in blocks of `--block_tokens` that begin with its BOS token where it has one; the
+second command made the file of the bundled model from its training text, in half a minute on two cores. `--order=random`
+draws from the whole text: its documents, in pieces of at most 16384 characters, are shuffled by `--seed`, joined, and cut
+into blocks (Double Sparsity takes 256 texts of at most 512 tokens in this way); `running` takes the text as it stands. What
+is written, and why, is in `alisa_jax/calibration.py`: least and greatest k and v, means of |q|, |k| and |q k|, of every
+channel, over all tokens.
+
+An engine finds the file under the name calibration.json in the model's folder. The table shows the share of sum |q k| in the
+quarter of the channels that come first by |q k|, |q| and |k| (0.25 if channels were alike), and how many times the range of
+the median channel of a head the widest has, for keys and values; means over heads.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from eval import common, episodes, inputs, windows
+from eval.common import UserError
+
+TRAIN = "bundled:train"
+TOKENS, BLOCK_TOKENS = 131072, 512
+PIECE_CHARACTERS, PIECES_AT_ONCE = 16384, 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """The command line, checked as far as it can be without the model; tokens: None for up to `TOKENS`."""
+
+    model: str
+    text: str
+    tokens: int | None
+    block_tokens: int
+    order: str
+    batch: int
+    digits: int
+    seed: int
+    out: Path
+    json: bool
+
+
+def config(argv: Sequence[str]) -> tuple[Config, inputs.Card]:
+    """Flags to a Config, and what the model is; raises UserError."""
+    values = common.shared_flags(model="bundled", text="", out=None)
+    del values.text, values.out, values.rerun  # they mean other things here
+    where, one = {"flag_values": values}, {"lower_bound": 1, "flag_values": values}
+    flags.DEFINE_string(
+        "text", TRAIN, f"A UTF-8 file, {TRAIN} (what the bundled model learnt from) or {windows.BUNDLED}.", **where
+    )
+    flags.DEFINE_integer("tokens", None, f"Tokens to read. Default: {TOKENS}, or what the text has.", **one)
+    flags.DEFINE_integer("block_tokens", None, f"Tokens of a block. Default: {BLOCK_TOKENS}, or the context.", **where)
+    flags.DEFINE_enum("order", "random", ("random", "running"), "Blocks from the whole text, or as it stands.", **where)
+    flags.DEFINE_integer("batch", 8, "Blocks that run together.", **one)
+    flags.DEFINE_integer("digits", 9, "Significant digits of every number; 9 keep float32 as it is.", 1, 9, **where)
+    flags.DEFINE_string("out", None, "The file to write, such as calibration.json.", **where)
+    flags.DEFINE_bool("rerun", False, "Write --out anew where it is there already.", **where)
+    common.parse(values, argv, __doc__)
+    if not 0 <= values.seed < 2**32:
+        raise UserError(f"--seed must be in 0..{2**32 - 1}, got {values.seed}")
+    if not values.out:
+        raise UserError("give --out, the file to write, such as calibration.json")
+    out = Path(values.out)
+    if out.is_dir() or (out.exists() and not values.rerun):
+        what = "a folder: give the file to write" if out.is_dir() else "there already; --rerun writes it anew"
+        raise UserError(f"--out: {values.out!r} is {what}")
+    card = inputs.card(values.model)
+    if card.sha256 is None:
+        raise UserError(f"--model: {card.name} has no tokenizer.json, which a text needs")
+    block = min(BLOCK_TOKENS, card.max_positions) if values.block_tokens is None else values.block_tokens
+    if not 2 <= block <= card.max_positions:
+        raise UserError(f"--block_tokens must be in 2..{card.max_positions}, the context of {card.name}, got {block}")
+    if values.tokens is not None and values.tokens < block:
+        raise UserError(f"--tokens must be at least the {block} of one block, got {values.tokens}")
+    names = "model text tokens order batch digits seed json"
+    return Config(**{name: values[name].value for name in names.split()}, block_tokens=block, out=out), card
+
+
+def read(path: str) -> windows.Source:
+    """The text `path`; documents of the bundled training text are its files. Raises UserError as `windows.read`."""
+    if path != TRAIN:
+        return windows.read(path)
+    corpus = episodes.corpus()
+    joined = windows.DOCUMENT_END.join(text for _, text in corpus.train)
+    return windows.Source("stdlib-train", corpus.train_sha256, joined)
+
+
+def blocks(source: windows.Source, model, setup: Config) -> np.ndarray:
+    """Token ids [n, block_tokens]; raises UserError where the text is too short."""
+    documents = (document.strip() for document in source.characters.split(windows.DOCUMENT_END))
+    size, tokenizer = PIECE_CHARACTERS, inputs.tokenizer(model)
+    pieces = [document[i : i + size] for document in documents for i in range(0, len(document), size)]
+    if setup.order == "random":
+        np.random.default_rng(setup.seed).shuffle(pieces)
+    head = [] if model.bos_id is None else [model.bos_id]
+    body = setup.block_tokens - len(head)
+    wanted = (TOKENS if setup.tokens is None else setup.tokens) // setup.block_tokens
+    ids: list[int] = []
+    for i in range(0, len(pieces), PIECES_AT_ONCE):
+        encoded = tokenizer.encode_batch(pieces[i : i + PIECES_AT_ONCE], add_special_tokens=False)
+        ids.extend(token for one in encoded for token in one.ids)
+        if len(ids) >= wanted * body:
+            break
+    n = min(wanted, len(ids) // body)
+    if n < (1 if setup.tokens is None else wanted):
+        raise UserError(
+            f"--tokens: {wanted} blocks of {setup.block_tokens} tokens are asked for, and {source.name} has"
+            f" {len(ids)} tokens, which make {n}"
+        )
+    found = np.array(ids[: n * body], np.int32).reshape(n, body)
+    return np.concatenate([np.tile(np.array(head, np.int32), (n, 1)), found], axis=1)
+
+
+def measure(calibration) -> dict:
+    """The values of the record, lists by layer; see the module."""
+    L, N, K, H = calibration.sizes
+    weights = {"qk": calibration.qk_abs, "q": calibration.q_abs, "k": np.repeat(calibration.k_abs, N // K, axis=1)}
+    held = {}
+    for name, weight in weights.items():
+        first = np.argsort(-weight, axis=-1, kind="stable")[..., : max(1, H // 4)]
+        share = np.take_along_axis(calibration.qk_abs, first, -1).sum(-1) / calibration.qk_abs.sum(-1)
+        held[f"held_frac_by_{name}_per_layer"] = share.mean(axis=1).tolist()
+    for part in ("k", "v"):
+        width = getattr(calibration, f"{part}_max") - getattr(calibration, f"{part}_min")
+        widest = width.max(-1) / np.median(width, axis=-1)
+        held[f"{part}_range_over_median_per_layer"] = widest.mean(axis=1).tolist()
+    return held
+
+
+def main(argv: Sequence[str], load: Callable = inputs.load) -> None:
+    """flags -> config -> load -> dense pass -> file and record. The argument beside `argv` is for tests."""
+    setup, card = config(argv)
+    source = read(setup.text)
+    model = inputs.model(load, setup.model)
+    start = time.perf_counter()
+    tokens = blocks(source, model, setup)
+    from alisa_jax.engine.calibrating import calibrate
+
+    data = f"{len(tokens)} {setup.order} blocks of {setup.block_tokens} tokens of {source.name}, seed {setup.seed}"
+    try:
+        calibration = calibrate(model, tokens, setup.batch, data, progress=True)
+    except ValueError as error:
+        raise UserError(f"--model: {error}") from None
+    common.write(setup.out, calibration.to_json(setup.digits))
+    names = "block_tokens order seed digits"
+    cell = {"script": "eval.calibrate", **card.fields(), "data": source.name, "data_sha256": source.sha256}
+    cell |= {name: getattr(setup, name) for name in names.split()}
+    values = {**measure(calibration), "blocks": len(tokens), "n": calibration.n_tokens, "out": setup.out.name}
+    how = {"implementation": "xla:dense", "warmup": 0, "repeats": 1, "batch": setup.batch}
+    record = inputs.record(None, cell, values, time.perf_counter() - start, how)
+    common.emit([record], report(record), setup.json)
+
+
+def report(record: dict) -> str:
+    """What people read."""
+    parts = ("qk", "q", "k")
+    columns = [record[f"held_frac_by_{name}_per_layer"] for name in parts]
+    columns += [record[f"{part}_range_over_median_per_layer"] for part in ("k", "v")]
+    rows = [(str(i), *(common.number(x) for x in row)) for i, row in enumerate(zip(*columns, strict=True))]
+    head = ("layer", *(f"held by {name}" for name in parts), "k range", "v range")
+    r = record
+    return (
+        f"{common.table(head, rows)}\n{r['model']} on {r['data']} ({r['data_sha256'][:12]}): {r['blocks']} {r['order']}"
+        f" blocks of {r['block_tokens']} tokens, seed {r['seed']}; written to {r['out']}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(common.run(main))
