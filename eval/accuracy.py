@@ -7,8 +7,8 @@
 It prints a row for each task and policy, and for `needle` a grid of lengths and depths for each policy; the bundled model
 finds nearly all needles under `dense`. `piqa`, `copa`, `openbookqa` and `winogrande` are read from one `--task_file` each,
 in the order of the tasks, or, where none is given, by the `datasets` library (the extra `tasks`). They use `--shots` and
-`--limit`; forms, prompts and the draw of examples are told in `eval/tasks.py`. `recall`, `copy` and `needle` are generated
-and use `--lengths`, `--items` and `--depths` (`eval/planted.py`).
+`--limit`; forms, prompts and the draw of examples are told in `eval/tasks.py`. `recall`, `copy`, `needle` and `shift` are
+generated and use `--lengths`, `--items` and `--depths` (`eval/planted.py`).
 
     acc         choices: items whose right choice has the largest log-likelihood; generated tasks: right answer tokens
     acc_norm    choices: as acc, with the log-likelihood over the bytes of the choice
@@ -20,8 +20,10 @@ that were decoded. ± is one standard error over items, needles over draws; `cha
 cut: a sequence longer than the model's context is an error before anything is scored.
 
 Protocols: `decode` goes token by token through the decode path; `prefill_mask` is one pass with the causal selection mask
-row by row. `--samples` holds one line for each item of each cell; a cell that is finished in `--out` runs again where the
-file of samples lacks it.
+row by row; `prompt` reads what comes before the answers as a dense prompt, from which the policy takes what it keeps, and
+decodes the answers: what `generate` does, and what methods that compress a prompt are for. With --question=after the prompt
+of a generated task ends before the question, so that the policy chooses without knowing it. `--samples` holds one line for
+each item of each cell; a cell that is finished in `--out` runs again where the file of samples lacks it.
 """
 
 import functools
@@ -39,7 +41,8 @@ from tqdm import tqdm
 from eval import common, inputs, measure, planted, tasks, windows
 from eval.common import UserError
 
-PROTOCOLS = ("decode", "prefill_mask")
+PROTOCOLS = ("decode", "prefill_mask", "prompt")
+QUESTIONS = ("prompt", "after")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Config:
     policies: tuple[str, ...]
     codec: str
     protocol: str
+    question: str
     batch: int
     seed: int
     out: str | None
@@ -81,6 +85,7 @@ def config(argv: Sequence[str]) -> Config:
     flags.DEFINE_multi_string("policy", ["dense"], "Policy spec; may be given several times.", **where)
     flags.DEFINE_string("codec", "raw", "How K and V are stored.", **where)
     flags.DEFINE_enum("protocol", "decode", PROTOCOLS, "How the policy is applied.", **where)
+    flags.DEFINE_enum("question", "prompt", QUESTIONS, "Under protocol prompt: where the question is.", **where)
     flags.DEFINE_integer("batch", 8, "Sequences that run together.", 1, **where)
     flags.DEFINE_string(
         "samples", None, "JSON-lines file of single items: what was asked and what was chosen.", **where
@@ -95,6 +100,8 @@ def config(argv: Sequence[str]) -> Config:
     if values.task_file and len(values.task_file) != len(read):
         what = f"{', '.join(read)} are read from files" if read else "no --task is read from a file"
         raise UserError(f"--task_file goes with each task that is read: {what}, got {len(values.task_file)} files")
+    if values.question == "after" and (values.protocol != "prompt" or read):
+        raise UserError("--question=after goes with --protocol=prompt and generated tasks alone")
     if not 0 <= values.seed < 2**32:
         raise UserError(f"--seed must be in 0..{2**32 - 1}, got {values.seed}")
     if values.model.startswith("random:"):
@@ -112,6 +119,7 @@ def config(argv: Sequence[str]) -> Config:
         policies=tuple(dict.fromkeys(inputs.policy(text) for text in values.policy)),
         codec=inputs.codec(values.codec),
         protocol=values.protocol,
+        question=values.question,
         batch=values.batch,
         seed=values.seed,
         out=values.out,
@@ -159,7 +167,8 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
         reused += found is not None
         if found is None:
             began = time.perf_counter()
-            values, ran, lines = evaluate(engine(fields["policy"]), task, setup.batch, setup.protocol)
+            one = engine(fields["policy"])
+            values, ran, lines = evaluate(one, task, setup.batch, setup.protocol, setup.question)
             samples.put(fields, lines)
             found = inputs.record(results, fields, values, time.perf_counter() - began, ran)
         records.append(found)
@@ -213,15 +222,18 @@ def cell(task, policy: str, setup: Config, card: inputs.Card) -> dict:
         "codec": setup.codec,
         "placement": "resident",
         "protocol": setup.protocol,
+        **({"question": setup.question} if setup.protocol == "prompt" else {}),
         "batch": setup.batch,
         "seed": setup.seed,
         **common.impl_field(setup.attention_impl),
     }
 
 
-def evaluate(engine, task, batch: int, protocol: str) -> tuple[dict, dict, list[dict]]:
+def evaluate(engine, task, batch: int, protocol: str, question: str = "prompt") -> tuple[dict, dict, list[dict]]:
     """Score every sequence of `task`, the longest items first; returns (values, how they were got, samples)."""
     sequences, last = task.sequences, task.last
+    if last is None and protocol == "prompt":
+        last = task.ends(question)
     logprobs, correct, scores = [None] * len(sequences), [None] * len(sequences), []
     groups = batches([len(ids) for ids in sequences], task.alike, batch)
     for group in tqdm(groups, desc="batches", disable=None, leave=False):

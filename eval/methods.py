@@ -17,7 +17,9 @@ from types import MappingProxyType
 from absl import flags
 
 from alisa_jax import placement, policies, spec
+from alisa_jax.calibration import Calibration
 from alisa_jax.kv import codec as codecs
+from alisa_jax.models import checkpoint
 from alisa_jax.policies.base import Policy
 from eval import common, sizes, systems
 from eval.common import UserError
@@ -66,7 +68,8 @@ def methods() -> list[dict]:
 def pairs() -> list[dict]:
     """Every policy with every codec, and every policy with every controller; `refused` is None or a sentence."""
     config = sizes.model("bundled")
-    work = systems.Work(config, DTYPE, (TOKENS,) * 2, TOKENS)
+    calibration = Calibration.load(checkpoint.BUNDLED / checkpoint.CALIBRATION)
+    work = systems.Work(config, DTYPE, (TOKENS,) * 2, TOKENS, calibration=calibration)
     others = [("codec", name, f"resident | {{}} | {example(kind)}") for name, kind in codecs.CODECS.items()]
     others += [("controller", n, f"{example(kind)} | {{}} | raw") for n, kind in placement.CONTROLLERS.items()]
     tried = []
@@ -74,7 +77,10 @@ def pairs() -> list[dict]:
         for sort, other, text in others:
             system = systems.parse(text.format(example(kind)))
             try:
-                refused = systems.refusal(system, work)
+                if sort == "codec":  # what an engine takes; the cache is all on the device
+                    refused = systems.layers(system, config, DTYPE, work.calibration) and None
+                else:
+                    refused = systems.refusal(system, work)
             except UserError as error:
                 refused = str(error).removeprefix(f"--system: {system}: ")
             tried.append({"kind": "pair", "policy": name, "with": sort, "name": other, "refused": refused})

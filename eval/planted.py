@@ -3,10 +3,14 @@
     recall   key value key value ...  then keys again: their values            (`lookup` of `eval/episodes.py`)
     copy     a segment, and later the same segment again                       (`copy` of `eval/episodes.py`)
     needle   text, a key of 2 tokens and its value of 4 planted at a depth of it, and at the end the key: its value
+    shift    pairs of key and value; half of them asked for again and again, then each of the others once: their values
 
 `needle` runs over a grid: sequences of each length, the needle at each depth, 0 being before the text and 1 just before
 the question. One haystack and one needle are drawn and moved through all depths, so depths are compared on equal terms.
 Keys and values are ids that their haystack does not hold.
+
+In `shift` what mattered for most of the sequence is not what matters at its end: a method that keeps what has been attended
+most so far lets the other half go. Only the answers of that half count.
 
 Answers are judged by teacher forcing: a token is right where it is the model's first choice after all tokens before it,
 the right ones. `acc` is right answer tokens over answer tokens, and `exact_match` the share of items of which every answer
@@ -27,8 +31,10 @@ from eval.common import UserError
 from eval.tasks import share
 
 KEY_TOKENS, VALUE_TOKENS = 2, 4
+QUESTION_TOKENS = 2  # before an answer that tell which one is wanted, at most
+SHIFT_ROUNDS = 4  # times that each pair of the first half is asked for
 SHORTEST = 32  # tokens of a sequence
-NAMES = ("recall", "copy", "needle")
+NAMES = ("recall", "copy", "needle", "shift")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +66,12 @@ class Planted:
 
     last: ClassVar[None] = None  # every token is scored
 
+    def ends(self, question: str) -> list[int]:
+        """Tokens of each sequence that come after its prompt, from the first answer on; question "after": what is asked
+        for is told behind the prompt, so `QUESTION_TOKENS` more."""
+        more = QUESTION_TOKENS if question == "after" else 0
+        return [len(e.tokens) - int(np.argmax(e.answers)) + more for e in self.drawn]
+
     @property
     def alike(self) -> list[list[int]]:
         """Every sequence for itself."""
@@ -71,7 +83,9 @@ class Planted:
         return [f"item {i} of {self.task}" for i in range(len(self.drawn))]
 
     def judge(self, logprobs: Sequence[np.ndarray], correct: Sequence[np.ndarray]) -> tuple[dict, list[dict]]:
-        """The values of a record, and a sample for each item; both arguments without the first token of a sequence."""
+        """The values of a record, and a sample for each item; both arguments hold the last tokens of each sequence, at most
+        all but the first."""
+        logprobs, correct = (_whole(self.drawn, rows) for rows in (logprobs, correct))
         hits, answers = recall.per_episode(self.drawn, correct)
         samples = []
         for i, (e, depth) in enumerate(zip(self.drawn, self.depths, strict=True)):
@@ -112,12 +126,24 @@ class Planted:
         return values, samples
 
 
+def _whole(drawn: Sequence[recall.Episode], rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Rows of all tokens but the first, with zeros where there was none."""
+    rows = [np.asarray(row) for row in rows]
+    return [np.pad(row, (len(e.tokens) - 1 - len(row), 0)) for e, row in zip(drawn, rows, strict=True)]
+
+
 def _depth(depth: float | None) -> str:
     return "" if depth is None else f"{depth:g}"
 
 
 def draw(task: str, model, lengths: Sequence[int], count: int, seed: int) -> Planted:
-    """`recall` or `copy`: `count` items of each length. Raises UserError where the vocabulary is too small for a length."""
+    """`recall`, `copy` or `shift`: `count` items of each length. Raises UserError where the vocabulary is too small."""
+    if task == "shift":
+        drawn = [
+            _shift(model, length, np.random.default_rng([seed, length, i])) for length in lengths for i in range(count)
+        ]
+        settings = {"lengths_tokens": list(lengths), "items_each": count}
+        return Planted(task, "generated", settings, drawn, [None] * len(drawn))
     kind = {"recall": "lookup", "copy": "copy"}[task]
     try:
         drawn = recall.draw(model, (kind,), lengths, count, seed)
@@ -127,11 +153,39 @@ def draw(task: str, model, lengths: Sequence[int], count: int, seed: int) -> Pla
     return Planted(task, "generated", settings, drawn, [None] * len(drawn))
 
 
+def _shift(model, length: int, rng: np.random.Generator) -> recall.Episode:
+    """One item of `length` tokens: n pairs to ask for often and n others, 2 n (3 + SHIFT_ROUNDS) tokens behind BOS; what is
+    left over lies between the pairs and the questions."""
+    ids = _plain_ids(model)
+    head = [] if model.bos_id is None else [model.bos_id]
+    n = (length - len(head)) // (2 * (3 + SHIFT_ROUNDS))
+    gap = length - len(head) - 2 * n * (3 + SHIFT_ROUNDS)
+    if n < 1 or len(ids) < 4 * n + gap:
+        raise UserError(
+            f"--lengths: a shift needs {2 * (3 + SHIFT_ROUNDS) + 1} tokens and {4 * n + gap} ids; got {length}"
+        )
+    fresh = rng.permutation(ids)[: 4 * n + gap]
+    pairs, middle = fresh[: 4 * n].reshape(2 * n, 2), fresh[4 * n :]
+    often, others = pairs[:n], pairs[n:]
+    table = rng.permutation(pairs)
+    asked = [rng.permutation(often) for _ in range(SHIFT_ROUNDS)]
+    tokens = np.concatenate(
+        [head, table.ravel(), middle, *(part.ravel() for part in asked), rng.permutation(others).ravel()]
+    )
+    answers = np.zeros(length, bool)
+    answers[length - 2 * n :].reshape(n, 2)[:, 1] = True
+    return recall.Episode("shift", tokens.astype(np.int32), answers)
+
+
+def _plain_ids(model) -> np.ndarray:
+    special = {model.bos_id, *model.eos_ids, *model.tokenizer.get_added_tokens_decoder()}
+    return np.array([i for i in range(model.decoder.config.vocab_size) if i not in special], np.int32)
+
+
 def needles(model, source: windows.Source, lengths, depths, count: int, seed: int) -> Planted:
     """`count` needles of each length, at each depth. Raises UserError where text or vocabulary does not suffice."""
     text = windows.tokenize(source.characters, model.tokenizer).tokens
-    special = {model.bos_id, *model.eos_ids, *model.tokenizer.get_added_tokens_decoder()}
-    ids = np.array([i for i in range(model.decoder.config.vocab_size) if i not in special], np.int32)
+    ids = _plain_ids(model)
     head = np.array([] if model.bos_id is None else [model.bos_id], np.int32)
     width = KEY_TOKENS + VALUE_TOKENS
     drawn, at = [], []

@@ -1,9 +1,11 @@
 """`python -m eval.methods`: nothing of the registries is missing, and what it says of a pair is what happens."""
 
 import json
+import re
 
 import pytest
 
+import alisa_jax
 from alisa_jax import placement, policies
 from alisa_jax.kv import codec as codecs
 from eval import common, methods
@@ -38,7 +40,13 @@ def test_every_policy_runs_with_every_codec_and_refusals_are_those_of_the_engine
     records, text = printed
     pairs = {(r["policy"], r["with"], r["name"]): r["refused"] for r in records if r["kind"] == "pair"}
     assert len(pairs) == len(policies.POLICIES) * (len(codecs.CODECS) + len(placement.CONTROLLERS))
-    assert all(refused is None for (_, sort, _), refused in pairs.items() if sort == "codec")
+    refusals = {(p, name): refused for (p, sort, name), refused in pairs.items() if sort == "codec" and refused}
+    assert {name for _, name in refusals} == {"skvq"} and {"h2o", "snapkv", "merge"} <= {p for p, _ in refusals}
+    model = alisa_jax.load("bundled")
+    for (p, name), sentence in refusals.items():
+        texts = [methods.example(r[n]) for r, n in ((policies.POLICIES, p), (codecs.CODECS, name))]
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            alisa_jax.Engine(model, *texts)
     assert pairs["swa", "controller", "alisa"] is None and pairs["dense", "controller", "flexgen"] is None
     refused = pairs["h2o", "controller", "alisa"]
     assert "evicts what it does not keep" in refused and refused in text and text.count(refused) == 1
