@@ -350,21 +350,15 @@ def test_dense_perplexity_equals_that_of_transformers_on_the_same_windows(storie
     assert math.isclose(record["token_perplexity"], math.exp(nll / 600), rel_tol=1e-3)
 
 
-def test_a_fresh_process_gives_the_same_values_and_only_records_on_stdout(stories, story_file):
-    command = [
-        sys.executable,
-        "-m",
-        "eval.perplexity",
-        f"--model={stories}",
-        f"--text={story_file}",
-        "--json",
-    ]
-    command += ["--context=64", "--max_tokens=126", "--policy=dense", "--policy=swa(kv_sparsity=0.8)"]
-    runs = []
-    for _ in range(2):
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-        runs.append([json.loads(line) for line in done.stdout.splitlines()])
+def test_a_fresh_process_gives_the_same_values_and_only_records_on_stdout(stories, story_file, capsys):
+    flags = [f"--model={stories}", f"--text={story_file}", "--json", "--context=64", "--max_tokens=126"]
+    flags += ["--policy=dense", "--policy=swa(kv_sparsity=0.8)"]
+    assert common.run(perplexity.main, ["perplexity", *flags]) == 0
+    here, _ = records_of(capsys)
+    command = [sys.executable, "-m", "eval.perplexity", *flags]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    runs = [here, [json.loads(line) for line in done.stdout.splitlines()]]
     assert [r["policy"] for r in runs[0]] == ["dense", "swa(kv_sparsity=0.8)"]
     assert [[r[key] for key in VALUES] for r in runs[0]] == [[r[key] for key in VALUES] for r in runs[1]]
     dense, swa = runs[0]

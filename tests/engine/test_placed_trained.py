@@ -19,7 +19,7 @@ SWA = "swa(kv_sparsity=0.9,window=8,spare_slots=0)"
 INT8_SWA = "swa(kv_sparsity=0.93,decay=0.9,spare_slots=0)"
 PAPER = "alisa(p2=2,beta=0.6,traffic=paper)"
 SYSTEMS = {
-    "swa raw": (SWA, "raw", ("alisa", PAPER, "flexgen")),
+    "swa raw": (SWA, "raw", ("alisa",)),
     "swa int8": (INT8_SWA, "int8(calibration_tokens=32)", (PAPER, "accelerate")),
     "dense raw": ("dense", "raw", ("waves", "flexgen", "alisa(p2=10,beta=0.2)")),
 }
