@@ -74,7 +74,8 @@ class AlisaLM(TemplateLM):
     `alisa_jax.Engine`. placement: a controller such as "alisa" or "flexgen(cache_device_frac=0.5)", "" for a cache that is
     all on the device without one; it is given the budgets device_kv_bytes and host_kv_bytes: "2GB", "512MiB", bytes, or
     "0.3x" for a share of the dense cache of batch_size sequences of max_length tokens. protocol: of log-likelihoods,
-    "decode" or "prefill_mask". dtype: as of `alisa_jax.load`. batch_size: sequences at a time. max_length: most tokens
+    "decode", "prefill_mask" or "prompt", as of `Engine.score`: with "prompt" a context is read densely, which is where
+    methods that cut prompts show. dtype: as of `alisa_jax.load`. batch_size: sequences at a time. max_length: most tokens
     that are read. max_gen_toks: new tokens where a task does not say. add_bos_token: whether the BOS token precedes every
     text; by default as tokenizer.json says. seed: of sampling; request i draws from `sequence_keys(seed, [i])`. device and
     max_batch_size, which the harness always hands over, speak of PyTorch: JAX_PLATFORMS says where JAX runs.

@@ -27,9 +27,10 @@ CODECS = {
     "skvq(k_bits=3,group=4,window=7,sinks=2,span=head)": ("prompt",),
 }
 SOME = {  # what codecs are tried on whose moves are those of another one, or that serve policies with one set alone
+    "int8(axis=token)": ("dense", "local(", "swa(", "h2o(", "merge", "double_sparsity("),
     "int4(group=2)": ("swa(", "h2o("),
-    "skvq(group=4,window=7,sinks=2)": ("dense", "swa(", "streaming("),
-    "skvq(k_bits=3,group=4,window=7,sinks=2,span=head)": ("h2o(", "double_sparsity("),
+    "skvq(group=4,window=7,sinks=2)": ("swa(",),
+    "skvq(k_bits=3,group=4,window=7,sinks=2,span=head)": ("h2o(",),
 }
 CASES = [(t, p) for t in CODECS for p in EXAMPLES if label(p).startswith(SOME.get(t, ""))]
 NAMED = [

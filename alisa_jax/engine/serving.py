@@ -28,7 +28,8 @@ class Serving:
 
     def check_scores(self, sequences: Sequence[list[int]], last: Sequence[int]) -> None:
         """Raise ValueError where `score` would, before anything runs."""
-        before = [len(ids) - (1 if self.placed is None else n) for ids, n in zip(sequences, last, strict=True)]
+        whole = self.placed is None and self.protocol != "prompt"
+        before = [len(ids) - (1 if whole else n) for ids, n in zip(sequences, last, strict=True)]
         self.engine.check_calibration(np.array(before))
         if self.placed is not None:
             self.placed.check([self.first] * len(before), max(map(len, sequences)) - self.first)
