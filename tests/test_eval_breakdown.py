@@ -52,7 +52,12 @@ def past() -> Past:
 def model():
     decoder = Decoder(TINY)
     return SimpleNamespace(
-        decoder=decoder, params=decoder.init(jax.random.key(0)), name="tiny", tokenizer=None, bos_id=None
+        decoder=decoder,
+        params=decoder.init(jax.random.key(0)),
+        name="tiny",
+        tokenizer=None,
+        bos_id=None,
+        calibration=lambda: None,
     )
 
 

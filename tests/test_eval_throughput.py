@@ -501,7 +501,8 @@ def stranger():
         sizes.model("opt_125m"), vocab_size=50, d_model=40, n_layers=3, n_heads=5, n_kv_heads=5, head_dim=8, d_ff=48
     )
     decoder = Decoder(config)
-    return SimpleNamespace(decoder=decoder, params=decoder.init(jax.random.key(0), jnp.float32), name="stranger")
+    params = decoder.init(jax.random.key(0), jnp.float32)
+    return SimpleNamespace(decoder=decoder, params=params, name="stranger", calibration=lambda: None)
 
 
 def test_another_model_attends_and_loads_what_was_recorded_at_every_step(trace, stranger):

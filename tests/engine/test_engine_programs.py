@@ -61,10 +61,10 @@ def test_a_layer_is_freed_before_the_next_one_grows(random_model):
     engine = alisa_jax.Engine(random_model(n_layers=3), "dense")
     grow, old = engine._grow, []
 
-    def watched(state, S):
+    def watched(state, *S):
         assert all(ref() is None for ref in old)
         old.append(weakref.ref(state.ws.k))
-        return grow(state, S)
+        return grow(state, *S)
 
     engine._grow = watched
     engine.generate([[1] * 32], 2)

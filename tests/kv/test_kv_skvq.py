@@ -440,6 +440,11 @@ class Config:
 
     n_kv_heads: int
     head_dim: int
+    n_layers: int = 1
+
+    @property
+    def n_heads(self) -> int:
+        return self.n_kv_heads
 
 
 def reordered(asked: Skvq, k: np.ndarray, v: np.ndarray):
@@ -475,7 +480,7 @@ def test_the_order_is_that_of_each_layer_and_part_and_the_same_at_every_call():
     rng = np.random.default_rng(18)
     ends = [rng.normal(size=(2, K, H)).astype(np.float32) * (10 ** rng.uniform(-1, 1, (2, K, H))) for _ in range(4)]
     made = calibration(*(sign * np.abs(e) for sign, e in zip((-1, 1, -1, 1), ends, strict=True)))
-    asked, config = Skvq(group=4), Config(K, H)
+    asked, config = Skvq(group=4), Config(K, H, 2)
     codec = asked.resolve(jnp.float32, calibration=made, config=config)
     again = asked.resolve(jnp.float32, calibration=made, config=config)
     assert codec == again and hash(codec) == hash(again)
