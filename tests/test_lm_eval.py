@@ -31,6 +31,7 @@ from alisa_jax.models import checkpoint  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LENGTH = 60
 SWA = "swa(kv_sparsity=0.5,window=2k)"
+CUT = "snapkv(capacity=5,window=2)"
 LILY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 CHOICES = [  # context, choices, the right one
     ("One day, Tom went to the", ["park with his mom.", "moon"], 0),
@@ -140,6 +141,17 @@ def test_dense_log_likelihoods_are_those_of_the_hugging_face_backend(dense, refe
     assert len({greedy for row in ours for _, greedy in row}) == 2
     for metric in ("acc,none", "acc_norm,none"):
         assert dense["results"]["tiny_choice"][metric] == reference["results"]["tiny_choice"][metric]
+
+
+def test_a_context_that_is_read_as_a_prompt_gives_the_same_where_attention_is_dense(small, plain):
+    """Protocol prompt; under a method that cuts prompts it does not."""
+    pairs = asked("loglikelihood", *((text, choice) for text, choices, _ in CHOICES for choice in choices))
+    wanted = plain.loglikelihood(pairs)
+    models = {p: AlisaLM(small, policy=p, protocol="prompt", max_length=MAX_LENGTH) for p in ("dense", CUT)}
+    found = {p: model.loglikelihood(pairs) for p, model in models.items()}
+    np.testing.assert_allclose([a for a, _ in found["dense"]], [a for a, _ in wanted], atol=1e-3)
+    assert [greedy for _, greedy in found["dense"]] == [greedy for _, greedy in wanted]
+    assert max(abs(a[0] - b[0]) for a, b in zip(found[CUT], wanted, strict=True)) > 0.01
 
 
 def test_greedy_text_is_that_of_the_hugging_face_backend(dense, reference):
@@ -264,7 +276,7 @@ def test_arguments_that_cannot_be_served_are_refused_in_one_sentence(small):
     refused("no argument window", "pretrained, policy, codec", pretrained=small, window="2k")
     refused("batch_size must be a whole number", "'auto'", pretrained=small, batch_size="auto")
     refused("max_length must be below 512", "got 512", pretrained=small, max_length=512)
-    refused("decode, prefill_mask", "'mask'", pretrained=small, protocol="mask")
+    refused("decode, prefill_mask, prompt", "'mask'", pretrained=small, protocol="mask")
     refused(
         "leave out placement or protocol=prefill_mask", pretrained=small, placement="alisa", protocol="prefill_mask"
     )
