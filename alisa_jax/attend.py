@@ -53,6 +53,8 @@ def slots(
     """
     if impl == "xla":
         return _slots(codec, q, k, v, bias, turn, heads)
+    if turn is not None or heads not in (None, bias.shape[1]):
+        raise ValueError(f"keys are turned, and single query heads told apart, by xla alone; got impl={impl!r}")
     contents = codec.content(k), codec.content(v)
     plain = contents[0].axis is None
     run = packed_decode.packed_decode if plain else int8_decode.packed_decode_int8
@@ -64,6 +66,8 @@ def rows(codec: Codec, q, k, v, pos, bias, impl: str = "xla", turn: Turn | None 
     """As `slots`, over the rows `pos` [B, P, M] (-1: none) of token-major packed k and v [B, S, K, H]."""
     if impl == "xla":
         return _slots(codec, q, codec.take(k, pos), codec.take(v, pos), jnp.where(pos >= 0, bias, -jnp.inf), turn)
+    if turn is not None:
+        raise ValueError(f"keys are turned by xla alone; got impl={impl!r}")
     contents = codec.content(k), codec.content(v)
     plain = contents[0].axis is None
     run = sparse_decode.sparse_decode if plain else int8_decode.sparse_decode_int8

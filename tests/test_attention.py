@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from alisa_jax import attend, attention, masked
+from alisa_jax.kv.turning import Rotation, Turn
 from alisa_jax.policies import parse
 from tests import oracle, replay
 from tests.replay import BUCKETS, STARTS, STREAM, B, K
@@ -193,3 +194,13 @@ def test_check_names_what_does_not_fit():
         attention.check(dense, replay.CODEC, "masked", 64, 6, 4)
     with pytest.raises(ValueError, match="serves at most 16384 tokens"):
         attention.check(parse("swa(kv_sparsity=0.8)"), replay.CODEC, "masked", 32768, 6, 3)
+
+
+def test_what_no_kernel_does_is_refused_and_not_left_out():
+    q, k, bias = jnp.zeros((1, 2, 2, 4)), jnp.zeros((1, 2, 3, 4)), jnp.zeros((1, 1, 3))
+    turn = Turn(jnp.zeros((1, 1, 3), jnp.int32), Rotation((0.5, 0.1), 8))
+    for more in ({"turn": turn}, {"heads": 4}):
+        with pytest.raises(ValueError, match="by xla alone; got impl='interpret'"):
+            attend.slots(replay.CODEC, q, k, k, bias, "interpret", **more)
+    with pytest.raises(ValueError, match="turned by xla alone"):
+        attend.rows(replay.CODEC, q, k, k, jnp.zeros((1, 1, 3), jnp.int32), bias, "interpret", turn)

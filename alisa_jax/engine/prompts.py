@@ -61,9 +61,7 @@ def score(engine, batch: Batch, last: np.ndarray, progress: bool):
     and the bytes of K and V and of all else at the end.
     """
     heads = [tuple(row[: n - k].tolist()) for row, n, k in zip(batch.tokens, batch.length, last, strict=True)]
-    distinct = list(dict.fromkeys(heads))
-    of = np.array([distinct.index(head) for head in heads], np.int32)
-    start = Batch.from_lists(distinct)
+    start, of = shared.distinct(heads)
     begun = begin(engine, start, int(last.max()))
     rows, first = np.arange(last.max())[None], batch.length - last
     at = np.minimum(first[:, None] + rows, batch.tokens.shape[1] - 1)
@@ -75,7 +73,7 @@ def score(engine, batch: Batch, last: np.ndarray, progress: bool):
     logprobs, correct = (x[:, None] for x in opening)
     if steps:
         S = bucket(int(begun.fed.length.max()))
-        if len(of) > len(distinct):
+        if len(of) > len(start.length):
             kv = _spread(engine, kv, of, S, begun.room)
         with progress_bar(progress, steps, "score") as bar:
             done, free = 0, S - int(begun.fed.length.max())

@@ -39,11 +39,15 @@ def contexts(batch: Batch, last: np.ndarray, least: int) -> tuple[Batch, np.ndar
     its context. least: tokens that every context needs, those that the codec keeps raw.
     """
     heads = [tuple(row[: n - k - 1].tolist()) for row, n, k in zip(batch.tokens, batch.length, last, strict=True)]
-    distinct = list(dict.fromkeys(heads))
-    if len(distinct) == len(heads) or min(map(len, distinct)) < max(1, least):
+    if len(set(heads)) == len(heads) or min(map(len, heads)) < max(1, least):
         return None
-    number = {head: i for i, head in enumerate(distinct)}
-    return Batch.from_lists(distinct), np.array([number[head] for head in heads], np.int32)
+    return distinct(heads)
+
+
+def distinct(heads: Sequence[tuple[int, ...]]) -> tuple[Batch, np.ndarray]:
+    """Each of `heads` once, as a batch, and which of them [B] every one is."""
+    number = {head: i for i, head in enumerate(dict.fromkeys(heads))}
+    return Batch.from_lists(number), np.array([number[head] for head in heads], np.int32)
 
 
 def score(engine, batch: Batch, last: np.ndarray, common: Batch, of: np.ndarray, progress: bool):
