@@ -21,10 +21,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alisa_jax import attend
+from alisa_jax import attend, exchanges
 from alisa_jax.attend import Partial
 from alisa_jax.kv.base import Turn
-from alisa_jax.kv.ring import Due, Ring
 from alisa_jax.kv.state import LayerState, Store, WorkingSet, bias_of
 from alisa_jax.kv.turning import Rotation, turned
 from alisa_jax.policies.base import Dims, Policy, column, positions, settle
@@ -103,8 +102,15 @@ def freeze(state: LayerState) -> LayerState:
     return state.replace(ws=ws, store=store)
 
 
-def decode(state: LayerState, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerState, Taps]:
-    """One new token per sequence: q [B, N, H], k and v [B, K, H]. Returns out [B, N, H] in q's dtype."""
+def decode(
+    state: LayerState, q: jax.Array, k: jax.Array, v: jax.Array, exchange: bool = True
+) -> tuple[jax.Array, LayerState, Taps]:
+    """One new token per sequence: q [B, N, H], k and v [B, K, H]. Returns out [B, N, H] in q's dtype.
+
+    exchange: False leaves the set of a state with a `joint` as it is, for `exchanges.exchange_layers`.
+    """
+    if not exchange and exchanges.joint(state) is None:
+        raise ValueError(f"{state.policy} on the route {state.route} exchanges layer by layer")
     step = {"working_set": _decode_working_set, "indexed": _decode_indexed, "masked": _decode_masked}[state.route]
     policy, codec, length = state.policy, state.codec, state.length
     home = state.store if state.ws is None else state.ws
@@ -115,7 +121,8 @@ def decode(state: LayerState, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple
     if state.turning is not None:
         q = turned(q, _wide(policy.place(length), q), state.turning)
     q_heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [B, K, G, H]
-    part, state, taps = step(state, q_heads, k, v)
+    options = {} if exchange else {"exchange": False}
+    part, state, taps = step(state, q_heads, k, v, **options)
     taps = taps._replace(clipped=clipped)
     return part.out.reshape(q.shape).astype(q.dtype), state.replace(length=state.length + 1), taps
 
@@ -137,7 +144,7 @@ def _taps(mass, pos, bias) -> Taps:
     return Taps(mass, jnp.where(active, pos, -1), attended, zero, zero)
 
 
-def _decode_working_set(state: LayerState, q, k, v):
+def _decode_working_set(state: LayerState, q, k, v, exchange: bool = True):
     policy, codec, S, length = state.policy, state.codec, state.context, state.length
     store = None if state.store is None else state.store.append(codec, k, v, length)
     ws, slot = state.ws.append(codec, k, v, length)
@@ -152,42 +159,10 @@ def _decode_working_set(state: LayerState, q, k, v):
         dense = (which, row)
         taps = taps._replace(attended=jnp.where(which, (length + 1).astype(jnp.float32), taps.attended))
     stats = policy.observe(state.stats, mass, ws.pos, slot, length, dense)
-    stats, ws, store, loads = exchange(policy, codec, store, stats, ws, length + 1, S, after=part.out)
-    return part, state.replace(ws=ws, store=store, stats=stats), taps._replace(loads=loads)
-
-
-def exchange(policy, codec, store, stats, ws: WorkingSet, length, S, after):
-    """Let the policy change the working set and copy in the rows it asks for, until it asks for no more.
-
-    Returns statistics, working set, store and loads [B]. Rows that a `Ring` does not hold become due there; where it can
-    note no more of them the exchange breaks off, to be called again.
-
-    The loop overwrites slots, so it must come after the last read of them. XLA copies the values whole unless it can prove
-    that; the loop's first condition therefore reads the attention output `after` (true unless all of it is NaN).
-    """
-    ring = isinstance(store, Ring)
-
-    def once(stats, ws, due, loads, _):
-        stats, ex = policy.exchange(stats, ws.pos, ws.bias, length, S)
-        ws, more = ws.replace(pos=ex.pos, bias=ex.bias), ex.more
-        if E := ex.load_pos.shape[-1]:
-            slot = ex.load_slot
-            if ring:
-                absent = (ex.load_pos >= 0) & (ex.load_pos < column(store.host))
-                due = due.note(slot, ex.load_pos, absent)
-                due = due.replace(more=more & ~due.room(E))
-                slot, more = jnp.where(absent, -1, slot), more & ~due.more
-            ws = ws.load(codec, store, slot, ex.load_pos)
-            loads = loads + jnp.sum(ex.load_pos >= 0, axis=(1, 2), dtype=jnp.int32)
-        return stats, ws, due, loads, more
-
-    due = Due.empty(*ws.pos.shape[:2]) if ring else ()
-    start = (stats, ws, due, jnp.zeros(length.shape, jnp.int32), jnp.any(after == after))
-    if policy.evicts:
-        stats, ws, _, loads, _ = once(*start)
-        return stats, ws, store, loads
-    stats, ws, due, loads, _ = jax.lax.while_loop(lambda c: c[4], lambda c: once(*c), start)
-    return stats, ws, store.replace(due=due) if ring else store, loads
+    if exchange:
+        stats, ws, store, loads = exchanges.exchange(policy, codec, store, stats, ws, length + 1, S, after=part.out)
+        taps = taps._replace(loads=loads)
+    return part, state.replace(ws=ws, store=store, stats=stats), taps
 
 
 def _refreshed(state: LayerState, store: Store, q, which, part: Partial):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alisa_jax import attend, attention
+from alisa_jax import attend, attention, exchanges
 from alisa_jax.kv import ring, rows
 from alisa_jax.kv.ring import Due, Ring
 from alisa_jax.kv.state import LayerState, bias_of
@@ -192,7 +192,7 @@ def encoded(state: LayerState, k, v, sequences, pos) -> Leaves:
 
 def resume(state: LayerState) -> LayerState:
     """Go on with an exchange that broke off, when what was due has been delivered."""
-    stats, ws, store, _ = attention.exchange(
+    stats, ws, store, _ = exchanges.exchange(
         state.policy, state.codec, state.store, state.stats, state.ws, state.length, state.context, state.ws.bias
     )
     return state.replace(stats=stats, ws=ws, store=store)

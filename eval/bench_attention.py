@@ -158,7 +158,7 @@ def replay(policy: str, trace, steps: int) -> dict[str, np.ndarray]:
     import jax
     import jax.numpy as jnp
 
-    from alisa_jax import attention, policies
+    from alisa_jax import attention, exchanges, policies
     from alisa_jax.attend import slots
     from alisa_jax.kv.codec import Raw
 
@@ -191,7 +191,7 @@ def replay(policy: str, trace, steps: int) -> dict[str, np.ndarray]:
 
     def change(state):
         s = state
-        stats, ws, _, _ = attention.exchange(s.policy, codec, s.store, s.stats, s.ws, s.length, s.context, s.ws.bias)
+        stats, ws, _, _ = exchanges.exchange(s.policy, codec, s.store, s.stats, s.ws, s.length, s.context, s.ws.bias)
         return s.replace(stats=stats, ws=ws)
 
     attend = jax.jit(attend)

@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alisa_jax import attend, attention, policies
+from alisa_jax import attend, attention, exchanges, policies
 from alisa_jax.kv.codec import Raw
 from alisa_jax.policies import base, budget, swap
 from eval import timing
@@ -239,7 +239,7 @@ def observe(state, slot, mass):
 def exchange(state):
     """The state with the set for the next query, and the rows that were moved for it [B]."""
     s = state
-    stats, ws, store, loads = attention.exchange(
+    stats, ws, store, loads = exchanges.exchange(
         s.policy, s.codec, s.store, s.stats, s.ws, s.length, s.context, s.ws.bias
     )
     return s.replace(stats=stats, ws=ws, store=store), loads

@@ -161,23 +161,15 @@ class Replay(Swa):
         mine = self.trace.layer(layer - self.dense_layers, self.layers - self.dense_layers)
         return dataclasses.replace(self, layer=mine)
 
-    def exchange(self, stats, pos, bias, length, S):
-        changed, ex = super().exchange(self._ranked(stats, length), pos, bias, length, S)
-        return stats.replace(slot_of=changed.slot_of), ex
-
-    def select(self, stats, length, S, q=None) -> jax.Array:
-        return super().select(self._ranked(stats, length), length, S)
-
-    def _ranked(self, stats, length: jax.Array):
-        """`stats` with the trace's ranks at position `length` [B] in place of the sums."""
+    def ranking(self, stats, length: jax.Array) -> jax.Array:
+        """The trace's ranks at position `length` [B] in place of the sums."""
         B, P, S = stats.slot_of.shape
         ranks = self.trace.ranks[self.layer]
         b, p = (jnp.arange(n, dtype=jnp.int32) for n in (B, P))
         row = jnp.clip(length - self.trace.first, 0, ranks.shape[2] - 1)
         score = jnp.asarray(ranks)[(b % ranks.shape[0])[:, None], (p * ranks.shape[1] // P)[None], row[:, None]]
         score = score[..., :S].astype(jnp.float32)
-        score = jnp.pad(score, ((0, 0), (0, 0), (0, S - score.shape[-1])))
-        return stats.replace(sums=stats.sums.replace(hi=score))
+        return jnp.pad(score, ((0, 0), (0, 0), (0, S - score.shape[-1])))
 
 
 def replay(policy: Swa, trace: Trace, layers: int) -> Replay:

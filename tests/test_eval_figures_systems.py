@@ -1,6 +1,7 @@
 """Figures 1, 9 and 12a-c of `eval.reproduce`: published numbers beside modelled and measured ones."""
 
 import dataclasses
+import functools
 import json
 import re
 from types import SimpleNamespace
@@ -51,8 +52,16 @@ def raises(*given):
     raise AssertionError("nothing was to be loaded")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def text_read_once():
+    """Every figure checks and reads its text, here thousands of files, which stay as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "read", functools.cache(windows.read))
+        yield
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, text_read_once):
     """The five figures: `found`, `tables`, `setup` and the calls of made-up systems by name."""
     done = SimpleNamespace(found={}, tables={}, setup={}, calls={})
     results = inputs.results(str(tmp_path_factory.mktemp("figures") / "records.jsonl"))

@@ -2,7 +2,7 @@
 
     0   axes, spec, records, calibration       and the leaf package pallas_kernels
     1   kv, policies                           siblings: neither imports the other
-    2   attend                                 the only part of alisa_jax that imports pallas_kernels
+    2   attend, exchanges                      siblings; attend alone imports pallas_kernels
     3   attention
     4   models, parts, masked                  siblings; models is the only part that imports flax.linen
     5   placement, maps                        siblings; placement knows no model, only its mover.py speaks of memory kinds
@@ -32,7 +32,7 @@ TOP = 7
 LAYERS = {
     **dict.fromkeys(["axes", "spec", "records", "calibration"], 0),
     **dict.fromkeys(["kv", "policies"], 1),
-    "attend": 2,
+    **dict.fromkeys(["attend", "exchanges"], 2),
     "attention": 3,
     **dict.fromkeys(["models", "parts", "masked"], 4),
     **dict.fromkeys(["placement", "maps"], 5),

@@ -6,12 +6,13 @@ chunk needs no program of its own.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from alisa_jax import attend, attention, masked, parts
+from alisa_jax import attend, attention, exchanges, masked, parts
 from alisa_jax.engine import sampling
 from alisa_jax.kv.ring import Ring
 from alisa_jax.kv.state import KVState, LayerState
@@ -67,18 +68,27 @@ def decode(decoder: Decoder, params, kv: KVState, token) -> tuple[jax.Array, KVS
     """One step: token [B] int32 -> logits [B, V], new states, taps of each layer. A layer may be in parts."""
     at = lengths(kv[0])[:, None]
     x = decoder.embed(params, token[:, None], at)
-    states, taps = [], []
+    states, taps, outs, together = [], [], [], {}
     for layer, state in enumerate(kv):
+        whole = isinstance(state, LayerState)
+        key = exchanges.joint(state) if whole else None
+        if key is not None:
+            together.setdefault(key, []).append(layer)
 
-        def attend(q, k, v, state=state):
-            one = attention.decode if isinstance(state, LayerState) else parts.decode
+        def attend(q, k, v, state=state, whole=whole, key=key):
+            one = functools.partial(attention.decode, exchange=key is None) if whole else parts.decode
             out, state, tap = one(state, q[:, 0], k[:, 0], v[:, 0])
-            return out[:, None], (state, tap)
+            return out[:, None], (state, tap, out)
 
-        rotate = not isinstance(state, LayerState) or state.turning is None
-        x, (state, tap) = decoder.block(params, layer, x, at, attend, rotate=rotate)
+        rotate = not whole or state.turning is None
+        x, (state, tap, out) = decoder.block(params, layer, x, at, attend, rotate=rotate)
         states.append(state)
         taps.append(tap)
+        outs.append(out)
+    for layers in together.values():
+        changed, loads = exchanges.exchange_layers([states[i] for i in layers], [outs[i] for i in layers])
+        for i, state, count in zip(layers, changed, loads, strict=True):
+            states[i], taps[i] = state, taps[i]._replace(loads=count)
     return decoder.unembed(params, x)[:, 0], tuple(states), taps
 
 

@@ -16,6 +16,7 @@ prompt (`appends`), keys and values of a prompt changed (`compacts`), or a promp
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -204,6 +205,19 @@ class Policy:
         """Change the set into the one for the query at position `length` [B]; leaves a slot empty for that query.
 
         Evicting policies set `pos` to -1 and load nothing.
+        """
+        raise NotImplementedError
+
+    def joint(self) -> Hashable | None:
+        """Layers whose policies give the same value exchange in one go (`exchange_layers`); None: each by itself."""
+        return None
+
+    def exchange_layers(
+        self, policies: Sequence[Policy], stats: Sequence[Stats], pos, bias, length, S: int
+    ) -> tuple[list[Stats], list[Exchange]]:
+        """`exchange` of layers whose policies are `joint` with this one: lists of one entry a layer, `length` [B] of all.
+
+        All layers report the same `more`.
         """
         raise NotImplementedError
 

@@ -21,6 +21,7 @@ Ties go to the lowest position.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -158,12 +159,34 @@ class Swa(base.Policy):
             sums = window_sum.push(stats.sums, row, length, self.counts(S).width)
         return SwaStats(sums, slot_of)
 
+    def ranking(self, stats: SwaStats, length) -> jax.Array:
+        """[B, P, S] float32: by what tokens are ranked for the query at position `length` [B]."""
+        del length
+        return stats.sums.hi
+
     def exchange(self, stats: SwaStats, pos, bias, length, S):
-        counts = self.counts(S)
+        (stats,), (ex,) = self.exchange_layers([self], [stats], [pos], [bias], length, S)
+        return stats, ex
+
+    def joint(self):
+        if type(self).exchange is not Swa.exchange:  # a subclass with one of its own
+            return None
+        return (Swa, *(getattr(self, field.name) for field in dataclasses.fields(Swa)))
+
+    def exchange_layers(self, policies, stats, pos, bias, length, S):
+        """The sequences of all layers are one batch: a swap is many small operations, and their number is what counts."""
+        counts, L, B = self.counts(S), len(stats), length.shape[0]
+        score = [policy.ranking(one, length) for policy, one in zip(policies, stats, strict=True)]
         first_local = base.column(length - budget.lookup(counts.local, length))[..., 0]
         want = budget.lookup(counts.top, length)[:, None]
-        slot_of, ex = swap.improve(stats.sums.hi, stats.slot_of, pos, bias, first_local, want)
-        return stats.replace(slot_of=slot_of), ex
+        columns = score, [one.slot_of for one in stats], pos, bias, [first_local] * L, [want] * L
+        slot_of, ex = swap.improve(*(jnp.concatenate(x) if L > 1 else x[0] for x in columns))
+        cut = [slice(i * B, (i + 1) * B) for i in range(L)]
+        arrays = ex.pos, ex.bias, ex.load_slot, ex.load_pos
+        return (
+            [one.replace(slot_of=slot_of[mine]) for one, mine in zip(stats, cut, strict=True)],
+            [base.Exchange(*(x[mine] for x in arrays), ex.more) for mine in cut],
+        )
 
     def adopt(self, stats: SwaStats, other: SwaStats, rows, which) -> SwaStats:
         sums = window_sum.adopt(stats.sums, other.sums, rows, which)
@@ -173,7 +196,7 @@ class Swa(base.Policy):
         counts = self.counts(S)
         p, n = base.positions(S), base.column(length)
         first_local = n - base.column(budget.lookup(counts.local, length))
-        score = jnp.where(p < first_local, stats.sums.hi, -jnp.inf)
+        score = jnp.where(p < first_local, self.ranking(stats, length), -jnp.inf)
         top = swap.top_mask(score, base.column(budget.lookup(counts.top, length)))
         return top | ((p >= first_local) & (p < n))
 

@@ -22,7 +22,7 @@ from alisa_jax.placement.plan import Controller, moved_bytes
 from alisa_jax.policies import Swa, budget, swap
 from alisa_jax.policies.base import column, positions
 
-PROMPTS = ((20, 33, 33), (40, 40), (7, 50, 50))
+PROMPTS = ((20, 33, 33), (40, 40, 40), (7, 50, 50))  # of one size and, at first, one bucket: programs are shared
 SYSTEMS = (
     ("accelerate", "dense", "raw"),
     ("flexgen(cache_device_frac=0.4)", "dense", "int8(axis=token)"),
@@ -172,8 +172,8 @@ def test_rounds_hold_no_more_than_staging_and_no_page_travels_twice(wanted, room
 
 @pytest.mark.slow
 @settings(max_examples=1, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@example(system=SYSTEMS[4], prompts=(40, 40), new_tokens=20, device=0.0, host=1.0, reads="pages")
-@example(system=SYSTEMS[3], prompts=(40, 40), new_tokens=70, device=0.0, host=0.0, reads="rows")
+@example(system=SYSTEMS[4], prompts=(40, 40, 40), new_tokens=20, device=0.0, host=1.0, reads="pages")
+@example(system=SYSTEMS[3], prompts=(40, 40, 40), new_tokens=70, device=0.0, host=0.0, reads="rows")
 @given(
     system=st.sampled_from(SYSTEMS),
     prompts=st.sampled_from(PROMPTS[1:]),
