@@ -14,13 +14,20 @@ from alisa_jax.kv.turning import Rotation, turned
 from alisa_jax.policies.base import Policy
 
 
+def attended(taps) -> jax.Array:
+    """[B] float32: the tokens that a row attended."""
+    return taps.attended
+
+
 def score(
-    policy: Policy, codec, q, k, v, look=lambda taps: taps.attended, turning: Rotation | None = None
+    policy: Policy, codec, q, k, v, look=attended, turning: Rotation | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Whole texts in one pass, row i under the mask that decoding token by token would have had.
 
     q [B, T, N, H], k and v [B, T, K, H]. Returns out [B, T, N, H]; what `look` takes from the taps of each row, [B, T, ...],
     here the number of attended tokens, float32; and the number of elements of K and V that the codec clipped [B, T] int32.
+
+    Rows do not depend on each other where every one attends all tokens as they are: those are computed together.
     """
     B, T, N, H = q.shape
     K, raw_tokens = k.shape[2], codec.frozen_after
@@ -31,6 +38,13 @@ def score(
         stats = policy.note(stats, attention.turned_prompt(k, turning), jnp.zeros((B,), jnp.int32))
     raw = [jnp.swapaxes(x, 1, 2) for x in (k, v)]  # [B, K, T, H]
     packed = [codec.fill(codec.empty(x.shape, "slots", part), x, "slots") for x, part in zip(raw, "kv", strict=True)]
+    contents = [codec.content(x) for x in packed]
+    plain = all(content is not None and content.axis is None for content in contents)
+    if plain and look is attended and not policy.selects and turning is None:
+        keys, values = (jnp.swapaxes(content.codes, 1, 2) for content in contents)
+        seen = jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.float32)[None], (B, T))
+        out = attend.causal(q, keys, values, jnp.full((B,), T, jnp.int32))
+        return out, seen, jnp.zeros((B, T), jnp.int32)
     held = [x.astype(codec.raw.dtype) for x in raw] if raw_tokens else None  # what the first rows attend
     by_step = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 0)
 

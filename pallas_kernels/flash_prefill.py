@@ -43,28 +43,45 @@ _LOG2_E = math.log2(math.e)
 
 
 def reference(q, k, v, length=None) -> Partial:
-    """`flash_prefill` in plain jnp, a block of queries after the other."""
+    """`flash_prefill` in plain jnp, a block of queries after the other.
+
+    A long prompt is cut in `_parts`, whose queries pass over the keys up to the part's end: few keys behind a query are
+    looked at.
+    """
     B, T, N, H = q.shape
     length = _lengths(q, length)
     size = min(T, _QUERY_BLOCK)
     real = jnp.arange(T, dtype=jnp.int32)[None] < length[:, None]
     v = jnp.where(real[..., None, None], v, jnp.zeros((), v.dtype))  # padding may hold anything, and 0 * nan is nan
+    keys, values = (jnp.swapaxes(x, 1, 2) for x in (k, v))  # not in the loop, where it would be done for each block
+    count = -(-T // size)
+    parts, found = _parts(count), []
+    for part in range(parts):
+        first, last = count * part // parts, count * (part + 1) // parts
+        end = min(T, last * size)
 
-    def block(_, i):
-        at = i * size + jax.lax.broadcasted_iota(jnp.int32, (B, size), 1)
-        z, _ = _logits(q, k, at, length)
-        top = jnp.max(z, axis=-1, keepdims=True)
-        e = jnp.exp(z - jnp.where(top == -jnp.inf, jnp.float32(0.0), top))
-        total = jnp.sum(e, axis=-1, keepdims=True)
-        out = jnp.einsum("bkgqt,btkh->bkgqh", e.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        out = jnp.moveaxis(out / jnp.where(total == 0, jnp.float32(1.0), total), 3, 1)
-        lse = jnp.moveaxis((top + jnp.log(total))[..., 0], 3, 1)
-        return None, (out.reshape(B, size, N, H), lse.reshape(B, size, N))
+        def block(_, i, end=end):
+            at = i * size + jax.lax.broadcasted_iota(jnp.int32, (B, size), 1)
+            z, _ = _logits(q, keys[:, :, :end], at, length)
+            top = jnp.max(z, axis=-1, keepdims=True)
+            e = jnp.exp(z - jnp.where(top == -jnp.inf, jnp.float32(0.0), top))
+            total = jnp.sum(e, axis=-1, keepdims=True)
+            out = jnp.einsum(
+                "bkgqt,bkth->bkgqh", e.astype(v.dtype), values[:, :, :end], preferred_element_type=jnp.float32
+            )
+            out = jnp.moveaxis(out / jnp.where(total == 0, jnp.float32(1.0), total), 3, 1)
+            lse = jnp.moveaxis((top + jnp.log(total))[..., 0], 3, 1)
+            return None, (out.reshape(B, size, N, H), lse.reshape(B, size, N))
 
-    blocks = jnp.arange(-(-T // size), dtype=jnp.int32)
-    _, found = jax.lax.scan(block, None, blocks)
-    out, lse = (jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T] for x in found)
+        found.append(jax.lax.scan(block, None, jnp.arange(first, last, dtype=jnp.int32))[1])
+    out, lse = (jnp.concatenate(x) if parts > 1 else x[0] for x in zip(*found, strict=True))
+    out, lse = (jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T] for x in (out, lse))
     return Partial(out, lse)
+
+
+def _parts(blocks: int) -> int:
+    """In how many parts a prompt of so many blocks of queries is cut: each is a loop to compile."""
+    return 1 if blocks < 8 else 4
 
 
 def mass_reference(q, k, lse, length=None, *, queries: int | None = None, heads: int = 1, reduce: str = "rows"):
@@ -75,10 +92,11 @@ def mass_reference(q, k, lse, length=None, *, queries: int | None = None, heads:
     size = min(W, _QUERY_BLOCK)
     count = -(-W // size)
     ahead = count * size - W  # rows of the first block that nobody asked for
+    keys = jnp.swapaxes(k, 1, 2)
 
     def block(total, i):
         row = i * size - ahead + jax.lax.broadcasted_iota(jnp.int32, (B, size), 1)
-        z, norm = _logits(q, k, jnp.where(row >= 0, length[:, None] - W + row, -1), length, lse)
+        z, norm = _logits(q, keys, jnp.where(row >= 0, length[:, None] - W + row, -1), length, lse)
         w = jnp.sum(weight(z, norm).reshape(B, P, N // P, size, T), axis=2)
         return (total, w) if reduce == "rows" else (total + jnp.sum(w, axis=2), None)
 
@@ -87,17 +105,18 @@ def mass_reference(q, k, lse, length=None, *, queries: int | None = None, heads:
     return total if reduce == "sum" else jnp.moveaxis(rows, 0, 2).reshape(B, P, count * size, T)[:, :, ahead:]
 
 
-def _logits(q, k, at, length, lse=None):
-    """Logits [B, K, G, Q, T] float32 of the queries at positions `at` [B, Q], -inf where a key is not seen: after the query,
-    or when there is no such query; also the rows of `lse` [B, T, N] as [B, K, G, Q, 1]."""
-    (B, T, N, H), K, Q = q.shape, k.shape[2], at.shape[1]
-    b, row = jax.lax.broadcasted_iota(jnp.int32, at.shape, 0), jnp.clip(at, 0, T - 1)
-    tiles = q[b, row].astype(k.dtype).reshape(B, Q, K, N // K, H)
-    z = jnp.einsum("bqkgh,btkh->bkgqt", tiles, k, preferred_element_type=jnp.float32) * jnp.float32(H**-0.5)
+def _logits(q, keys, at, length, lse=None):
+    """Logits [B, K, G, Q, T] float32 of the queries at positions `at` [B, Q] for the first T keys [B, K, T, H], -inf where a
+    key is not seen: after the query, or when there is no such query; also the rows of `lse` [B, *, N] as [B, K, G, Q, 1]."""
+    B, K, T, H = keys.shape
+    N, Q = q.shape[2], at.shape[1]
+    b, row = jax.lax.broadcasted_iota(jnp.int32, at.shape, 0), jnp.clip(at, 0, q.shape[1] - 1)
+    tiles = jnp.moveaxis(q[b, row].astype(keys.dtype), 1, 2).reshape(B, K, N // K * Q, H)
+    z = jnp.einsum("bkqh,bkth->bkqt", tiles, keys, preferred_element_type=jnp.float32) * jnp.float32(H**-0.5)
     real = (at >= 0) & (at < length[:, None])
     seen = real[..., None] & (jnp.arange(T, dtype=jnp.int32)[None, None] <= at[..., None])
     norm = None if lse is None else jnp.moveaxis(lse[b, row].reshape(B, Q, K, N // K, 1), 1, 3)
-    return jnp.where(seen[:, None, None], z, -jnp.inf), norm
+    return jnp.where(seen[:, None, None], z.reshape(B, K, N // K, Q, T), -jnp.inf), norm
 
 
 # ---- kernels

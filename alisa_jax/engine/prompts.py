@@ -11,7 +11,7 @@ import numpy as np
 from alisa_jax.engine import shared
 from alisa_jax.engine.batch import Batch
 from alisa_jax.engine.progress import progress_bar
-from alisa_jax.kv.buckets import bucket, next_bucket
+from alisa_jax.kv.buckets import bucket, next_bucket, prompt_bucket
 from alisa_jax.kv.state import bytes_of
 
 ROOM = 32  # sets that grow by what follows a prompt have room for multiples of this, so few programs are compiled
@@ -32,7 +32,7 @@ def begin(engine, batch: Batch, tokens: int) -> Begun:
     longest = int(fed.length.max())
     S = bucket(longest)
     more = room(engine, min(S - longest, tokens)) or 0
-    prompts = jnp.asarray(fed.padded(S)), jnp.asarray(fed.length)
+    prompts = jnp.asarray(fed.padded(prompt_bucket(longest))), jnp.asarray(fed.length)
     logits, kv = engine._prefill(engine.model.params, *prompts, more)
     return Begun(fed, logits, kv, more)
 
@@ -49,7 +49,7 @@ def condensed(engine, batch: Batch) -> Batch:
     layer = engine.policy.reads_layer(int(batch.length.max()))
     if layer is None:
         return batch
-    S = bucket(int(batch.length.max()))
+    S = prompt_bucket(int(batch.length.max()))
     at = np.asarray(engine._chosen(engine.model.params, jnp.asarray(batch.padded(S)), jnp.asarray(batch.length), layer))
     return Batch.from_lists([row[p[p >= 0]].tolist() for row, p in zip(batch.tokens, at, strict=True)])
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from alisa_jax import attend, attention, exchanges, masked, parts
 from alisa_jax.engine import sampling
+from alisa_jax.kv.buckets import bucket
 from alisa_jax.kv.ring import Ring
 from alisa_jax.kv.state import KVState, LayerState
 from alisa_jax.models.decoder import Decoder
@@ -37,9 +38,9 @@ def init(decoder: Decoder, layers: tuple[Layer, ...], B: int, S: int, room: int 
 
 
 def prefill(decoder: Decoder, layers, params, tokens, length, room: int = 0) -> tuple[jax.Array, KVState]:
-    """tokens [B, S], length [B] -> logits [B, V] of the last token of each prompt, and the states (bucket S)."""
-    B, S = tokens.shape
-    kv, x, at = list(init(decoder, layers, B, S, room)), *_embed(decoder, params, tokens)
+    """tokens [B, T], length [B] -> logits [B, V] of the last token of each prompt, and the states (for the bucket of T)."""
+    B, T = tokens.shape
+    kv, x, at = list(init(decoder, layers, B, bucket(T), room)), *_embed(decoder, params, tokens)
 
     for layer, state in enumerate(kv):
 

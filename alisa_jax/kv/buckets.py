@@ -2,6 +2,8 @@
 
 Sizes are multiples of 32 that grow by 1.25, so a run of n tokens meets O(log n) of them, and at most a fifth of a
 large bucket is still empty when the run moves into it.
+
+A prompt is read once, so its padding is finer: an eighth of the bucket at most (`prompt_bucket`).
 """
 
 from __future__ import annotations
@@ -23,3 +25,15 @@ def bucket(tokens: int) -> int:
     while size < tokens:
         size = next_bucket(size)
     return size
+
+
+def prompt_bucket(tokens: int) -> int:
+    """To how many tokens a prompt of `tokens` is padded: to a power of two at most an eighth of its bucket, at least 32.
+
+    Never more than the bucket, whose state the padded prompt leaves: `bucket(prompt_bucket(n)) == bucket(n)`.
+    """
+    size = bucket(tokens)
+    grain = STEP_TOKENS
+    while 16 * grain <= size:
+        grain *= 2
+    return min(size, -(-tokens // grain) * grain)

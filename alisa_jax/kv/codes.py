@@ -76,59 +76,74 @@ def _mix(p, rows, values):
     return jnp.einsum("bkgm,bkmh->bkgh", p, values(*rows), preferred_element_type=jnp.float32)
 
 
-def _tiling(B, K, M, H, whole_tokens: bool = False) -> tuple[int, int, int]:
-    """Rows of (B, K) in a tile, tokens in a tile, tiles along the tokens."""
+def _tiling(K, M, H, whole_tokens: bool = False) -> tuple[int, int, int]:
+    """Heads in a tile, tokens in a tile, tiles along the tokens, which overlap by less than a token each."""
+    room = TILE_ELEMENTS // (K * H if whole_tokens else H)
+    across = -(-M // max(1, min(M, room)))
+    tokens = -(-M // across)
     if whole_tokens:
-        tokens = max(1, min(M, TILE_ELEMENTS // (K * H)))
-        return K, tokens, -(-M // tokens)
-    tokens = max(1, min(M, TILE_ELEMENTS // H))
-    heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or (tokens == M and n * M * H <= TILE_ELEMENTS)))
-    return heads, tokens, -(-M // tokens)
+        return K, tokens, across
+    heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or (across == 1 and n * M * H <= TILE_ELEMENTS)))
+    return heads, tokens, across
 
 
-def _tile(rows, i, heads, tokens, across, values):
-    """Tile number i of `rows`, float32, with its first row of (B, K) and token; the last begins early enough to be whole."""
-    _, K, M, _ = rows[0].shape
-    row, first = (i // across) * heads, jnp.minimum((i % across) * tokens, M - tokens)
+def _tile(rows, b, k, first, heads, tokens, values):
+    """The tile of `rows` that begins at sequence b, head k and token `first`, float32 [heads, tokens, H]."""
 
     def cut(x):
-        at = [start if n > 1 else 0 for n, start in zip(x.shape, (row // K, row % K, first))]
+        at = [start if n > 1 else 0 for n, start in zip(x.shape, (b, k, first))]
         size = [min(n, wanted) for n, wanted in zip(x.shape, (1, heads, tokens))]
         return jax.lax.dynamic_slice(x, (*at, 0), (*size, x.shape[3]))[0]
 
-    return row, first, values(*map(cut, rows))
+    return values(*map(cut, rows))
+
+
+def _by_tiles(rows, whole_tokens, H: int, made: jax.Array, body: Callable) -> jax.Array:
+    """`made = body(made, (b, k), t, first, heads, tokens)` for every tile, t counting those along the tokens.
+
+    Loops over one index each, so that no tile needs a division.
+    """
+    B, K, M, _ = rows[0].shape
+    heads, tokens, across = _tiling(K, M, H, whole_tokens)
+
+    def of_sequence(b, made):
+        def of_heads(k, made):
+            def tile(t, made):
+                first = jnp.minimum(t * tokens, M - tokens) if across > 1 else 0
+                return body(made, (b, k * heads), t, first, heads, tokens)
+
+            return jax.lax.fori_loop(0, across, tile, made)
+
+        return jax.lax.fori_loop(0, K // heads, of_heads, made)
+
+    return jax.lax.fori_loop(0, B, of_sequence, made)
 
 
 def _logits_by_tiles(q, rows, values, whole_tokens):
     B, K, G, H = q.shape
     M = rows[0].shape[2]
-    heads, tokens, across = _tiling(B, K, M, H, whole_tokens)
-    queries = q.reshape(B * K, G, H)
 
-    def body(i, z):
-        row, first, tile = _tile(rows, i, heads, tokens, across, values)
-        here = jax.lax.dynamic_slice_in_dim(queries, row, heads, 0)
-        part = jnp.einsum("rgh,rth->rgt", here, tile, preferred_element_type=jnp.float32)
-        return jax.lax.dynamic_update_slice(z, part, (row, 0, first))
+    def body(z, at, t, first, heads, tokens):
+        tile = _tile(rows, *at, first, heads, tokens, values)
+        queries = jax.lax.dynamic_slice(q, (*at, 0, 0), (1, heads, G, H))[0]
+        part = jnp.einsum("rgh,rth->rgt", queries, tile, preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice(z, part[None], (*at, 0, first))
 
-    z = jax.lax.fori_loop(0, B * K // heads * across, body, jnp.zeros((B * K, G, M), jnp.float32))
-    return z.reshape(B, K, G, M)
+    return _by_tiles(rows, whole_tokens, H, jnp.zeros((B, K, G, M), jnp.float32), body)
 
 
 def _mix_by_tiles(p, rows, H, values, whole_tokens):
     B, K, G, M = p.shape
-    heads, tokens, across = _tiling(B, K, M, H, whole_tokens)
-    weights = p.reshape(B * K, G, M)
 
-    def body(i, o):
-        row, first, tile = _tile(rows, i, heads, tokens, across, values)
-        here = jax.lax.dynamic_slice(weights, (row, 0, first), (heads, G, tokens))
-        if across > 1:  # the last tile may overlap the one before it: each token counts once
-            at = first + jax.lax.broadcasted_iota(jnp.int32, here.shape, 2)
-            here = jnp.where(at >= (i % across) * tokens, here, jnp.float32(0.0))
-        part = jnp.einsum("rgt,rth->rgh", here, tile, preferred_element_type=jnp.float32)
-        part = part + jax.lax.dynamic_slice_in_dim(o, row, heads, 0)
-        return jax.lax.dynamic_update_slice_in_dim(o, part, row, 0)
+    def body(o, at, t, first, heads, tokens):
+        tile = _tile(rows, *at, first, heads, tokens, values)
+        weights = jax.lax.dynamic_slice(p, (*at, 0, first), (1, heads, G, tokens))[0]
+        if M % tokens:  # the last tile overlaps the one before it: each token counts once
+            seen = first + jax.lax.broadcasted_iota(jnp.int32, weights.shape, 2)
+            weights = jnp.where(seen >= t * tokens, weights, jnp.float32(0.0))
+        part = jnp.einsum("rgt,rth->rgh", weights, tile, preferred_element_type=jnp.float32)
+        if M > tokens:
+            part = part + jax.lax.dynamic_slice(o, (*at, 0, 0), (1, heads, G, H))[0]
+        return jax.lax.dynamic_update_slice(o, part[None], (*at, 0, 0))
 
-    o = jax.lax.fori_loop(0, B * K // heads * across, body, jnp.zeros((B * K, G, H), jnp.float32))
-    return o.reshape(B, K, G, H)
+    return _by_tiles(rows, whole_tokens, H, jnp.zeros((B, K, G, H), jnp.float32), body)

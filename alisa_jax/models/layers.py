@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 DType = Any
+_FEW_ROWS = 16
 
 
 def activation(name: str):
@@ -96,7 +97,11 @@ class Table(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits in float32: x [B, T, D] -> [B, T, V], through a matrix [D, V] or the token table [V, D]."""
+    """Logits in float32: x [B, T, D] -> [B, T, V], through a matrix [D, V] or the token table [V, D].
+
+    With the table as the first operand XLA:CPU takes a quarter less time for a few rows, as in a step of decoding, and more
+    for many.
+    """
 
     vocab_size: int
     param_dtype: DType = jnp.float32
@@ -104,6 +109,9 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, table: jax.Array | None) -> jax.Array:
         if table is not None:
+            if x.shape[0] * x.shape[1] <= _FEW_ROWS:
+                logits = jnp.einsum("vd,btd->vbt", table, x, preferred_element_type=jnp.float32)
+                return jnp.moveaxis(logits, 0, -1)
             return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32)
         fan_in = x.shape[-1]
         init = nn.initializers.normal(fan_in**-0.5)

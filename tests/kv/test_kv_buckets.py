@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from alisa_jax.kv.buckets import bucket, next_bucket
+from alisa_jax.kv.buckets import bucket, next_bucket, prompt_bucket
 
 
 def test_a_bucket_is_the_smallest_that_holds_the_tokens():
@@ -38,3 +38,11 @@ def test_a_run_of_n_tokens_meets_few_buckets(tokens):
 def test_a_context_without_tokens_is_refused(tokens):
     with pytest.raises(ValueError, match=f"a context needs at least 1 token; got {tokens}"):
         bucket(tokens)
+
+
+def test_a_prompt_is_padded_by_an_eighth_of_its_bucket_at_most():
+    for tokens in range(1, 20001, 7):
+        padded, size = prompt_bucket(tokens), bucket(tokens)
+        assert tokens <= padded <= size and bucket(padded) == size and padded % 32 == 0
+        assert padded - tokens < max(32, size / 8)
+    assert [prompt_bucket(n) for n in (33, 128, 512, 1024, 2048, 4096)] == [64, 128, 512, 1024, 2048, 4096]

@@ -29,7 +29,7 @@ def test_products_with_codes_agree_with_float64(shape):
 
 
 def test_the_tiles_cover_the_three_cases():
-    tilings = [codes._tiling(B, K, M, H) for B, K, _, M, H in SHAPES]
+    tilings = [codes._tiling(K, M, H) for _, K, _, M, H in SHAPES]
     assert [(heads > 1, across > 1) for heads, _, across in tilings] == [(True, False), (False, True), (False, True)]
     for (heads, tokens, across), (_, _, _, M, H) in zip(tilings, SHAPES):
         assert heads * tokens * H <= codes.TILE_ELEMENTS and (across - 1) * tokens < M <= across * tokens

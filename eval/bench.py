@@ -1,0 +1,190 @@
+"""Our engine beside transformers on this machine: decode, prefill, perplexity; float32, the same weights, threads, shapes.
+
+    python -m eval.bench                                     every suite; --quick for a look at a small size
+    python -m eval.bench --suite=decode --model=random:opt_125m --cell=8x1024 --out=bench.jsonl
+    python -m eval.bench --suite=perplexity --full           100k tokens instead of 20k
+    python -m eval.bench --suite=decode --cell=1x128 --systems=dense,static --profile=FOLDER
+
+decode      Caches hold `context - rounds x steps` tokens when the first round begins, which is not timed, and `context` when
+            the last one ends: all systems decode `steps` greedy tokens of every sequence, one system after the other, round
+            by round, so they are at the same lengths at the same time. Caches are not made by prompts: K and V (and q, for
+            policies that are seeded by attention) are normal numbers drawn once per cell, the same for all. So dense and
+            the peers give the same tokens, and `agrees` is the share that is equal. SWA attends what it selects when the
+            model of --trace reads a text at this context (`eval/traces.py`), as random weights select nothing lasting.
+prefill     The same random prompt is read again and again, in turn; the first time is not timed. Ours is padded to its
+            context bucket.
+perplexity  Every group of windows of the text is scored by one system after the other. `decode` and `prefill_mask` are the
+            protocols of `eval.perplexity`; the peer does one forward. Mean nll of dense must be the peer's to 1e-3.
+
+Decode and prefill tell medians over the rounds, perplexity the whole text; all tell quartiles. `x peer` is tokens/s over
+those of the best peer of the same cell, `x dense` over those of our dense, raw row. `limit` is what the bytes and FLOPs of
+the row would take at the read bandwidth and the matmul peak that were measured before (`eval/bench_limits.py`). `compiles`
+counts what the timed rounds compiled: it has to be 0. Below the tables stand the gates, each with its number
+(`eval/bench_tables.py`). The machine has to be idle: threads of torch that wait for one another lose most by other programs,
+which `load_before` of a record tells. Peers need the extra `parity`. A cell is measured, and found in --out, as a whole.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+from absl import flags
+from tqdm import tqdm
+
+from eval import bench_limits, bench_peers, bench_runs, bench_shapes, bench_tables, common, inputs, windows
+from eval.bench_limits import Rates
+from eval.bench_shapes import NAMES, SUITES, Cell, System
+from eval.common import UserError
+
+BUSY = 0.7  # of the load average over a minute
+
+
+def config(argv: Sequence[str]) -> flags.FlagValues:
+    """The flags, checked one by one; raises UserError."""
+    values = common.shared_flags(bench_shapes.BUNDLED, windows.BUNDLED, None)
+    del values.model
+    where, one = {"flag_values": values}, {"lower_bound": 1, "flag_values": values}
+    flags.DEFINE_enum("suite", "all", (*SUITES, "all"), "What is measured.", **where)
+    flags.DEFINE_multi_string(
+        "model",
+        [bench_shapes.SMALL, bench_shapes.BUNDLED],
+        "random:NAME, a folder or bundled; repeatable.",
+        **where,
+    )
+    flags.DEFINE_multi_string(
+        "cell", None, "BATCHxCONTEXT of decode and prefill; repeatable. Default: each model's own.", **where
+    )
+    flags.DEFINE_list("systems", [], f"Rows, comma-separated, of {', '.join(NAMES)}. Default: all.", **where)
+    flags.DEFINE_integer("repeats", 5, "Timed rounds.", lower_bound=5, **where)
+    flags.DEFINE_integer(
+        "steps", None, "Decode steps of a round. Default: 16 at 1024 tokens; else fewer.", 1, 64, **where
+    )
+    flags.DEFINE_integer("perplexity_tokens", 20_000, "Tokens of the text that are scored.", **one)
+    flags.DEFINE_integer("window_tokens", 1024, "Tokens of a window, at most; perplexity.", 2, **where)
+    flags.DEFINE_bool("full", False, "Score 100k tokens.", **where)
+    flags.DEFINE_bool("quick", False, "Small sizes: the bundled model, one sequence of 96 tokens.", **where)
+    flags.DEFINE_string("trace", bench_shapes.BUNDLED, "The model whose selections SWA replays, or none.", **where)
+    flags.DEFINE_string(
+        "profile",
+        None,
+        "Folder for a trace of one more round of each of our rows (decode, prefill).",
+        **where,
+    )
+    common.impl_flag(values)
+    common.parse(values, argv, __doc__)
+    if unknown := [name for name in values.systems if name not in NAMES]:
+        raise UserError(f"--systems: unknown name {unknown[0]!r}; known: {', '.join(NAMES)}")
+    if values.quick:
+        values.model = [bench_shapes.BUNDLED]
+        values.window_tokens = min(values.window_tokens, 64)
+        values.perplexity_tokens = min(values.perplexity_tokens, 640)
+    if values.trace != "none" and values.trace.startswith("random:"):
+        raise UserError(f"--trace: the weights of {values.trace} are random; give bundled, a folder or none")
+    return values
+
+
+def main(argv: Sequence[str], measure_rates: Callable = bench_limits.rates) -> None:
+    """flags -> cells -> rounds in turn -> records. measure_rates is for tests."""
+    values, sources = config(argv), {}
+    inputs.check_impl(values.attention_impl)
+    suites = SUITES if values.suite == "all" else (values.suite,)
+    cells = bench_shapes.cells(suites, list(dict.fromkeys(values.model)), values)
+    results, threads = inputs.results(values.out), bench_peers.threads()
+    known = bench_peers.installed()
+    if not known:
+        common.say("torch and transformers are not installed (extra parity), so there are rows of ours alone")
+    records, machine, load, reused = [], None, None, 0
+    for cell in tqdm(cells, desc="cells", disable=None, leave=False):
+        systems = {n: s for n, s in bench_shapes.chosen(cell.suite, values.systems).items() if known or s.ours}
+        if not systems:
+            continue
+        rows = {name: _fields(values, cell, systems, name, threads, sources) for name in systems}
+        anew = results is None or values.rerun or values.profile is not None
+        old = [None if anew else results.find(row | _here()) for row in rows.values()]
+        if None not in old:
+            reused += 1
+            records += old
+            continue
+        load = _load() if machine is None else load
+        machine = machine or measured_rates(measure_rates, known)
+        common.say(f"{cell.title}: {', '.join(systems)}")
+        began = time.perf_counter()
+        found = bench_runs.SUITES[cell.suite](cell, systems, values, machine)
+        wall_s = (time.perf_counter() - began) / len(found)
+        for name, got in compared(found, systems).items():
+            how = {"warmup": 1, "repeats": cell.rounds}
+            got |= machine.fields() | bench_peers.versions() | {"load_before": load}
+            records.append(inputs.record(results, rows[name], got, wall_s, how))
+    if not records:
+        raise UserError(f"--systems: none of {', '.join(values.systems)} is a row of --suite={values.suite}")
+    if reused:
+        common.say(f"{reused} of {len(cells)} cells were already in {values.out}; --rerun measures them again")
+    common.emit(records, bench_tables.text(records), values.json)
+
+
+def _load() -> float:
+    """How many threads were busy on this machine in the last minute, on average; says so where times will suffer."""
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        common.say(f"other programs are running (load {load:.1f}): times are of no use, those of torch least of all")
+    return load
+
+
+def measured_rates(measure: Callable, known: bool) -> Rates:
+    """The rates of this machine, by XLA and by torch where it is there."""
+    read_bytes, side = bench_limits.READ_BYTES, bench_limits.SIDE
+    machine = measure(lambda r, s: bench_peers.reads(r, s) if known else None, read_bytes, side)
+    common.say(
+        f"this machine reads {machine.read_bytes_per_s / 1e9:.1f} GB/s ({machine.read_by}) and does "
+        f"{machine.matmul_flops_per_s / 1e9:.0f} GFLOP/s ({machine.matmul_by})"
+    )
+    return machine
+
+
+def compared(found: Mapping[str, dict], systems: Mapping[str, System]) -> dict[str, dict]:
+    """`found` with ratios of tokens per second."""
+    speed = {name: got["tokens_per_s"] for name, got in found.items() if got["tokens_per_s"]}
+    peer = max((s for name, s in speed.items() if not systems[name].ours), default=None)
+    dense = speed.get("dense")
+    return {
+        name: got
+        | {
+            "ratio_to_best_peer": speed[name] / peer if name in speed and peer else None,
+            "ratio_to_dense": speed[name] / dense if name in speed and dense and systems[name].ours else None,
+        }
+        for name, got in found.items()
+    }
+
+
+def _fields(values, cell: Cell, systems: Mapping[str, System], name: str, threads: int, sources: dict) -> dict:
+    """The fields that identify a record; the text, where one is read, is kept in `sources`."""
+    traced = {"trace": values.trace} if cell.replays(systems, values.trace) else {}
+    if traced or cell.suite == "perplexity":
+        if values.text not in sources:
+            sources[values.text] = windows.read(values.text).fields
+        traced |= sources[values.text]
+    return {
+        "script": "eval.bench",
+        **inputs.card(cell.model).fields(),
+        **cell.fields(),
+        **systems[name].fields(),
+        **traced,
+        "placement": "resident",
+        "dtype": "float32",
+        "threads": threads,
+        "beside": tuple(systems),
+        "seed": values.seed,
+        **common.impl_field(values.attention_impl),
+    }
+
+
+def _here() -> dict:
+    """Fields of a record that another machine does not share."""
+    device = jax.devices()[0]
+    return {"platform": device.platform, "device_kind": device.device_kind}
+
+
+if __name__ == "__main__":
+    sys.exit(common.run(main))
