@@ -57,7 +57,7 @@ $(VENV)/.parity-auto: $(VENV)/.setup
 test: setup parity lint
 	@if [ -s $(VENV)/.parity-$(PARITY) ]; then \
 	  echo "the tests against torch, transformers and lm_eval may be skipped: $$(cat $(VENV)/.parity-$(PARITY))"; fi
-	$(BIN)/python -m pytest -q --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses=auto --max-worker-restart=0 --dist=loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 reproduce: setup
 	$(BIN)/python -m eval.reproduce $(ARGS)

@@ -11,8 +11,8 @@ decode      Caches hold `context - rounds x steps` tokens when the first round b
             policies that are seeded by attention) are normal numbers drawn once per cell, the same for all. So dense and
             the peers give the same tokens, and `agrees` is the share that is equal. SWA attends what it selects when the
             model of --trace reads a text at this context (`eval/traces.py`), as random weights select nothing lasting.
-prefill     The same random prompt is read again and again, in turn; the first time is not timed. Ours is padded to its
-            context bucket.
+prefill     The same random prompt is read again and again, in turn; the first time is not timed. Ours is padded as the
+            engine pads prompts.
 perplexity  Every group of windows of the text is scored by one system after the other. `decode` and `prefill_mask` are the
             protocols of `eval.perplexity`; the peer does one forward. Mean nll of dense must be the peer's to 1e-3.
 

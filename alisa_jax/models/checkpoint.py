@@ -37,6 +37,7 @@ from alisa_jax.models import hub, names
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder, Params
 from alisa_jax.models.hf import CheckpointError, config_from_hf, config_to_hf
+from alisa_jax.models.pages import on_large_pages
 from alisa_jax.models.shapes import SHAPES
 from alisa_jax.models.weights import WEIGHTS, open_weights, read_json, read_tensor
 
@@ -119,7 +120,7 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
     tokenizer = _read_tokenizer(folder / "tokenizer.json")  # cheap: before the weights
     return Model(
         decoder=decoder,
-        params=_read_params(folder, decoder, wanted),
+        params=on_large_pages(_read_params(folder, decoder, wanted)),
         tokenizer=tokenizer,
         name=called,
         bos_id=_first(ids.get("bos_token_id")),
@@ -179,7 +180,7 @@ def _random(name: str, dtype: np.dtype, seed: int) -> Model:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise CheckpointError(f"{shape!r} is not a known shape{hint}; known are {', '.join(SHAPES)}.")
     decoder = Decoder(SHAPES[shape])
-    params = decoder.init(jax.random.key(seed), dtype)
+    params = on_large_pages(decoder.init(jax.random.key(seed), dtype))
     return Model(decoder, params, None, name, None, (), name)
 
 
