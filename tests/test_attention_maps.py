@@ -131,7 +131,7 @@ def test_the_run_is_that_of_score():
     layers, logprobs = seen(engine, [*texts, TEXT[20:53]])
     score = engine.score([*texts, TEXT[20:53]], protocol="prefill_mask")
     for mine, scored in zip(logprobs, score.logprobs, strict=True):
-        np.testing.assert_allclose(mine, scored, rtol=1e-5)
+        np.testing.assert_allclose(mine, scored, rtol=1e-4)  # rows of the dense layer are scored together
     shares = [
         np.concatenate(
             [
