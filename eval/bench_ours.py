@@ -13,6 +13,7 @@ from alisa_jax import Engine, attention, policies
 from alisa_jax.kv.buckets import bucket, prompt_bucket
 from alisa_jax.kv.state import bytes_of
 from alisa_jax.models.decoder import Decoder, RopeScaling
+from alisa_jax.models.pages import on_large_pages
 from eval import bench_shapes, inputs, traces, windows
 from eval.bench_shapes import Cell, System
 from eval.common import UserError
@@ -28,7 +29,8 @@ def model(name: str, context: int, seed: int):
 
         return inputs.model(lambda folder: alisa_jax.load(folder, dtype="float32"), name)
     decoder = Decoder(config)
-    return Model(decoder, decoder.init(jax.random.key(seed), "float32"), None, name, None, (), name)
+    params = on_large_pages(decoder.init(jax.random.key(seed), "float32"))  # as `load` does
+    return Model(decoder, params, None, name, None, (), name)
 
 
 def stretched(model, context: int):
