@@ -29,7 +29,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
 from absl import flags
 from tqdm import tqdm
 
@@ -102,7 +101,7 @@ def main(argv: Sequence[str], measure_rates: Callable = bench_limits.rates) -> N
             continue
         rows = {name: _fields(values, cell, systems, name, threads, sources) for name in systems}
         anew = results is None or values.rerun or values.profile is not None
-        old = [None if anew else results.find(row | _here()) for row in rows.values()]
+        old = [None if anew else results.find(row | inputs.here()) for row in rows.values()]
         if None not in old:
             reused += 1
             records += old
@@ -178,12 +177,6 @@ def _fields(values, cell: Cell, systems: Mapping[str, System], name: str, thread
         "seed": values.seed,
         **common.impl_field(values.attention_impl),
     }
-
-
-def _here() -> dict:
-    """Fields of a record that another machine does not share."""
-    device = jax.devices()[0]
-    return {"platform": device.platform, "device_kind": device.device_kind}
 
 
 if __name__ == "__main__":

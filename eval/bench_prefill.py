@@ -85,7 +85,7 @@ def main(argv: Sequence[str], make: Callable | None = None) -> None:
     chosen = systems(values, shape)
     results = inputs.results(values.out)
     cells = {length: {text: _cell(values, card, length, text) for text in chosen} for length in values.lengths}
-    here, done = _here(), {}
+    here, done = inputs.here(), {}
     for length, row in cells.items():
         done[length] = [None if results is None or values.rerun else results.find(cell | here) for cell in row.values()]
     waiting = [length for length, old in done.items() if None in old]  # times of one length belong together
@@ -194,12 +194,6 @@ def _cell(values, card: inputs.Card, length: int, policy: str) -> dict:
         "seed": values.seed,
         **common.impl_field(values.attention_impl),
     }
-
-
-def _here() -> dict:
-    """Fields of a record that another machine does not share."""
-    device = jax.devices()[0]
-    return {"platform": device.platform, "device_kind": device.device_kind}
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 from absl import flags
 
 from alisa_jax import policies
@@ -148,7 +147,7 @@ def main(argv: Sequence[str], measure: Callable = growth_runs.steps, record: Cal
         systems.refusal(system, growth_runs.unlimited(works[max(works)]))
     growth_runs.check_host(chosen.steps)
     results = inputs.results(values.out)
-    find = lambda cell: None if results is None or values.rerun else results.find(cell | _here())
+    find = lambda cell: None if results is None or values.rerun else results.find(cell | inputs.here())
 
     found, reused, model = [], 0, None
     for tokens, work in works.items():
@@ -230,12 +229,6 @@ def _cell(values, card, system: System, tokens: int, part: str) -> dict:
         "device_kv_frac": values.device_kv_frac,
         "seed": values.seed,
     }
-
-
-def _here() -> dict:
-    """Fields of a record that another machine does not share."""
-    device = jax.devices()[0]
-    return {"platform": device.platform, "device_kind": device.device_kind}
 
 
 def report(records: Sequence[dict], chosen: Cast) -> str:

@@ -188,6 +188,14 @@ def engine(make: Callable, model, policy: str, codec: str, impl: str = "auto"):
         raise UserError(f"--policy: {error}") from None
 
 
+def here() -> dict:
+    """Fields of a measured record that say what it ran on, and that another machine does not share."""
+    import jax
+
+    device = jax.devices()[0]
+    return {"platform": device.platform, "device_kind": device.device_kind}
+
+
 def record(into, cell: dict, values: dict, wall_s: float, how: dict) -> dict:
     """Make the record of a finished cell and append it to the results file `into`, where there is one."""
     from alisa_jax import records

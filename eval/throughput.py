@@ -32,7 +32,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
@@ -100,7 +99,7 @@ def main(argv: Sequence[str], load: Callable = alisa_jax.load, build: Callable =
     results = inputs.results(values.out)
 
     cells = {system: _cell(values, system, card, work, machine, traced, source) for system in chosen}
-    here = {} if values.simulate else _here()
+    here = {} if values.simulate else inputs.here()
     records = {s: None if results is None or values.rerun else results.find(c | here) for s, c in cells.items()}
     reused = sum(record is not None for record in records.values())
     waiting = [s for s in chosen if records[s] is None and reasons[s] is None]
@@ -202,12 +201,6 @@ def _cell(values, system: System, card, work: Work, machine, traced, source) -> 
         "seed": values.seed,
         **common.impl_field(values.attention_impl),
     }
-
-
-def _here() -> dict:
-    """Fields of a measured record that say what it ran on, and that another machine does not share."""
-    device = jax.devices()[0]
-    return {"platform": device.platform, "device_kind": device.device_kind}
 
 
 def _cost(machine, system: System, work: Work) -> Cost:

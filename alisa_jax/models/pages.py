@@ -1,4 +1,4 @@
-"""Weights on large pages: a decode step reads them all, and on small pages a CPU spends a twentieth of it on addresses."""
+"""Weights on large pages: a decode step reads them all, and each small page of a CPU costs an address to look up."""
 
 from __future__ import annotations
 
