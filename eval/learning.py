@@ -42,19 +42,19 @@ def initial_params(decoder: Decoder, key: jax.Array):
     half = max(1, c.n_kv_heads // 2)
     q, k = jnp.tile(quick, half * groups), jnp.tile(later.ravel(), half)
     for name, vector in (("q", q), ("k", k)):
-        kernel = first[name]["kernel"]
-        first[name] = {"kernel": kernel.at[:, : vector.size].add(shared[:, None] * vector[None, :])}
+        weight = first[name]["weight"]
+        first[name] = {"weight": weight.at[: vector.size].add(vector[:, None] * shared[None, :])}
     table = params["embed"]["tokens"]["table"]
     params["embed"] = {"tokens": {"table": table + shared[None, :]}}
 
     for block in others:
-        q, k, v, o = (block[name]["kernel"] for name in "qkvo")
+        q, k, v, o = (block[name]["weight"] for name in "qkvo")
         k, v = (
-            jnp.repeat(x.reshape(c.d_model, c.n_kv_heads, c.head_dim), groups, axis=1).reshape(c.d_model, -1)
+            jnp.repeat(x.reshape(c.n_kv_heads, c.head_dim, c.d_model), groups, axis=0).reshape(-1, c.d_model)
             for x in (k, v)
         )
-        block["q"] = {"kernel": (q + k) * 0.5**0.5}
-        block["o"] = {"kernel": (o + v.T * (jnp.std(o) / jnp.std(v))) * 0.5**0.5}
+        block["q"] = {"weight": (q + k) * 0.5**0.5}
+        block["o"] = {"weight": (o + v.T * (jnp.std(o) / jnp.std(v))) * 0.5**0.5}
     return params
 
 

@@ -126,7 +126,7 @@ def test_the_statistics_of_the_first_layer_are_those_of_numpy(model, blocks):
     block = params["blocks"][0]
     n = x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.norm_eps) * block["attn_norm"]["scale"]
     q, k, v = (
-        (n @ block[name]["kernel"]).reshape(*blocks.shape, heads, H) for name, heads in (("q", N), ("k", K), ("v", K))
+        (n @ block[name]["weight"].T).reshape(*blocks.shape, heads, H) for name, heads in (("q", N), ("k", K), ("v", K))
     )
     own = np.stack([turned(q)[:, :, i] * turned(k)[:, :, i // (N // K)] for i in range(N)], axis=2)
     every, got = (0, 1), calibrate(model, blocks, batch=2)

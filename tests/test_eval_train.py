@@ -188,7 +188,7 @@ def test_at_first_half_of_the_heads_of_layer_0_attend_to_the_previous_token(star
 
 def test_at_first_the_layers_above_match_equal_tokens_and_copy(start):
     _, params = start
-    q, k, v, o = (np.asarray(params["blocks"][2][name]["kernel"]) for name in "qkvo")
+    q, k, v, o = (np.asarray(params["blocks"][2][name]["weight"]).T for name in "qkvo")
     for head in range(4):
         mine, its = slice(head * 64, head * 64 + 64), slice(head // 2 * 64, head // 2 * 64 + 64)
         assert np.trace(q[:, mine] @ k[:, its].T) > 0.6 * np.linalg.norm(k[:, its]) ** 2

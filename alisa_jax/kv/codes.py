@@ -4,7 +4,8 @@
 
 A GPU compiler turns the conversion into a part of the product. XLA:CPU does not: it would write the whole array out as
 float32 and read it back, which costs more memory and time than a cache that was never quantised. There the products go
-tile by tile, and one tile of floats (256 KiB) stays in a core's cache.
+tile by tile. A tile of floats (at most 4 MiB) stays in the cache that the cores share, and is large enough for XLA to give
+each core a part of it; a loop as such runs on one core.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 LEVELS = 255.0  # steps between the least and the greatest code, -128 and 127
 TINY = 2.0**-100  # the smallest step: that of a group of zeros
-TILE_ELEMENTS = 65536
+LARGE_TILE, SMALL_TILE = 2**20, 2**16  # elements
 
 
 def nearest(x: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
@@ -76,15 +77,19 @@ def _mix(p, rows, values):
     return jnp.einsum("bkgm,bkmh->bkgh", p, values(*rows), preferred_element_type=jnp.float32)
 
 
-def _tiling(K, M, H, whole_tokens: bool = False) -> tuple[int, int, int]:
-    """Heads in a tile, tokens in a tile, tiles along the tokens, which overlap by less than a token each."""
-    room = TILE_ELEMENTS // (K * H if whole_tokens else H)
-    across = -(-M // max(1, min(M, room)))
-    tokens = -(-M // across)
-    if whole_tokens:
-        return K, tokens, across
-    heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or (across == 1 and n * M * H <= TILE_ELEMENTS)))
-    return heads, tokens, across
+def _tiling(B, K, M, H, whole_tokens: bool = False) -> tuple[int, int, int]:
+    """Heads in a tile, tokens in a tile, tiles along the tokens, which overlap by less than a token each.
+
+    A tile has all tokens of two heads or more or, with `whole_tokens` and where two heads have too many, all heads of some
+    tokens. Small caches have small tiles, and others an eighth of everything at most, so that the floats, and the scales
+    and zero points that some codecs need beside them, stay smaller than the codes.
+    """
+    elements = min(LARGE_TILE, B * K * M * H // 8) if B * K * M * H >= 3 * LARGE_TILE else SMALL_TILE
+    heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or n * M * H <= elements))
+    if not whole_tokens and heads * M * H <= elements and heads >= min(K, 2):
+        return heads, M, 1
+    across = -(-M // max(1, min(M, elements // (K * H))))
+    return K, -(-M // across), across
 
 
 def _tile(rows, b, k, first, heads, tokens, values):
@@ -104,7 +109,7 @@ def _by_tiles(rows, whole_tokens, H: int, made: jax.Array, body: Callable) -> ja
     Loops over one index each, so that no tile needs a division.
     """
     B, K, M, _ = rows[0].shape
-    heads, tokens, across = _tiling(K, M, H, whole_tokens)
+    heads, tokens, across = _tiling(B, K, M, H, whole_tokens)
 
     def of_sequence(b, made):
         def of_heads(k, made):

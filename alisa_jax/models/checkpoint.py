@@ -8,8 +8,8 @@
 | random:NAME | a named shape (`shapes.py`) with random weights |
 
 Weights are safetensors or, without those, `.bin` files (`weights.py`), in one file or in shards. `save` writes a folder
-that `load` and transformers both read. Tensors are memory mapped and pass through host memory one at a time; [out, in]
-matrices become [in, out], and q, k and v that lie in one tensor become three.
+that `load` and transformers both read. Tensors are memory mapped and pass through host memory one at a time; q, k and v that
+lie in one tensor become three.
 """
 
 from __future__ import annotations
@@ -154,9 +154,8 @@ def save(
             if array is None or array.shape != spec.shape:
                 has = "no such parameter" if array is None else f"shape {tuple(array.shape)}"
                 raise CheckpointError(f"{name} needs shape {spec.shape}, and the parameters have {has}.")
-            array = np.asarray(array)
-            pieces.append(_cast(array.T if leaf == "kernel" else array, wanted, name))
-        # The writer stores memory as it lies, so a transposed view must be laid out first.
+            pieces.append(_cast(np.asarray(array), wanted, name))
+        # The writer stores memory as it lies, so a view must be laid out first.
         tensors[name] = np.ascontiguousarray(names.join(pieces, config.head_dim))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,14 +201,12 @@ def _read_params(folder: Path, decoder: Decoder, dtype: np.dtype | None) -> Para
             if stored is None:
                 raise CheckpointError(f"{folder} has no tensor {name}, which its configuration needs.")
             _, leaf, spec = slots[0]
-            shape = spec.shape[::-1] if leaf == "kernel" else spec.shape
-            array = read_tensor(where[stored], stored, (len(slots) * shape[0], *shape[1:]), folder)
+            array = read_tensor(where[stored], stored, (len(slots) * spec.shape[0], *spec.shape[1:]), folder)
             dtype = array.dtype if dtype is None else dtype
             for slot, piece in zip(slots, names.split(array, len(slots), head_dim), strict=True):
                 part, *inner, module = slot.path
                 holder = params[part][inner[0]] if inner else params[part]
-                piece = _cast(piece.T if leaf == "kernel" else piece, dtype, f"{folder}: {name}")
-                holder.setdefault(module, {})[leaf] = jnp.array(piece)
+                holder.setdefault(module, {})[leaf] = jnp.array(_cast(piece, dtype, f"{folder}: {name}"))
     return params
 
 

@@ -15,8 +15,7 @@ import numpy as np
 def tensor_name(arch: str, part: str, module: str, leaf: str, layer: int | None = None) -> str:
     """Hugging Face name of one parameter; `part` is embed, blocks or unembed, `leaf` its name in the module.
 
-    A leaf called "kernel" is stored transposed there ([out, in]); all others have the same shape. Parameters that
-    lie in one tensor have one name, and `modules` lists them in the order in which they lie there.
+    Parameters that lie in one tensor have one name, and `modules` lists them in the order in which they lie there.
     """
     name = _NAMES[arch][part][module]
     if layer is not None:

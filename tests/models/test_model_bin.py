@@ -84,8 +84,8 @@ def test_every_bit_pattern_of_bfloat16_survives(folder):
     bits = (np.arange(22 * 37) * 79 % 2**16).astype(np.uint16).reshape(22, 37)  # NaN and infinities among them
     change = lambda tensors: tensors | {DOWN: torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)}
     to_bin(folder, change)
-    kernel = np.asarray(load(folder, "bfloat16").params["blocks"][1]["down"]["kernel"])
-    np.testing.assert_array_equal(kernel.view(np.uint16), bits.T)
+    weight = np.asarray(load(folder, "bfloat16").params["blocks"][1]["down"]["weight"])
+    np.testing.assert_array_equal(weight.view(np.uint16), bits)
 
 
 def shard(folder):

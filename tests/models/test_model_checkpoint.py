@@ -136,8 +136,8 @@ def test_stored_bfloat16_bits_survive(folder):
     stored = bits.view(ml_dtypes.bfloat16)
     edit_tensors(folder, lambda tensors: tensors.update({DOWN: stored}))
     edit_json(folder / "config.json", torch_dtype="bfloat16")
-    read = np.asarray(load(folder).params["blocks"][1]["down"]["kernel"])
-    np.testing.assert_array_equal(read.view(np.uint16), bits.T)
+    read = np.asarray(load(folder).params["blocks"][1]["down"]["weight"])
+    np.testing.assert_array_equal(read.view(np.uint16), bits)
 
 
 def test_dtype_argument_wins_over_the_file(whole, llama_params):
@@ -219,7 +219,7 @@ def test_query_key_and_value_are_taken_apart_head_by_head(neox, tmp_path):
             for h in range(H):
                 at = (n * 3 + i) * H + h
                 assert block[module]["bias"][n * H + h] == at
-                np.testing.assert_array_equal(block[module]["kernel"][:, n * H + h], at * 100 + np.arange(42))
+                np.testing.assert_array_equal(block[module]["weight"][n * H + h], at * 100 + np.arange(42))
 
 
 def test_a_gpt_neox_head_may_have_either_name(neox, tmp_path):

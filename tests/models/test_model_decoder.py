@@ -78,17 +78,17 @@ def test_params_are_plain_dicts_with_one_entry_a_layer(decoder, params):
     assert ("head" in params["unembed"]) != decoder.config.tie_embeddings
 
 
-def test_matrices_are_stored_in_by_out(decoder, params):
+def test_matrices_are_stored_out_by_in(decoder, params):
     c = decoder.config
-    assert params["blocks"][0]["q"]["kernel"].shape == (c.d_model, c.n_heads * c.head_dim)
-    assert params["blocks"][0]["k"]["kernel"].shape == (c.d_model, c.n_kv_heads * c.head_dim)
-    assert params["blocks"][0]["down"]["kernel"].shape == (c.d_ff, c.d_model)
+    assert params["blocks"][0]["q"]["weight"].shape == (c.n_heads * c.head_dim, c.d_model)
+    assert params["blocks"][0]["k"]["weight"].shape == (c.n_kv_heads * c.head_dim, c.d_model)
+    assert params["blocks"][0]["down"]["weight"].shape == (c.d_model, c.d_ff)
 
 
 def test_init_is_a_function_of_the_key(decoder, params):
     again, other = decoder.init(jax.random.key(5)), decoder.init(jax.random.key(6))
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, again)))
-    q = [p["blocks"][0]["q"]["kernel"] for p in (params, other)] + [params["blocks"][1]["q"]["kernel"]]
+    q = [p["blocks"][0]["q"]["weight"] for p in (params, other)] + [params["blocks"][1]["q"]["weight"]]
     assert not np.allclose(q[0], q[1]) and not np.allclose(q[0], q[2])
 
 
