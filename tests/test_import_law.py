@@ -1,6 +1,6 @@
 """The import law: what each part of the code may import and do, read from the syntax trees.
 
-    0   axes, spec, records, calibration       and the leaf package pallas_kernels
+    0   axes, dots, spec, records, calibration and the leaf package pallas_kernels
     1   kv, policies                           siblings: neither imports the other
     2   attend, exchanges                      siblings; attend alone imports pallas_kernels
     3   attention
@@ -30,7 +30,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TOP = 7
 LAYERS = {
-    **dict.fromkeys(["axes", "spec", "records", "calibration"], 0),
+    **dict.fromkeys(["axes", "dots", "spec", "records", "calibration"], 0),
     **dict.fromkeys(["kv", "policies"], 1),
     **dict.fromkeys(["attend", "exchanges"], 2),
     "attention": 3,

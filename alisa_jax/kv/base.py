@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from alisa_jax import dots
 from alisa_jax.kv.turning import NO_ROTATION, Rotation, Turn, turned
 
 __all__ = ["NO_ROTATION", "TOKEN_AXIS", "Asked", "Codec", "Content", "Layout", "Packed", "Part", "Rotation", "Turn"]
@@ -143,7 +144,7 @@ class Codec(Asked):
         """As `logits`, against keys that were stored before their rotation: each slot is turned to its place."""
         places = jnp.broadcast_to(turn.places, (*q.shape[:2], turn.places.shape[2]))
         keys = turned(self.values(k), places, turn.rotation)
-        return jnp.einsum("bkgh,bkmh->bkgm", q.astype(jnp.float32), keys, preferred_element_type=jnp.float32)
+        return dots.logits(q.astype(jnp.float32), keys)
 
     def mix(self, p: jax.Array, v: Packed) -> jax.Array:
         """Weights `p` [B, K, G, M] float32 times head-major values: [B, K, G, H] float32."""

@@ -16,6 +16,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from alisa_jax import dots
+
 LEVELS = 255.0  # steps between the least and the greatest code, -128 and 127
 TINY = 2.0**-100  # the smallest step: that of a group of zeros
 LARGE_TILE, SMALL_TILE = 2**20, 2**16  # elements
@@ -70,7 +72,7 @@ def _plain(codes):
 
 
 def _logits(q, rows, values):
-    return jnp.einsum("bkgh,bkmh->bkgm", q, values(*rows), preferred_element_type=jnp.float32)
+    return dots.logits(q, values(*rows))
 
 
 def _mix(p, rows, values):
@@ -131,7 +133,7 @@ def _logits_by_tiles(q, rows, values, whole_tokens):
     def body(z, at, t, first, heads, tokens):
         tile = _tile(rows, *at, first, heads, tokens, values)
         queries = jax.lax.dynamic_slice(q, (*at, 0, 0), (1, heads, G, H))[0]
-        part = jnp.einsum("rgh,rth->rgt", queries, tile, preferred_element_type=jnp.float32)
+        part = dots.logits(queries, tile)
         return jax.lax.dynamic_update_slice(z, part[None], (*at, 0, first))
 
     return _by_tiles(rows, whole_tokens, H, jnp.zeros((B, K, G, M), jnp.float32), body)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from alisa_jax import dots
 from alisa_jax.kv import rows
 from alisa_jax.kv.base import NO_ROTATION, TOKEN_AXIS, Codec, Content, Rotation
 
@@ -74,7 +75,7 @@ class Raw(Codec):
         return packed.astype(jnp.float32)
 
     def logits(self, q, k):
-        return jnp.einsum("bkgh,bkmh->bkgm", q.astype(k.dtype), k, preferred_element_type=jnp.float32)
+        return dots.logits(q.astype(k.dtype), k)
 
     def mix(self, p, v):
         return jnp.einsum("bkgm,bkmh->bkgh", p.astype(v.dtype), v, preferred_element_type=jnp.float32)

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alisa_jax import dots
 from alisa_jax.policies import base, budget, swap
 from alisa_jax.policies.dense import Dense
 
@@ -198,7 +199,7 @@ class DoubleSparsity(base.Policy):
 
 
 def _product(q, labels) -> jax.Array:
-    return jnp.einsum("bkgr,bksr->bkgs", q, labels.astype(jnp.float32), preferred_element_type=jnp.float32)
+    return dots.logits(q, labels.astype(jnp.float32))
 
 
 def _bits(x: jax.Array) -> jax.Array:

@@ -376,7 +376,7 @@ def test_values_beyond_float16_are_refused(folder):
 
 
 def test_save_refuses_parameters_of_another_shape(tmp_path, llama_params):
-    with pytest.raises(CheckpointError, match=r"mlp.gate_proj.weight needs shape \(23, 41\)"):
+    with pytest.raises(CheckpointError, match=r"mlp.gate_proj.weight needs shape \(41, 23\)"):
         save(dataclasses.replace(LLAMA, d_ff=41), {**llama_params}, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
