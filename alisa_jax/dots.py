@@ -43,3 +43,22 @@ def _queries_first(q, k):
 def _keys_first(q, k):
     columns = jnp.einsum("...mh,...gh->...mg", k, q, preferred_element_type=jnp.float32)
     return jnp.swapaxes(jax.lax.optimization_barrier(columns), -1, -2)
+
+
+def mix(p: jax.Array, v: jax.Array) -> jax.Array:
+    """p [..., G, M] times v [..., M, H] of the same type: [..., G, H] float32.
+
+    One row of weights gets a row of zeros beside it on a CPU: the product of two matrices is the quicker one, by a tenth to a
+    third on jax 0.10.2 and twice on 0.12.
+    """
+    if p.shape[-2] > 1:
+        return _mix(p, v)
+    return jax.lax.platform_dependent(p, v, cpu=_mix_two, default=_mix)
+
+
+def _mix(p, v):
+    return jnp.einsum("...gm,...mh->...gh", p, v, preferred_element_type=jnp.float32)
+
+
+def _mix_two(p, v):
+    return _mix(jnp.concatenate([p, jnp.zeros_like(p)], axis=-2), v)[..., :1, :]

@@ -41,6 +41,16 @@ def test_logits_are_those_of_each_query_for_each_key(lead, G, dtype):
     np.testing.assert_allclose(wide(got), wide(q) @ np.swapaxes(wide(k), -1, -2), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("G", [1, 2, 5])
+@pytest.mark.parametrize("lead", [(3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_mix_is_the_sum_of_the_values_by_weight(lead, G, dtype):
+    p, v = normal(4, *lead, G, 41, dtype=dtype), normal(5, *lead, 41, 24, dtype=dtype)
+    got = jax.jit(dots.mix)(p, v)
+    assert got.dtype == jnp.float32 and got.shape == (*lead, G, 24)
+    np.testing.assert_allclose(wide(got), wide(p) @ wide(v), rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the order is that of XLA:CPU")
 def test_with_two_query_heads_the_keys_come_first_in_what_is_compiled():
     q, k = jnp.zeros((2, 3, 2, 64)), jnp.zeros((2, 3, 640, 64))

@@ -76,7 +76,7 @@ def _logits(q, rows, values):
 
 
 def _mix(p, rows, values):
-    return jnp.einsum("bkgm,bkmh->bkgh", p, values(*rows), preferred_element_type=jnp.float32)
+    return dots.mix(p, values(*rows))
 
 
 def _tiling(B, K, M, H, whole_tokens: bool = False) -> tuple[int, int, int]:

@@ -78,4 +78,4 @@ class Raw(Codec):
         return dots.logits(q.astype(k.dtype), k)
 
     def mix(self, p, v):
-        return jnp.einsum("bkgm,bkmh->bkgh", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return dots.mix(p.astype(v.dtype), v)
