@@ -21,6 +21,7 @@ from alisa_jax import dots
 LEVELS = 255.0  # steps between the least and the greatest code, -128 and 127
 TINY = 2.0**-100  # the smallest step: that of a group of zeros
 LARGE_TILE, SMALL_TILE = 2**20, 2**16  # elements
+SHARE = 32  # of all elements, one in so many is in a tile, within the bounds above
 
 
 def nearest(x: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
@@ -38,32 +39,34 @@ def encode(x: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
     return clamp(nearest(x, scale, zero)).astype(jnp.int8)
 
 
-def logits(q: jax.Array, codes: jax.Array) -> jax.Array:
-    """q [B, K, G, H] float32, codes [B, K, M, H] int8 -> [B, K, G, M] float32."""
-    return logits_of(q, (codes,), _plain)
+def logits(q: jax.Array, codes: jax.Array, share: int = SHARE) -> jax.Array:
+    """q [B, K, G, H] float32, codes [B, K, M, H] int8 -> [B, K, G, M] float32; a larger `share` makes smaller tiles."""
+    return logits_of(q, (codes,), _plain, share=share)
 
 
-def mix(p: jax.Array, codes: jax.Array) -> jax.Array:
-    """p [B, K, G, M] float32, codes [B, K, M, H] int8 -> [B, K, G, H] float32."""
-    return mix_of(p, (codes,), codes.shape[-1], _plain)
+def mix(p: jax.Array, codes: jax.Array, share: int = SHARE) -> jax.Array:
+    """p [B, K, G, M] float32, codes [B, K, M, H] int8 -> [B, K, G, H] float32; see `logits`."""
+    return mix_of(p, (codes,), codes.shape[-1], _plain, share=share)
 
 
-def logits_of(q: jax.Array, rows: tuple[jax.Array, ...], values: Callable, whole_tokens: bool = False) -> jax.Array:
+def logits_of(
+    q: jax.Array, rows: tuple[jax.Array, ...], values: Callable, whole_tokens: bool = False, share: int = SHARE
+) -> jax.Array:
     """As `logits`, of arrays [B, K, M, *] for which `values(*rows)` is [B, K, M, H] float32.
 
     `values` is asked of tiles: arrays [heads, tokens, *] of one sequence; with `whole_tokens` a tile has all heads of its
     tokens. The first array has all of B, K and M; in others an axis may be 1 instead, where sequences, heads or tokens
     share what it holds, and is 1 in their tiles.
     """
-    by_tiles = functools.partial(_logits_by_tiles, values=values, whole_tokens=whole_tokens)
+    by_tiles = functools.partial(_logits_by_tiles, values=values, whole_tokens=whole_tokens, share=share)
     return jax.lax.platform_dependent(q, rows, cpu=by_tiles, default=functools.partial(_logits, values=values))
 
 
 def mix_of(
-    p: jax.Array, rows: tuple[jax.Array, ...], H: int, values: Callable, whole_tokens: bool = False
+    p: jax.Array, rows: tuple[jax.Array, ...], H: int, values: Callable, whole_tokens: bool = False, share: int = SHARE
 ) -> jax.Array:
     """As `mix`, of arrays [B, K, M, *]; see `logits_of`."""
-    by_tiles = functools.partial(_mix_by_tiles, H=H, values=values, whole_tokens=whole_tokens)
+    by_tiles = functools.partial(_mix_by_tiles, H=H, values=values, whole_tokens=whole_tokens, share=share)
     return jax.lax.platform_dependent(p, rows, cpu=by_tiles, default=functools.partial(_mix, values=values))
 
 
@@ -79,14 +82,14 @@ def _mix(p, rows, values):
     return dots.mix(p, values(*rows))
 
 
-def _tiling(B, K, M, H, whole_tokens: bool = False) -> tuple[int, int, int]:
+def _tiling(B, K, M, H, whole_tokens: bool = False, share: int = SHARE) -> tuple[int, int, int]:
     """Heads in a tile, tokens in a tile, tiles along the tokens, which overlap by less than a token each.
 
     A tile has all tokens of two heads or more or, with `whole_tokens` and where two heads have too many, all heads of some
-    tokens. Small caches have small tiles, and others an eighth of everything at most, so that the floats, and the scales
-    and zero points that some codecs need beside them, stay smaller than the codes.
+    tokens. It is a small part of everything, so that the floats, of which there are several where `values` takes several
+    operations, need less memory than the codes: a caller that knows of one alone can make `share` as small as 8.
     """
-    elements = min(LARGE_TILE, B * K * M * H // 8) if B * K * M * H >= 3 * LARGE_TILE else SMALL_TILE
+    elements = max(SMALL_TILE, min(LARGE_TILE, B * K * M * H // share))
     heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or n * M * H <= elements))
     if not whole_tokens and heads * M * H <= elements and heads >= min(K, 2):
         return heads, M, 1
@@ -105,13 +108,13 @@ def _tile(rows, b, k, first, heads, tokens, values):
     return values(*map(cut, rows))
 
 
-def _by_tiles(rows, whole_tokens, H: int, made: jax.Array, body: Callable) -> jax.Array:
+def _by_tiles(rows, whole_tokens, share, H: int, made: jax.Array, body: Callable) -> jax.Array:
     """`made = body(made, (b, k), t, first, heads, tokens)` for every tile, t counting those along the tokens.
 
     Loops over one index each, so that no tile needs a division.
     """
     B, K, M, _ = rows[0].shape
-    heads, tokens, across = _tiling(B, K, M, H, whole_tokens)
+    heads, tokens, across = _tiling(B, K, M, H, whole_tokens, share)
 
     def of_sequence(b, made):
         def of_heads(k, made):
@@ -126,7 +129,7 @@ def _by_tiles(rows, whole_tokens, H: int, made: jax.Array, body: Callable) -> ja
     return jax.lax.fori_loop(0, B, of_sequence, made)
 
 
-def _logits_by_tiles(q, rows, values, whole_tokens):
+def _logits_by_tiles(q, rows, values, whole_tokens, share):
     B, K, G, H = q.shape
     M = rows[0].shape[2]
 
@@ -136,10 +139,10 @@ def _logits_by_tiles(q, rows, values, whole_tokens):
         part = dots.logits(queries, tile)
         return jax.lax.dynamic_update_slice(z, part[None], (*at, 0, first))
 
-    return _by_tiles(rows, whole_tokens, H, jnp.zeros((B, K, G, M), jnp.float32), body)
+    return _by_tiles(rows, whole_tokens, share, H, jnp.zeros((B, K, G, M), jnp.float32), body)
 
 
-def _mix_by_tiles(p, rows, H, values, whole_tokens):
+def _mix_by_tiles(p, rows, H, values, whole_tokens, share):
     B, K, G, M = p.shape
 
     def body(o, at, t, first, heads, tokens):
@@ -153,4 +156,4 @@ def _mix_by_tiles(p, rows, H, values, whole_tokens):
             part = part + jax.lax.dynamic_slice(o, (*at, 0, 0), (1, heads, G, H))[0]
         return jax.lax.dynamic_update_slice(o, part[None], (*at, 0, 0))
 
-    return _by_tiles(rows, whole_tokens, H, jnp.zeros((B, K, G, H), jnp.float32), body)
+    return _by_tiles(rows, whole_tokens, share, H, jnp.zeros((B, K, G, H), jnp.float32), body)

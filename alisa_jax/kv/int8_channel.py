@@ -25,6 +25,7 @@ from alisa_jax.kv.base import NO_ROTATION, TOKEN_AXIS, Codec, Content, Rotation
 from alisa_jax.kv.raw import Raw
 
 _FINEST = 2.0**-16  # the smallest step of a constant channel, relative to its value: its codes stay exact in float32
+_SHARE = 8  # one conversion is all that a tile needs
 
 
 @flax.struct.dataclass
@@ -131,13 +132,13 @@ class ChannelInt8(Codec):
         if isinstance(k, Calibrating):
             return self.raw.logits(q, k.values)
         folded = q.astype(jnp.float32) * k.scale[:, :, None]
-        return products.logits(folded, k.codes) - jnp.sum(folded * k.zero[:, :, None], axis=-1, keepdims=True)
+        return products.logits(folded, k.codes, _SHARE) - jnp.sum(folded * k.zero[:, :, None], axis=-1, keepdims=True)
 
     def mix(self, p, v):
         if isinstance(v, Calibrating):
             return self.raw.mix(p, v.values)
         offset = jnp.sum(p, axis=-1, keepdims=True) * v.zero[:, :, None]
-        return (products.mix(p, v.codes) - offset) * v.scale[:, :, None]
+        return (products.mix(p, v.codes, _SHARE) - offset) * v.scale[:, :, None]
 
     def clipped(self, packed, x):
         if isinstance(packed, Calibrating):
