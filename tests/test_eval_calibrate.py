@@ -77,7 +77,7 @@ def test_the_file_holds_the_statistics_of_the_blocks_that_were_asked_for(bench, 
     top = np.argmax(want.qk_abs[0], axis=-1)[:, None]  # a quarter of 4 channels
     held = (np.take_along_axis(want.qk_abs[0], top, -1)[:, 0] / want.qk_abs[0].sum(-1)).mean()
     assert record["held_frac_by_qk_per_layer"] == pytest.approx([held], rel=1e-4)
-    assert record["held_frac_by_k_per_layer"][0] <= held and "held by qk" in err
+    assert record["held_frac_by_k_per_layer"][0] <= held * (1 + 1e-6) and "held by qk" in err
 
 
 def test_blocks_are_drawn_by_the_seed_or_run_as_the_text_does(bench, monkeypatch):
