@@ -1,7 +1,7 @@
 """Products of a few rows with many, in the order of operands that XLA:CPU reads quickly.
 
 It packs the second operand of a product before it uses it, for a step of decoding as for a whole prompt, and an operand that
-it must transpose slowly. A GPU's libraries take either order alike.
+it must transpose slowly. No order has been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FEW_ROWS = 64
 def times(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     """x [B, T, in] times weight [out, in] -> [B, T, out], in `dtype` or that of x.
 
-    For a few rows the matrix comes first: it is then read once and in order, in about half of the time that it takes as the
+    For a few rows the matrix comes first: it is then read once and in order, in 45 to 70 % of the time that it takes as the
     second operand, [in, out] or [out, in]. For many rows it makes no difference.
     """
     if x.shape[0] * x.shape[1] <= FEW_ROWS:
