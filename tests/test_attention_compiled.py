@@ -32,14 +32,15 @@ def shapes(*sizes):
 
 
 @functools.cache
-def abstract(text, route, codec=CODEC, S=S):
+def abstract(text, route, codec=CODEC, S=S, B=B):
     policy = parse(text)
     return jax.eval_shape(lambda: attention.init(policy, codec, route, attention.dims_of(policy, route, B, N, K, S), H))
 
 
+@pytest.mark.parametrize("B", [1, B])
 @pytest.mark.parametrize("text", POLICIES)
-def test_a_donated_step_updates_the_state_in_place_and_copies_neither_cache_nor_window(text):
-    state = abstract(text, "working_set")
+def test_a_donated_step_updates_the_state_in_place_and_copies_neither_cache_nor_window(text, B):
+    state = abstract(text, "working_set", B=B)
     step = jax.jit(lambda *a: attention.decode(*a)[:2], donate_argnums=0)
     lowered = step.lower(state, shapes(B, N, H), shapes(B, K, H), shapes(B, K, H))
     memory = lowered.compile(replay.QUICK).memory_analysis()  # buffers are assigned before LLVM comes in

@@ -30,7 +30,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TOP = 7
 LAYERS = {
-    **dict.fromkeys(["axes", "dots", "spec", "records", "calibration"], 0),
+    **dict.fromkeys(["axes", "dots", "writes", "spec", "records", "calibration"], 0),
     **dict.fromkeys(["kv", "policies"], 1),
     **dict.fromkeys(["attend", "exchanges"], 2),
     "attention": 3,

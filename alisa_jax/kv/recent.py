@@ -21,6 +21,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from alisa_jax import writes
 from alisa_jax.kv import ring, rows
 
 
@@ -80,7 +81,7 @@ class Recent:
         """With the next token, x [B, K, H]; it lies in `slot` [B, P] of M, or in none where that is out of range."""
         row = self.reach.row(self.count)
         b = jax.lax.broadcasted_iota(jnp.int32, row.shape, 0)
-        held = self.x.at[b, :, row].set(x.astype(self.x.dtype), mode="drop")  # R is out of range: dropped
+        held = writes.put(self.x, (b, slice(None), row), x.astype(self.x.dtype))  # R is out of range: dropped
         if slot is not None:
             slot = jnp.where((slot >= 0) & (slot < M), slot, -1)[:, :, None]
             own = jax.lax.broadcasted_iota(jnp.int32, self.slot.shape, 2) == row[:, None, None]

@@ -13,14 +13,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from alisa_jax.writes import put
+
 
 def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-
-
-def _write_index(index: jax.Array, size: int) -> jax.Array:
-    """`index` with everything outside [0, size) sent to `size`, where a write in mode "drop" goes nowhere."""
-    return jnp.where((index >= 0) & (index < size), index, size)
 
 
 def _read_index(index: jax.Array, size: int) -> jax.Array:
@@ -29,11 +26,10 @@ def _read_index(index: jax.Array, size: int) -> jax.Array:
 
 def put_slots(x: jax.Array, rows: jax.Array, slot: jax.Array) -> jax.Array:
     """Head-major write: `x` [B, K, M, *] with `rows` [B, K, E, *] at `slot` [B, P, E]; distinct slots per (b, p)."""
-    slot = _write_index(slot, x.shape[2])
     if slot.shape[1] == 1:
         shape = (slot.shape[0], slot.shape[2])
-        return x.at[_iota(shape, 0), :, slot[:, 0]].set(jnp.swapaxes(rows, 1, 2), mode="drop")
-    return x.at[_iota(slot.shape, 0), _iota(slot.shape, 1), slot].set(rows, mode="drop")
+        return put(x, (_iota(shape, 0), slice(None), slot[:, 0]), jnp.swapaxes(rows, 1, 2))
+    return put(x, (_iota(slot.shape, 0), _iota(slot.shape, 1), slot), rows)
 
 
 def take_slots(x: jax.Array, slot: jax.Array) -> jax.Array:
@@ -47,7 +43,7 @@ def take_slots(x: jax.Array, slot: jax.Array) -> jax.Array:
 
 def put_tokens(x: jax.Array, rows: jax.Array, pos: jax.Array) -> jax.Array:
     """Token-major write of one token per sequence: `x` [B, S, K, *], `rows` [B, K, *], `pos` [B]."""
-    return x.at[_iota(pos.shape, 0), _write_index(pos, x.shape[1])].set(rows, mode="drop")
+    return put(x, (_iota(pos.shape, 0), pos), rows)
 
 
 def take_tokens(x: jax.Array, pos: jax.Array) -> jax.Array:
@@ -69,10 +65,9 @@ def put_rows(x: jax.Array, rows: jax.Array, sequence: jax.Array, slot: jax.Array
 
     Distinct places; a sequence or slot out of range writes nothing.
     """
-    B, K, M = x.shape[:3]
-    slot = jnp.broadcast_to(_write_index(slot, M), (slot.shape[0], K))
-    sequence = jnp.broadcast_to(_write_index(sequence, B)[:, None], slot.shape)
-    return x.at[sequence, _iota(slot.shape, 1), slot].set(rows, mode="drop")
+    slot = jnp.broadcast_to(slot, (slot.shape[0], x.shape[1]))
+    sequence = jnp.broadcast_to(sequence[:, None], slot.shape)
+    return put(x, (sequence, _iota(slot.shape, 1), slot), rows)
 
 
 def slice_rows(x: jax.Array, sequences: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:

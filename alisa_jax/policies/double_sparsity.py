@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alisa_jax import dots
+from alisa_jax import dots, writes
 from alisa_jax.policies import base, budget, swap
 from alisa_jax.policies.dense import Dense
 
@@ -137,7 +137,7 @@ class DoubleSparsity(base.Policy):
         B, K, T = new.codes.shape[:3]
         b, h, t = (jax.lax.broadcasted_iota(jnp.int32, (B, K, T), axis) for axis in range(3))
         at = base.column(first) + t
-        return jax.tree.map(lambda old, x: old.at[b, h, at].set(x, mode="drop"), stats, new)
+        return jax.tree.map(lambda old, x: writes.put(old, (b, h, at), x), stats, new)
 
     def select(self, stats: Labels, length, S, q=None) -> jax.Array:
         p, n = base.positions(S), base.column(length)

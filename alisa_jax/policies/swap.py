@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax.policies.base import Exchange
+from alisa_jax.writes import put as put_at
 
 ABSENT = -1
 PARKED = -2
@@ -29,10 +30,9 @@ def _iota(shape, axis):
 
 def put(x: jax.Array, index: jax.Array, value, on=True) -> jax.Array:
     """x[b, p, index[b, p]] = value[b, p] where `on` and the index is in range; x [B, P, S], index [B, P]."""
-    size = x.shape[-1]
-    index = jnp.where((index >= 0) & (index < size) & on, index, size)
+    index = jnp.where(on, index, -1)
     value = jnp.broadcast_to(jnp.asarray(value, x.dtype), index.shape)
-    return x.at[_iota(index.shape, 0), _iota(index.shape, 1), index].set(value, mode="drop")
+    return put_at(x, (_iota(index.shape, 0), _iota(index.shape, 1), index), value)
 
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
