@@ -54,9 +54,10 @@ class Streaming(Base):
                 self._hold(tree_bytes(prefix))
             staged, first = flight.pop(0)
             x, kv[layer] = programs.dense_layer(self.order, block, x, states, host, dropped, staged, first, prefix)
-            jax.block_until_ready(x)
+            jax.block_until_ready((x, kv[layer]))
             self.meter.hold("device", -tree_bytes((staged, prefix)))
             del staged, prefix, states
+            self.mover.release(layer)
             if layer + plan.ahead + 1 < L:
                 flight.append(self._stream(layer + plan.ahead + 1, ranges))
         self.kv = tuple(kv)
@@ -71,13 +72,14 @@ class Streaming(Base):
         if not found:
             return (), jnp.asarray(first)
         most = pages(max(self.setting.final_tokens[self.whole :]))
-        T = PAGE_TOKENS * stream_pages(max(stop - start for start, stop in found.values()), most)
+        room = stream_pages(max(stop - start for start, stop in found.values()), most)
+        T = PAGE_TOKENS * room
         staged: dict[int, tuple[jax.Array, ...]] = {}
         for g, (start, stop) in found.items():
             first[list(self.groups[g])] = start * PAGE_TOKENS
-            leaves = self.mover.stream(layer, g, start, stop)
+            leaves = self.mover.stream(layer, g, start, stop, room)
             self._hold(tree_bytes(leaves))
-            if (stop - start) * PAGE_TOKENS < T:
+            if leaves[0].shape[2] < T:
                 wide, narrow = self.programs.widen(leaves, T), tree_bytes(leaves)
                 self._hold(tree_bytes(wide))
                 leaves = jax.block_until_ready(wide)

@@ -6,7 +6,8 @@ then V are made of in the codec, in pinned memory, written once and never change
 [n, 16, K, *], for rows that are wanted one by one; "slots" is [n, K, 16, *], for pages that are streamed.
 
 Reads take what `self_test` found to work: `rows`, where the host's memory can be read in place and only the wanted rows
-travel; else `pages`, which travel whole. Bytes are counted as the sizes of the arrays that travel.
+travel; else `pages`, which travel whole. Bytes are counted as the sizes of the arrays that travel, without the zeros that
+fill up what is streamed by `rows`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from alisa_jax.placement.plan import PAGE_TOKENS
+from alisa_jax.placement.staging import Staging
 
 Leaves = tuple[jax.Array, ...]
 Reads = Literal["rows", "pages"]
@@ -83,6 +85,8 @@ class Mover:
         self.groups, self.layout, self.reads, self.meter = groups, layout, reads, meter
         self.of = {b: (g, j) for g, members in enumerate(groups) for j, b in enumerate(members)}
         self.pages: dict[tuple[int, int, int], Leaves] = {}  # (layer, group, page)
+        self.views: dict[tuple[int, int, int], tuple[np.ndarray, ...]] = {}  # the same memory, of pages that were read
+        self.staging = Staging()
 
     def store(self, pages: Iterable[tuple[int, int, int, Leaves]]) -> None:
         """Send (layer, group, page, leaves) to the host, all in one transfer that is not waited for."""
@@ -100,6 +104,7 @@ class Mover:
     def drop(self, layers: int, group: int, page: int) -> None:
         """Delete a page of all layers."""
         for layer in range(layers):
+            self.views.pop((layer, group, page), None)
             self.meter.hold("host", -_size(self.pages.pop((layer, group, page))))
 
     def fetch(self, layer: np.ndarray, sequence: np.ndarray, pos: np.ndarray) -> list[tuple[Leaves, np.ndarray]]:
@@ -116,22 +121,37 @@ class Mover:
         touched = [(tuple(key[chosen[0]].tolist()), order[chosen]) for chosen in np.split(np.arange(len(pos)), cuts)]
         return (self._fetch_rows if self.reads == "rows" else self._fetch_pages)(touched, member, offset)
 
-    def stream(self, layer: int, group: int, first: int, stop: int) -> Leaves:
-        """Pages first .. stop - 1 of a layer and group to the device, as leaves [n, K, T, *]. Layout "slots" only."""
-        pages = [self.pages[layer, group, page] for page in range(first, stop)]
-        self.meter.loaded_rows += PAGE_TOKENS * len(pages) * len(self.groups[group])
+    def stream(self, layer: int, group: int, first: int, stop: int, room: int) -> Leaves:
+        """Pages first .. stop - 1 of a layer and group to the device, as leaves [n, K, T, *]. Layout "slots" only.
+
+        Read by `rows`, T is that of `room` pages, with zeros behind those that are asked for, and the memory is written
+        again for another stream after `release(layer)`. Read as `pages`, T is theirs.
+        """
+        keys = [(layer, group, page) for page in range(first, stop)]
+        self.meter.loaded_rows += PAGE_TOKENS * len(keys) * len(self.groups[group])
         if self.reads == "pages":
-            sent = jax.device_put(pages, _place("device"))
+            sent = jax.device_put([self.pages[key] for key in keys], _place("device"))
             self.meter.load_bytes += sum(map(_size, sent))
             return _joined(sent)
-        joined = [np.concatenate([np.asarray(x) for x in leaves], axis=2) for leaves in zip(*pages, strict=True)]
-        return self._sent(joined)
+        views = [self._view(key) for key in keys]
+        self.meter.load_bytes += sum(leaf.nbytes for leaves in views for leaf in leaves)
+        return tuple(jax.device_put(self.staging.gather(layer, views, PAGE_TOKENS * room), _place("device")))
+
+    def _view(self, key: tuple[int, int, int]) -> tuple[np.ndarray, ...]:
+        """A page as NumPy sees it, where it lies; to ask JAX for it takes as long as to copy it."""
+        if key not in self.views:
+            self.views[key] = tuple(map(np.asarray, self.pages[key]))
+        return self.views[key]
+
+    def release(self, layer: int) -> None:
+        """What was streamed of `layer` has been used, and no array of it is used again."""
+        self.staging.release(layer)
 
     def _fetch_rows(self, touched, member, offset):
         rows = [np.empty((len(member), *leaf.shape[2:]), leaf.dtype) for leaf in self.pages[touched[0][0]]]
         for key, index in touched:
-            for row, leaf in zip(rows, self.pages[key], strict=True):
-                row[index] = np.asarray(leaf)[member[index], offset[index]]
+            for row, leaf in zip(rows, self._view(key), strict=True):
+                row[index] = leaf[member[index], offset[index]]
         pieces, start = [], 0
         for size in powers(len(member)):
             pieces.append(([row[start : start + size] for row in rows], np.arange(start, start + size)))
@@ -149,11 +169,6 @@ class Mover:
             rows[member[index] * PAGE_TOKENS + offset[index]] = index
             found.append((_flat(leaves), rows))
         return found
-
-    def _sent(self, arrays: list[np.ndarray]) -> Leaves:
-        sent = tuple(jax.device_put(arrays, _place("device")))
-        self.meter.load_bytes += _size(sent)
-        return sent
 
 
 def powers(number: int) -> list[int]:

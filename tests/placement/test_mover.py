@@ -90,7 +90,7 @@ def test_fetched_rows_are_the_stored_ones_bit_for_bit(reads, wanted):
 @pytest.mark.parametrize("reads", ["rows", "pages"])
 def test_streamed_pages_are_joined_in_order(reads):
     one, pages = filled("slots", reads)
-    leaves = one.stream(1, 0, 1, 3)
+    leaves = one.stream(1, 0, 1, 3, 2)
     for i, leaf in enumerate(leaves):
         expected = np.concatenate([pages[1, 0, page][i] for page in (1, 2)], axis=2)
         assert np.asarray(leaf).tobytes() == expected.tobytes()
