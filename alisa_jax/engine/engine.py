@@ -23,7 +23,7 @@ from alisa_jax.engine.generate import Generated
 from alisa_jax.engine.layers import assemble
 from alisa_jax.engine.progress import progress_bar
 from alisa_jax.engine.sampling import Sampling, batch_keys, choose
-from alisa_jax.kv.buckets import bucket
+from alisa_jax.kv.buckets import bucket, stages
 from alisa_jax.kv.state import bytes_of
 
 PROTOCOLS = ("decode", "prefill_mask", "prompt")
@@ -266,12 +266,21 @@ class Engine:
     def _score_decode(self, tokens, targets, valid, progress):
         B, T = tokens.shape
         raw_tokens = self.codec.frozen_after
-        kv, feed = self.init(B, raw_tokens or T), shared.Feed(self, tokens, targets, valid)
+        appends = any(layer.policy.appends for layer in self.layers)
+        sizes = [S for S in stages(T) if S > raw_tokens][-1 if appends else 0 :]
+        kv, feed = self.init(B, raw_tokens or sizes[0]), shared.Feed(self, tokens, targets, valid)
         with progress_bar(progress, T - 1, "score") as bar:
             if raw_tokens:
                 kv = feed(kv, 0, raw_tokens, bar)
-                kv = tuple(self._freeze(state, bucket(T)) for state in kv)
-            feed(kv, raw_tokens, T - 1, bar)
+                kv = tuple(self._freeze(state, sizes[0]) for state in kv)
+            made = raw_tokens
+            for S in sizes:
+                if made > raw_tokens:
+                    layers = list(kv)
+                    del kv  # as in `generate.run`
+                    kv = self._grow_each(layers, S, T - made)
+                end = min(S, T - 1)
+                kv, made = feed(kv, made, end, bar), end
         return *feed.rows(), *feed.sums()
 
     def _score_masked(self, tokens, targets, valid, progress):

@@ -27,6 +27,15 @@ def bucket(tokens: int) -> int:
     return size
 
 
+def stages(tokens: int) -> list[int]:
+    """Buckets of a run from nothing to `tokens` tokens, all of which is known before: of a quarter, a half and all of them.
+
+    Attention reads the slots of a bucket, also those that are still empty. Below 1,024 tokens that is little beside the
+    programs that would be compiled for it, and there is one.
+    """
+    return [bucket(-(-tokens // part)) for part in ((4, 2, 1) if tokens >= 1024 else (1,))]
+
+
 def prompt_bucket(tokens: int) -> int:
     """To how many tokens a prompt of `tokens` is padded: to a power of two at most an eighth of its bucket, at least 32.
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from alisa_jax.kv.buckets import bucket, next_bucket, prompt_bucket
+from alisa_jax.kv.buckets import bucket, next_bucket, prompt_bucket, stages
 
 
 def test_a_bucket_is_the_smallest_that_holds_the_tokens():
@@ -46,3 +46,11 @@ def test_a_prompt_is_padded_by_an_eighth_of_its_bucket_at_most():
         assert tokens <= padded <= size and bucket(padded) == size and padded % 32 == 0
         assert padded - tokens < max(32, size / 8)
     assert [prompt_bucket(n) for n in (33, 128, 512, 1024, 2048, 4096)] == [64, 128, 512, 1024, 2048, 4096]
+
+
+@pytest.mark.parametrize("tokens", [1, 600, 1023, 1024, 1025, 4097, 100_000])
+def test_stages_are_rising_buckets_of_which_the_last_holds_all(tokens):
+    sizes = stages(tokens)
+    assert sizes[-1] == bucket(tokens) and sizes == sorted(set(sizes))
+    assert len(sizes) == (3 if tokens >= 1024 else 1)
+    assert all(bucket(size) == size and size * part >= tokens for size, part in zip(sizes[::-1], (1, 2, 4)))
