@@ -26,7 +26,8 @@ is told thrice:
     a + b n     least squares of relative errors: a is what a context of 0 tokens would take, b the price of a token
 
 `as designed` says whether dense steps are linear (a last slope of 0.8 to 1.2), SWA's price of a token is 0.75 to 1.5 times
-the attended share of dense's, also offloaded, where single rows come, and controllers are flat (a slope below 0.1).
+the attended share of dense's on the device and, where rows that stay are not fetched again, at most 1.5 times the share of
+offloaded dense's, and controllers are flat (a slope of at most 0.1).
 `traffic=paper` lists what it fetches, which is r n rows, so its decisions are linear by design.
 """
 

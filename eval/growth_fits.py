@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 LINEAR, SHARE, FLAT = (0.8, 1.2), (0.75, 1.5), 0.1  # a last slope; a price over the share of dense's; a slope
+MOVED_SHARE = (0.0, 1.5)  # where it is offloaded: rows that stay are not fetched again, so a share less is no flaw
 LAST = 3  # contexts of the last slope
 
 
@@ -27,6 +28,7 @@ class Series(NamedTuple):
     design: str
     share: float = 1.0
     of: str = ""
+    bounds: tuple[float, float] = SHARE
 
 
 def growth(seconds: Mapping[int, float], weights_s: float = 0.0) -> Growth:
@@ -77,14 +79,20 @@ def series(records: Sequence[Mapping]) -> tuple[dict[str, Series], float | None]
 
 
 def _design(r: Mapping, share: Mapping[str, float], records: Sequence[Mapping]) -> tuple:
-    """(design, share, of) of the series that record `r` is of."""
+    """(design, share, of, bounds) of the series that record `r` is of; dense is that on the same side."""
     if r["measured_part"] == "search":
         return ("linear" if r["new_tokens_rule"] == "half" else "flat",)
     if r["measured_part"] == "decide":
         return ("linear" if "traffic=paper" in r["placement"] else "flat",)
     if r["policy"] == "dense":
         return ("linear",)
-    return "share", share[r["policy"]], f"{records[0]['placement']} | dense"
+    resident = records[0]["placement"]
+    if r["placement"] == resident:
+        return "share", share[r["policy"]], f"{resident} | dense", SHARE
+    away = next(
+        other["placement"] for other in records if other["policy"] == "dense" and other["placement"] != resident
+    )
+    return "share", share[r["policy"]], f"{away} | dense", MOVED_SHARE
 
 
 def as_designed(one: Series, found: Mapping[str, Series], weights_s: float) -> bool | None:
@@ -93,11 +101,11 @@ def as_designed(one: Series, found: Mapping[str, Series], weights_s: float) -> b
     if own.slope is None:
         return None
     if one.design == "flat":
-        return abs(own.slope) <= FLAT
+        return own.slope <= FLAT
     if one.design == "linear":
         return None if own.last_slope is None else LINEAR[0] <= own.last_slope <= LINEAR[1]
     dense = growth(found[one.of].seconds).token_s
-    return None if not dense else SHARE[0] <= own.token_s / dense / one.share <= SHARE[1]
+    return None if not dense else one.bounds[0] <= own.token_s / dense / one.share <= one.bounds[1]
 
 
 def ratios(sparse: float, dense: float, weights_s: float) -> tuple[float, float | None]:

@@ -115,6 +115,7 @@ def test_the_table_has_shares_less_the_weights_and_says_what_is_as_designed(benc
     dense, sparse = growths["resident | dense"], growths[f"resident | {SPARSE}"]
     assert dense[-3:] == ["1e+03", "linear", "yes"] and sparse[-1] == "yes" and "200" in sparse
     assert growths["flexgen | dense"][-1] == "no", "twice the weights are not above them in proportion"
+    assert growths[f"alisa | {SPARSE}"][-1] == "yes", "a fifth of what offloaded dense attention takes a token"
     assert growths[f"decide: alisa | {SPARSE}"][-1] == "yes"
     assert growths[f"decide: alisa(traffic=paper) | {SPARSE}"][-1] == "no", "made up to be flat"
     assert growths["search, half of the context new"][-1] == "no"
