@@ -13,11 +13,11 @@ LENGTHS = 1040, 601
 @pytest.mark.parametrize(
     "policy, codec, bound",
     [
-        ("dense", "raw", 2e-6),
-        ("swa(kv_sparsity=0.7)", "raw", 2e-6),
+        ("dense", "raw", 1e-5),
+        ("swa(kv_sparsity=0.7)", "raw", 2e-5),
         ("swa(kv_sparsity=0.7,window=2k,shared_heads=false)", "int8(calibration_tokens=300)", 2e-5),
         ("h2o(kv_sparsity=0.7)", "int8(axis=token)", 2e-5),
-        ("merge", "raw", 2e-6),
+        ("merge", "raw", 1e-5),
     ],
 )
 def test_stages_change_no_score(random_model, monkeypatch, policy, codec, bound):
