@@ -2,16 +2,15 @@
 
 A set of slots holds the best tokens of a growing sequence. Between two steps little changes, so the set is repaired: while
 it is too large its worst member goes, while it is too small the best outsider comes, and then "best outside against worst
-inside" is swapped until nothing improves. That ends in exactly the set that a full sort would give, for any starting set,
-after one or two rounds as a rule. Higher score wins, and among equal scores the lower position.
+inside" is swapped until nothing improves. That ends in exactly the set that a full sort would give, for any starting set.
+Higher score wins, and among equal scores the lower position. The few best outsiders and the few worst members are listed
+first; the nth of the one list can only replace the nth of the other, so all swaps are found at once.
 
 `slot_of` [B, P, S] is the inverse of `pos` [B, P, M]: the slot of an active token, ABSENT, or PARKED - slot for a token
 that is resident and not active.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,13 @@ from alisa_jax.writes import put as put_at
 
 ABSENT = -1
 PARKED = -2
-LOADS = 4  # rows that one call may ask for; a call that needs more says so and is called again
+LOADS = 4, 16  # rows that one call may ask for in a short and in a long context; a call that needs more says so
+BLOCK = 32
+
+
+def loads(S: int) -> int:
+    """How many rows a call may ask for in a context of S tokens, in which ever more of them change places."""
+    return min(LOADS[1], max(LOADS[0], S // 1024))
 
 
 def _iota(shape, axis):
@@ -29,7 +34,8 @@ def _iota(shape, axis):
 
 
 def put(x: jax.Array, index: jax.Array, value, on=True) -> jax.Array:
-    """x[b, p, index[b, p]] = value[b, p] where `on` and the index is in range; x [B, P, S], index [B, P]."""
+    """x[b, p, index[b, p, ...]] = value[b, p, ...] where `on` and the index is in range; x [B, P, S], index [B, P] or
+    [B, P, E], distinct for each (b, p) where it is on."""
     index = jnp.where(on, index, -1)
     value = jnp.broadcast_to(jnp.asarray(value, x.dtype), index.shape)
     return put_at(x, (_iota(index.shape, 0), _iota(index.shape, 1), index), value)
@@ -66,16 +72,21 @@ def index_slots(pos: jax.Array, S: int) -> jax.Array:
     return absent.at[_iota(pos.shape, 0), _iota(pos.shape, 1), at].set(_iota(pos.shape, 2), mode="drop")
 
 
-class _Set(NamedTuple):
-    slot_of: jax.Array  # [B, P, S]
-    pos: jax.Array  # [B, P, M]
-    bias: jax.Array  # [B, P, M]
-    score: jax.Array  # [B, P, M] score of the token in each slot
-    load_slot: jax.Array  # [B, P, LOADS]
-    load_pos: jax.Array  # [B, P, LOADS]
-    loads: jax.Array  # [B, P]
-    go: jax.Array  # [] bool
-    more: jax.Array  # [] bool
+def foremost(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The `k` largest of x [B, P, S] and where they are, both [B, P, k]; as `lax.top_k`, of equal ones the first.
+
+    They lie in the k blocks with the largest maxima, of which each but the last can hold only one that comes before.
+    """
+    S = x.shape[-1]
+    blocks = -(-S // BLOCK)
+    if blocks <= 2 * k:
+        return jax.lax.top_k(x, k)
+    split = jnp.pad(x, ((0, 0), (0, 0), (0, blocks * BLOCK - S)), constant_values=-jnp.inf)
+    split = split.reshape(*x.shape[:2], blocks, BLOCK)
+    _, some = jax.lax.top_k(jnp.max(split, axis=-1), k)
+    some = jnp.sort(some, axis=-1)  # so that of equal ones the first is still the first
+    value, at = jax.lax.top_k(jnp.take_along_axis(split, some[..., None], axis=2).reshape(*x.shape[:2], k * BLOCK), k)
+    return value, take(some, at // BLOCK) * BLOCK + at % BLOCK
 
 
 def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Exchange]:
@@ -85,68 +96,50 @@ def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Ex
     stay as they are; want [B, 1]. Leaves an empty slot where the set does not fill all slots. Returns the new `slot_of` and
     the exchange.
     """
-    S = score.shape[-1]
-    below = _iota(score.shape, 2) < first_local[..., None]
-    candidates = jnp.where(below & ~jnp.isnan(score), score, -jnp.inf)
-    held = take(score, jnp.maximum(pos, 0))
-    held = jnp.where(jnp.isnan(held), -jnp.inf, held)
-    none = jnp.full((*pos.shape[:2], LOADS), -1, jnp.int32)
-    zero, true, false = jnp.zeros(pos.shape[:2], jnp.int32), jnp.ones((), jnp.bool_), jnp.zeros((), jnp.bool_)
-    start = _Set(slot_of, pos, bias, held, none, none, zero, true, false)
+    S, M = score.shape[-1], pos.shape[-1]
+    below, number = _iota(score.shape, 2) < first_local[..., None], ~jnp.isnan(score)
+    ranked = jnp.where(number, score, -jnp.inf)
+    inside = below & (slot_of >= 0)
+    most = loads(S)
+    E = min(most + 1, S)
+    out_score, out_pos = foremost(jnp.where(below & number & (slot_of < 0), score, -jnp.inf), E)
+    in_score, in_pos = foremost(jnp.where(inside, -ranked, -jnp.inf)[..., ::-1], E)  # of equal ones the last is worst
+    out, is_in, in_score, in_pos = out_score > -jnp.inf, in_score > -jnp.inf, -in_score, S - 1 - in_pos
 
-    def inside(s: _Set):
-        return (s.bias > -jnp.inf) & (s.pos < first_local[..., None])
+    over = jnp.sum(inside, axis=-1, keepdims=True, dtype=jnp.int32) - want[..., None]
+    drops, fills = jnp.clip(over, 0, E), jnp.maximum(-over, 0)
+    nth = _iota(out.shape, 2)
+    rival = nth - fills + drops  # whom the nth outsider would replace
+    listed = rival < E
+    rival = jnp.clip(rival, 0, E - 1)
+    worst_score, worst_pos = take(in_score, rival), take(in_pos, rival)
+    better = (out_score > worst_score) | ((out_score == worst_score) & (out_pos < worst_pos))
+    add = _all_before(out & ((nth < fills) | (listed & take(is_in, rival) & better)))
+    unlisted = _all_before(add | ~listed) & out & ~listed
+    was = take(slot_of, out_pos)
+    absent = was == ABSENT
+    full = add & absent & (jnp.cumsum(add & absent, axis=-1) > most)
+    add = add & (jnp.cumsum(full, axis=-1) == 0)
+    more = jnp.any(full) | jnp.any(unlisted) | jnp.any(over > drops) | jnp.any(add[..., -1])
 
-    def worst(s: _Set):
-        low, negative, exists = best(jnp.where(inside(s), -s.score, -jnp.inf), -s.pos, S)
-        return -low, -negative, exists
+    drop = is_in & (nth < drops + jnp.sum(add & (nth >= fills), axis=-1, keepdims=True))
+    slot = take(slot_of, in_pos)
+    slot_of, bias = put(slot_of, in_pos, PARKED - slot, drop), put(bias, slot, -jnp.inf, drop)
+    back, load = add & ~absent, add & absent
+    slot_of, bias = put(slot_of, out_pos, PARKED - was, back), put(bias, PARKED - was, 0.0, back)
 
-    def drop(s: _Set, p, on) -> _Set:
-        slot = take(s.slot_of, jnp.clip(p, 0, S - 1)[..., None])[..., 0]
-        return s._replace(slot_of=put(s.slot_of, p, PARKED - slot, on), bias=put(s.bias, slot, -jnp.inf, on))
-
-    def round_(s: _Set) -> _Set:
-        over = jnp.sum(inside(s), axis=-1, dtype=jnp.int32) - want
-        _, p, _ = worst(s)
-        s = drop(s, p, over > 0)
-        over_after = jnp.where(over > 0, over - 1, over)
-        out_score, out_pos, out = best(jnp.where(s.slot_of < 0, candidates, -jnp.inf), _iota(score.shape, 2), S)
-        in_score, in_pos, is_in = worst(s)
-        better = out & is_in & ((out_score > in_score) | ((out_score == in_score) & (out_pos < in_pos)))
-        add = out & ((over_after < 0) | ((over_after == 0) & better))
-        where = take(s.slot_of, jnp.clip(out_pos, 0, S - 1)[..., None])[..., 0]
-        absent = where == ABSENT
-        full = add & absent & (s.loads >= LOADS)
-        add = add & ~full
-        s = drop(s, in_pos, add & (over_after == 0))
-        free, old = _free_slot(s, S)
-        slot = jnp.where(absent, free, PARKED - where)
-        s = s._replace(slot_of=put(s.slot_of, old, ABSENT, add & absent))
-        turn = (_iota(none.shape, 2) == s.loads[..., None]) & (add & absent)[..., None]
-        return _Set(
-            slot_of=put(s.slot_of, out_pos, slot, add),
-            pos=put(s.pos, slot, out_pos, add),
-            bias=put(s.bias, slot, 0.0, add),
-            score=put(s.score, slot, out_score, add),
-            load_slot=jnp.where(turn, slot[..., None], s.load_slot),
-            load_pos=jnp.where(turn, out_pos[..., None], s.load_pos),
-            loads=s.loads + (add & absent).astype(jnp.int32),
-            go=jnp.any(add | (over > 1)),
-            more=s.more | jnp.any(full),
-        )
-
-    s = jax.lax.while_loop(lambda s: s.go, round_, start)
-    free, old = _free_slot(s, S)
-    parked = old >= 0
-    ex = Exchange(put(s.pos, free, ABSENT, parked), s.bias, s.load_slot, s.load_pos, s.more)
-    return put(s.slot_of, old, ABSENT, parked), ex
+    idle = jnp.where(bias == -jnp.inf, jnp.where(pos < 0, jnp.inf, -take(ranked, jnp.maximum(pos, 0))), -jnp.inf)
+    key, free = foremost(idle, min(most + 1, M))  # empty ones, then those of the worst tokens
+    old = jnp.where(key > -jnp.inf, take(pos, free), ABSENT)
+    turn = jnp.cumsum(load, axis=-1, dtype=jnp.int32) - 1
+    to = take(free, jnp.clip(turn, 0, free.shape[-1] - 1))
+    given = _iota(free.shape, 2) <= jnp.sum(load, axis=-1, keepdims=True, dtype=jnp.int32)  # and one is left empty
+    slot_of, pos = put(slot_of, old, ABSENT, given), put(pos, free, ABSENT, given & (old >= 0))
+    slot_of, pos, bias = put(slot_of, out_pos, to, load), put(pos, to, out_pos, load), put(bias, to, 0.0, load)
+    none = jnp.full((*pos.shape[:2], most), -1, jnp.int32)
+    return slot_of, Exchange(pos, bias, put(none, turn, to, load), put(none, turn, out_pos, load), more)
 
 
-def _free_slot(s: _Set, S: int) -> tuple[jax.Array, jax.Array]:
-    """A slot to use, and the parked token to give up for it (-1: the slot is empty). M when all slots are active."""
-    M = s.pos.shape[-1]
-    idle = s.bias == -jnp.inf
-    key = jnp.where(s.pos < 0, jnp.inf, -s.score)
-    _, slot, exists = best(jnp.where(idle, key, -jnp.inf), _iota(s.pos.shape, 2), M)
-    old = take(s.pos, jnp.clip(slot, 0, M - 1)[..., None])[..., 0]
-    return jnp.where(exists, slot, M), jnp.where(exists, old, -1)
+def _all_before(x: jax.Array) -> jax.Array:
+    """[B, P, E] bool: `x` is true here and at all earlier places."""
+    return jnp.cumsum(~x, axis=-1) == 0

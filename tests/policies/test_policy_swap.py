@@ -1,5 +1,7 @@
 """The repair of a top-k set by swaps, against sorting in plain Python."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,19 @@ S, M = 19, 13
 improve = jax.jit(swap.improve)
 
 
+def listing(rows):
+    """`improve` with room for `rows` loads in a call."""
+
+    def f(*args):
+        with mock.patch.object(swap, "LOADS", (rows, rows)):
+            return swap.improve(*args)
+
+    return jax.jit(f)
+
+
+LISTING = {rows: listing(rows) for rows in (1, 2, 7, S)}
+
+
 def ranking(score, below):
     """Positions below `below`, best first, ties to the lowest."""
     return sorted(range(below), key=lambda i: (-score[i], i))
@@ -21,7 +36,7 @@ def ranking(score, below):
 class Case:
     """A starting set: `length` past tokens, of which those from `first_local` on are active."""
 
-    def __init__(self, rng, ties):
+    def __init__(self, rng, ties, S=S, M=M):
         self.length = int(rng.integers(1, S + 1))
         local = int(rng.integers(0, min(self.length, M // 2) + 1))
         self.first_local = self.length - local
@@ -35,14 +50,14 @@ class Case:
         self.pos[slots] = resident
         parked = (rng.random(M) < rng.random()) & (self.pos < self.first_local)
         self.bias = np.where((self.pos >= 0) & ~parked, 0.0, -np.inf).astype(np.float32)
-        self.slot_of = inverse(self.pos, self.bias)
+        self.slot_of = inverse(self.pos, self.bias, S)
 
     @property
     def best(self):
         return set(ranking(self.score, self.first_local)[: self.want]) | set(range(self.first_local, self.length))
 
 
-def inverse(pos, bias):
+def inverse(pos, bias, S=S):
     slot_of = np.full(S, swap.ABSENT, np.int32)
     for slot, token in enumerate(pos):
         if token >= 0:
@@ -50,7 +65,7 @@ def inverse(pos, bias):
     return slot_of
 
 
-def finished(cases):
+def finished(cases, improve=improve):
     """Run `improve` until it asks for no more, doing its loads; checks what holds after every call."""
     stack = lambda name: np.stack([getattr(c, name) for c in cases])[:, None]
     slot_of, pos, bias = stack("slot_of"), stack("pos"), stack("bias")
@@ -73,8 +88,9 @@ def finished(cases):
             content[i, 0][slots] = asked
             held = pos[i, 0] >= 0
             np.testing.assert_array_equal(content[i, 0][held], pos[i, 0][held], "a slot holds another token's rows")
-            np.testing.assert_array_equal(slot_of[i, 0], inverse(pos[i, 0], bias[i, 0]), "slot_of is not the inverse")
-        assert calls < 10
+            again = inverse(pos[i, 0], bias[i, 0], slot_of.shape[-1])
+            np.testing.assert_array_equal(slot_of[i, 0], again, "slot_of is not the inverse")
+        assert calls < 20
     return pos[:, 0], bias[:, 0], calls
 
 
@@ -89,14 +105,50 @@ def test_any_starting_set_ends_in_exactly_the_best_tokens(seed, ties):
         assert (p == -1).any(), "no slot is left for the next token"
 
 
-def test_more_loads_than_one_call_can_list_are_asked_for_in_further_calls():
+@pytest.mark.parametrize("rows", [1, 2, 7, S])
+@given(seed=st.integers(0, 2**32 - 1), ties=st.booleans())
+@settings(max_examples=20)
+def test_lists_of_any_length_end_in_the_same_set(rows, seed, ties):
+    rng = np.random.default_rng(seed)
+    cases = [Case(rng, ties) for _ in range(16)]
+    pos, bias, _ = finished(cases, LISTING[rows])
+    for case, p, b in zip(cases, pos, bias):
+        assert set(p[b == 0].tolist()) == case.best and (p == -1).any()
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_long_context_lists_more_and_looks_for_them_in_blocks(ties):
+    S, M = 7 * 1024 + 5, 1500
+    assert swap.loads(S) > swap.LOADS[0] and -(-S // swap.BLOCK) > 2 * (swap.loads(S) + 1)
+    rng = np.random.default_rng(6)
+    cases = [Case(rng, ties, S, M) for _ in range(6)]
+    for case in cases:  # from a set that is nearly right, as after a step
+        order = ranking(case.score, case.first_local)
+        held = np.concatenate([np.arange(case.first_local, case.length), order[: case.want]]).astype(np.int32)
+        case.pos, case.bias = np.full(M, -1, np.int32), np.full(M, -np.inf, np.float32)
+        case.pos[: len(held)], case.bias[: len(held)] = held, 0.0
+        case.slot_of = inverse(case.pos, case.bias, S)
+        moved = rng.integers(0, case.length, 40)
+        case.score[moved] = rng.random(40).astype(np.float32)
+    pos, bias, calls = finished(cases)
+    for case, p, b in zip(cases, pos, bias):
+        assert set(p[b == 0].tolist()) == case.best and (p == -1).any()
+    assert calls > 1
+
+
+def holding(tokens, score, want, M=M):
+    """All S tokens are past; `tokens` are active, in the first slots."""
     case = Case(np.random.default_rng(1), ties=False)
-    case.length, case.first_local, case.want = S, S, M - 1
-    case.score = np.arange(S, dtype=np.float32)
+    case.length, case.first_local, case.want, case.score = S, S, want, np.asarray(score, np.float32)
     case.pos, case.bias = np.full(M, -1, np.int32), np.full(M, -np.inf, np.float32)
+    case.pos[: len(tokens)], case.bias[: len(tokens)] = tokens, 0.0
     case.slot_of = inverse(case.pos, case.bias)
-    pos, bias, calls = finished([case])
-    assert calls == -(-(M - 1) // swap.LOADS)
+    return case
+
+
+def test_more_loads_than_one_call_can_list_are_asked_for_in_further_calls():
+    pos, bias, calls = finished([holding([], range(S), M - 1)])
+    assert calls == -(-(M - 1) // swap.loads(S))
     assert sorted(pos[0][bias[0] == 0].tolist()) == list(range(S - M + 1, S))
 
 
@@ -114,15 +166,25 @@ def test_a_score_that_is_not_a_number_loses_to_every_other_and_the_repair_still_
         assert set(p[b == 0].tolist()) == case.chosen | set(range(case.first_local, case.length))
 
 
-def test_a_set_that_is_far_too_large_shrinks_in_one_call():
-    case = Case(np.random.default_rng(9), ties=False)
-    case.length, case.first_local, case.want = S, S, 2
-    case.score = np.arange(S, dtype=np.float32)
-    case.pos = np.arange(S - M, S, dtype=np.int32)
-    case.bias = np.zeros(M, np.float32)
-    case.slot_of = inverse(case.pos, case.bias)
-    pos, bias, calls = finished([case])
-    assert set(pos[0][bias[0] == 0].tolist()) == {S - 1, S - 2} and calls == 1
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_set_that_is_far_too_large_shrinks(rows):
+    pos, bias, calls = finished([holding(range(S - M, S), range(S), 2)], LISTING[rows])
+    assert set(pos[0][bias[0] == 0].tolist()) == {S - 1, S - 2} and calls <= -(-(M - 2) // (rows + 1)) + 1
+
+
+def test_a_set_of_all_tokens_shrinks_though_none_is_outside():
+    pos, bias, _ = finished([holding(range(S), range(S), 2, M=S + 1)], LISTING[1])
+    assert set(pos[0][bias[0] == 0].tolist()) == {S - 1, S - 2}
+
+
+def test_a_set_that_is_one_too_large_is_right_after_one_call():
+    pos, bias, calls = finished([holding(range(S - M, S), range(S), M - 1)])
+    assert set(pos[0][bias[0] == 0].tolist()) == set(range(S - M + 1, S)) and calls == 1
+
+
+def test_a_set_that_fills_all_slots_is_repaired_too():
+    pos, bias, _ = finished([holding(range(M), range(S), M)])
+    assert set(pos[0].tolist()) == set(range(S - M, S)) and (bias == 0).all()
 
 
 def test_a_parked_token_returns_without_a_copy():
@@ -156,6 +218,7 @@ def test_a_set_that_is_right_and_has_room_is_left_alone():
 
 
 top_mask = jax.jit(swap.top_mask)
+foremost = jax.jit(swap.foremost, static_argnums=1)
 SCORES = st.lists(
     st.one_of(
         st.sampled_from([0.0, 1.0, 2.0, float("-inf"), float("nan")]), st.floats(-4, 4, width=32, allow_subnormal=False)
@@ -180,6 +243,18 @@ def test_top_mask_takes_another_k_for_each_sequence_and_head():
     for b, k in enumerate([2, 5]):
         for p in range(3):
             assert set(np.flatnonzero(got[b, p])) == set(ranking(np.asarray(score)[b, p], S)[:k])
+
+
+@given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([9, 64, 65, 320, 1030]), k=st.sampled_from([1, 4, 9]))
+@example(seed=0, size=1030, k=9)
+def test_foremost_is_the_sorted_prefix_and_where_it_was(seed, size, k):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, rng.choice([2, 9, 4000]), (2, 3, size)).astype(np.float32)
+    x[rng.random(x.shape) < rng.choice([0.0, 0.5, 0.99])] = -np.inf
+    value, at = (np.asarray(a) for a in foremost(jnp.asarray(x), k))
+    want = np.argsort(-x, axis=-1, kind="stable")[..., :k]
+    np.testing.assert_array_equal(at, want)
+    np.testing.assert_array_equal(value, np.take_along_axis(x, want, -1))
 
 
 @given(st.lists(st.sampled_from([-2.0, 0.0, 1.0, 3.0, float("-inf")]), min_size=S, max_size=S))
