@@ -67,7 +67,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string("trace", "bundled", "The trained model whose selections are replayed, or none.", **where)
     flags.DEFINE_integer("trace_tokens", 32768, "The longest context that is replayed.", **one)
     flags.DEFINE_integer("steps", PAGE_TOKENS, "Steps of a round.", **one)
-    flags.DEFINE_integer("repeats", 3, "Rounds.", **one)
+    flags.DEFINE_integer("repeats", 5, "Rounds.", **one)
     flags.DEFINE_integer("search_new_tokens", 128, "New tokens that the planner plans for.", **one)
     flags.DEFINE_string("hardware", "h100_80gb", "The machine that the planner prices.", **where)
     flags.DEFINE_bool("quick", False, "Contexts of 256 and 512 tokens, one round.", **where)

@@ -104,10 +104,10 @@ def bench(capsys, monkeypatch):
 
 def test_the_table_has_shares_less_the_weights_and_says_what_is_as_designed(bench, tmp_path):
     code, records, err = bench.call("--trace=none", f"--plot={tmp_path / 'g.png'}")
-    assert code == 0 and bench.contexts == [(64, 2), *((n, 4) for n in CONTEXTS)] and not bench.traced
+    assert code == 0 and bench.contexts == [(96, 2), *((n, 4) for n in CONTEXTS)] and not bench.traced
     assert len(records) == 2 + 4 * (4 + 3 + 2)
     lines = {line.split("  ")[0].strip(): line.split() for line in err.splitlines() if line.strip()}
-    weights = 0.020064
+    weights = 0.020096
     want = (0.02 + 0.2e-6 * 4096 - weights) / (0.02 + 1e-6 * 4096 - weights)
     assert lines["4096"][1:3] == ["24.1", "20.8"] and lines["4096"][-2] == f"{want:.2f}" and lines["4096"][-1] == "0.20"
     assert lines["512"][4] == "OOM" and f"alisa | {SPARSE} at 512: too small" in err
@@ -132,22 +132,22 @@ def test_a_context_on_file_is_not_measured_again(bench, tmp_path):
     assert "3 of 4 contexts were in" in err
     bench.contexts.clear()
     bench.call("--trace=none", out, "--device_kv_frac=0.6", contexts=(512,))
-    assert bench.contexts == [(64, 2), (512, 4)]
+    assert bench.contexts == [(96, 2), (512, 4)]
 
 
 def test_selections_are_recorded_up_to_the_given_context(bench):
     code, records, _ = bench.call("--trace_tokens=1000", contexts=(512, 1024))
-    assert code == 0 and bench.traced == [("bundled", SPARSE, (n - 48,), 49) for n in (64, 512)]
+    assert code == 0 and bench.traced == [("bundled", SPARSE, (n - 80,), 81) for n in (96, 512)]
     text = windows.read(windows.BUNDLED).name
     steps = [(r["context_tokens"], r["trace"], r["data"]) for r in records if r["measured_part"] == "step"]
-    assert set(steps) == {(64, "bundled", text), (512, "bundled", text), (1024, None, None)}
+    assert set(steps) == {(96, "bundled", text), (512, "bundled", text), (1024, None, None)}
 
 
 @pytest.mark.parametrize(
     "flags, why",
     [
-        (["--contexts=520"], "--contexts must be multiples of 16 above 64"),
-        (["--contexts=64"], "--contexts must be multiples of 16 above 64"),
+        (["--contexts=520"], "--contexts must be multiples of 16 above 96"),
+        (["--contexts=96"], "--contexts must be multiples of 16 above 96"),
         (["--contexts=512", "--policy=local(tokens=8)"], "--policy must be an swa"),
         (["--contexts=32768", "--policy=swa(kv_sparsity=0.8)"], "serves at most 16384 tokens"),
         (["--contexts=512", "--model=bundled"], "--model must be random:NAME"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 
 from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Layout, Positions, Rows, Setting, Span, Tier, View
@@ -43,11 +44,11 @@ def fetch(view: View, spans: Sequence[Span], wanted: Positions | None) -> tuple[
         sequences = range(len(spans)) if sequence == ALL else (sequence,)
         for one in sequences[:1] if alike else sequences:
             name = sequence if alike else one
-            away = [p for p in positions if p < min(spans[one].host, view.lengths[one])]
-            lost = [p for p in away if p < spans[one].dropped]
-            load += [Rows(start, stop, Tier.HOST, Tier.WORKING, layer, name) for start, stop in runs(away[len(lost) :])]
+            away = positions[: bisect_left(positions, min(spans[one].host, view.lengths[one]))]
+            lost = bisect_left(away, spans[one].dropped)
+            load += [Rows(start, stop, Tier.HOST, Tier.WORKING, layer, name) for start, stop in runs(away[lost:])]
             for b in sequences if alike else (one,):
-                prefix[b] = max(prefix[b], lost[-1] + 1 if lost else 0)
+                prefix[b] = max(prefix[b], away[lost - 1] + 1 if lost else 0)
     return tuple(load), _folded([((0, stop, Tier.NOWHERE, Tier.WORKING),) for stop in prefix])
 
 

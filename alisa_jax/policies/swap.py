@@ -96,48 +96,57 @@ def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Ex
     stay as they are; want [B, 1]. Leaves an empty slot where the set does not fill all slots. Returns the new `slot_of` and
     the exchange.
     """
-    S, M = score.shape[-1], pos.shape[-1]
+    S = score.shape[-1]
     below, number = _iota(score.shape, 2) < first_local[..., None], ~jnp.isnan(score)
     ranked = jnp.where(number, score, -jnp.inf)
     inside = below & (slot_of >= 0)
+    active = (bias > -jnp.inf) & (pos >= 0) & (pos < first_local[..., None])
+    over = jnp.sum(active, axis=-1, keepdims=True, dtype=jnp.int32) - want[..., None]
     most = loads(S)
     E = min(most + 1, S)
-    out_score, out_pos = foremost(jnp.where(below & number & (slot_of < 0), score, -jnp.inf), E)
-    in_score, in_pos = foremost(jnp.where(inside, -ranked, -jnp.inf)[..., ::-1], E)  # of equal ones the last is worst
-    out, is_in, in_score, in_pos = out_score > -jnp.inf, in_score > -jnp.inf, -in_score, S - 1 - in_pos
-
-    over = jnp.sum(inside, axis=-1, keepdims=True, dtype=jnp.int32) - want[..., None]
-    drops, fills = jnp.clip(over, 0, E), jnp.maximum(-over, 0)
-    nth = _iota(out.shape, 2)
-    rival = nth - fills + drops  # whom the nth outsider would replace
-    listed = rival < E
-    rival = jnp.clip(rival, 0, E - 1)
-    worst_score, worst_pos = take(in_score, rival), take(in_pos, rival)
-    better = (out_score > worst_score) | ((out_score == worst_score) & (out_pos < worst_pos))
-    add = _all_before(out & ((nth < fills) | (listed & take(is_in, rival) & better)))
-    unlisted = _all_before(add | ~listed) & out & ~listed
+    best_out, out_pos = foremost(jnp.where(below & number & (slot_of < 0), score, -jnp.inf), E)
+    worst_in, back = foremost(-jnp.where(inside, ranked, jnp.inf)[..., ::-1], E)  # of equal ones the last is worst
+    in_pos = S - 1 - back
     was = take(slot_of, out_pos)
-    absent = was == ABSENT
-    full = add & absent & (jnp.cumsum(add & absent, axis=-1) > most)
-    add = add & (jnp.cumsum(full, axis=-1) == 0)
-    more = jnp.any(full) | jnp.any(unlisted) | jnp.any(over > drops) | jnp.any(add[..., -1])
+    add, drop, more = _changes(best_out, out_pos, -worst_in, in_pos, worst_in > -jnp.inf, was == ABSENT, over, most)
 
-    drop = is_in & (nth < drops + jnp.sum(add & (nth >= fills), axis=-1, keepdims=True))
     slot = take(slot_of, in_pos)
     slot_of, bias = put(slot_of, in_pos, PARKED - slot, drop), put(bias, slot, -jnp.inf, drop)
-    back, load = add & ~absent, add & absent
-    slot_of, bias = put(slot_of, out_pos, PARKED - was, back), put(bias, PARKED - was, 0.0, back)
+    parked, load = add & (was != ABSENT), add & (was == ABSENT)
+    slot_of, bias = put(slot_of, out_pos, PARKED - was, parked), put(bias, PARKED - was, 0.0, parked)
 
     idle = jnp.where(bias == -jnp.inf, jnp.where(pos < 0, jnp.inf, -take(ranked, jnp.maximum(pos, 0))), -jnp.inf)
-    key, free = foremost(idle, min(most + 1, M))  # empty ones, then those of the worst tokens
+    key, free = foremost(idle, min(most + 1, pos.shape[-1]))  # empty slots, then those of the worst tokens
     old = jnp.where(key > -jnp.inf, take(pos, free), ABSENT)
     turn = jnp.cumsum(load, axis=-1, dtype=jnp.int32) - 1
     to = take(free, jnp.clip(turn, 0, free.shape[-1] - 1))
-    given = _iota(free.shape, 2) <= jnp.sum(load, axis=-1, keepdims=True, dtype=jnp.int32)  # and one is left empty
-    slot_of, pos = put(slot_of, old, ABSENT, given), put(pos, free, ABSENT, given & (old >= 0))
+    freed = _iota(free.shape, 2) <= jnp.sum(load, axis=-1, keepdims=True, dtype=jnp.int32)  # one stays empty
+    slot_of, pos = put(slot_of, old, ABSENT, freed), put(pos, free, ABSENT, freed & (old >= 0))
     slot_of, pos, bias = put(slot_of, out_pos, to, load), put(pos, to, out_pos, load), put(bias, to, 0.0, load)
     none = jnp.full((*pos.shape[:2], most), -1, jnp.int32)
     return slot_of, Exchange(pos, bias, put(none, turn, to, load), put(none, turn, out_pos, load), more)
+
+
+def _changes(best_out, out_pos, worst_in, in_pos, is_in, absent, over, most) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(add, drop, more): which of the listed outsiders come, which of the listed members go, and whether a further call
+    is needed. All lists are [B, P, E], best outsiders and worst members first, `absent` outsiders need one of the `most`
+    loads; over [B, P, 1] is by how many the set is too large.
+    """
+    E = out_pos.shape[-1]
+    drops, fills = jnp.clip(over, 0, E), jnp.maximum(-over, 0)
+    nth = _iota(out_pos.shape, 2)
+    rival = nth - fills + drops  # the member that the nth outsider would replace
+    listed = rival < E
+    rival = jnp.clip(rival, 0, E - 1)
+    against, against_pos = take(worst_in, rival), take(in_pos, rival)
+    better = (best_out > against) | ((best_out == against) & (out_pos < against_pos))
+    is_out = best_out > -jnp.inf
+    add = _all_before(is_out & ((nth < fills) | (listed & take(is_in, rival) & better)))
+    unlisted = _all_before(add | ~listed) & is_out & ~listed
+    full = add & absent & (jnp.cumsum(add & absent, axis=-1) > most)
+    add = add & (jnp.cumsum(full, axis=-1) == 0)
+    more = jnp.any(full) | jnp.any(unlisted) | jnp.any(over > drops) | jnp.any(add[..., -1])
+    return add, is_in & (nth < drops + jnp.sum(add & (nth >= fills), axis=-1, keepdims=True)), more
 
 
 def _all_before(x: jax.Array) -> jax.Array:
