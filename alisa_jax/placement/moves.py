@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Layout, Positions, Rows, Setting, Span, Tier, View
 
@@ -52,15 +52,16 @@ def fetch(view: View, spans: Sequence[Span], wanted: Positions | None) -> tuple[
     return tuple(load), _folded([((0, stop, Tier.NOWHERE, Tier.WORKING),) for stop in prefix])
 
 
-def runs(positions: Iterable[int]) -> list[tuple[int, int]]:
+def runs(positions: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Ascending positions as ranges (start, stop)."""
-    found: list[tuple[int, int]] = []
+    start = stop = positions[0] if positions else 0
     for p in positions:
-        if found and found[-1][1] == p:
-            found[-1] = (found[-1][0], p + 1)
-        else:
-            found.append((p, p + 1))
-    return found
+        if p != stop:
+            yield start, stop
+            start = p
+        stop = p + 1
+    if positions:
+        yield start, stop
 
 
 def refuse_store(name: str, setting: Setting) -> None:
