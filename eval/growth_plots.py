@@ -41,7 +41,9 @@ def plot(records: Sequence[dict], chosen, path: Path) -> str:
                 axis.axhline(1e3 * weights_s, color="#777777", linestyle="--", linewidth=0.8, label="weights only")
             axis.set_yscale("log")
             axis.set_title(title, fontsize=9)
-            axis.legend(frameon=False, fontsize=7)
+            low, high = axis.get_ylim()
+            axis.set_ylim(low, high * (high / low) ** (0.4 if title == panels[-1][0] else 0.1))  # room for the legend
+            axis.legend(frameon=False, fontsize=7, loc="upper left")
         axes[0].set_ylabel("ms a step")
         axes[2].set_ylabel("ms")
         _shares(axes[3], found, names, weights_s, records)
