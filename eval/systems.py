@@ -132,11 +132,11 @@ def refusal(system: System, work: Work) -> str | None:
     try:
         for one in kinds:
             one.policy.validate(work.context)
-        budget.check(controller, kinds, setting(system, work, budgeted=False))
+        budget.check(controller, setting(system, work, budgeted=False))
     except ValueError as error:
         raise UserError(f"--system: {system}: {error}") from None
     try:
-        budget.check(controller, kinds, setting(system, work))
+        budget.check(controller, setting(system, work))
     except ValueError as error:
         return str(error)
     return None

@@ -28,7 +28,9 @@ def setting_of(
     """The run in numbers. Bytes are those of the arrays that `parts.init` would make, found without making them.
 
     Layers that attend everything beside layers that select (`dense_layers=`) stay on the device whole and count as fixed.
+    Raises ValueError for what no controller can run.
     """
+    check_layers(layers)
     placed = placed_layers(layers)
     codec = layers[placed[0]].codec
     token_bytes = codec.token_bytes(config.n_kv_heads, config.head_dim)
@@ -59,8 +61,18 @@ def placed_layers(layers: tuple[Layer, ...]) -> tuple[int, ...]:
     return selecting or tuple(range(len(layers)))
 
 
-def check(controller: Controller, layers: tuple[Layer, ...], setting: Setting) -> None:
+def check(controller: Controller, setting: Setting) -> None:
     """Raise ValueError, in one sentence, for what `controller` cannot run."""
+    controller.check(setting)
+    if setting.refreshes and any(controller.layout(part).kept_pages for part in controller.groups(setting)):
+        raise ValueError(
+            "a policy that refreshes attends every token at times, and placement brings single rows to the policies that "
+            "select: give refresh_every=0, or a device budget that holds everything"
+        )
+
+
+def check_layers(layers: tuple[Layer, ...]) -> None:
+    """Raise ValueError, in one sentence, for what no controller can run."""
     for kind in layers:
         if kind.route != "working_set":
             raise ValueError(f"placement serves the route working_set; {kind.policy} is run by the route {kind.route}")
@@ -70,18 +82,13 @@ def check(controller: Controller, layers: tuple[Layer, ...], setting: Setting) -
             )
         if not kind.codec.placed:
             raise ValueError(
-                f"placement moves tokens by their rows, and {kind.codec} keeps some of them beside their rows"
+                "placement moves tokens by their rows, and the codec keeps some tokens beside their rows: "
+                "give raw, int8 or int4"
             )
         if kind.turning is not None:
             raise ValueError(
                 f"placement moves keys that carry their positions; {kind.policy} with {kind.codec} turns them at every step"
             )
-    controller.check(setting)
-    if setting.refreshes and any(controller.layout(part).kept_pages for part in controller.groups(setting)):
-        raise ValueError(
-            "a policy that refreshes attends every token at times, and placement brings single rows to the policies that "
-            "select: give refresh_every=0, or a device budget that holds everything"
-        )
 
 
 def layout_of(layout: Layout, setting: Setting, placed: bool) -> tuple[Part, ...]:

@@ -87,7 +87,7 @@ class Placed:
         return other
 
     def setting(self, prompt_tokens: Sequence[int], new_tokens: int) -> Setting:
-        """The run in numbers; exact bytes, from shapes alone."""
+        """The run in numbers; exact bytes, from shapes alone. Raises ValueError for what no controller can run."""
         gather = self.host is None or self.host.reads == "rows"
         config, layers = self.engine.model.decoder.config, self.engine.layers
         budgets = self.device_kv_bytes, self.host_kv_bytes
@@ -96,7 +96,7 @@ class Placed:
     def check(self, prompt_tokens: Sequence[int], new_tokens: int) -> Setting:
         """The setting; raises ValueError, naming the smallest value that would do, for what cannot be run."""
         setting = self.setting(prompt_tokens, new_tokens)
-        budget.check(self.controller, self.engine.layers, setting)
+        budget.check(self.controller, setting)
         return setting
 
     def generate(self, prompts, max_new_tokens: int, progress: bool = False) -> Run:

@@ -100,7 +100,7 @@ def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Ex
     below, number = _iota(score.shape, 2) < first_local[..., None], ~jnp.isnan(score)
     ranked = jnp.where(number, score, -jnp.inf)
     inside = below & (slot_of >= 0)
-    active = (bias > -jnp.inf) & (pos >= 0) & (pos < first_local[..., None])
+    active = (bias > -jnp.inf) & (pos < first_local[..., None])
     over = jnp.sum(active, axis=-1, keepdims=True, dtype=jnp.int32) - want[..., None]
     most = loads(S)
     E = min(most + 1, S)

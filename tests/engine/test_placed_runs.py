@@ -257,3 +257,24 @@ def test_what_cannot_be_placed_is_refused_in_one_sentence(random_model, spec, po
     one = Placed(alisa_jax.Engine(random_model(n_layers=2, max_positions=256), policy), spec, *budgets)
     with pytest.raises(ValueError, match=says):
         one.generate(texts((60, 60)), 30)
+
+
+@pytest.mark.parametrize("spec", ["resident", "flexgen", "alisa"])
+@pytest.mark.parametrize(
+    "policy, codec, says",
+    [
+        (
+            "swa(kv_sparsity=0.5)",
+            "skvq(reorder=false,group=2)",
+            "keeps some tokens beside their rows: give raw, int8 or int4",
+        ),
+        ("dense", "skvq(reorder=false,group=2)", "keeps some tokens beside their rows: give raw, int8 or int4"),
+        ("snapkv(capacity=16,window=4)", "raw", "keeps what its prompt leaves"),
+        ("streaming(kv_sparsity=0.5,positions=cache)", "raw", "carry their positions; .* turns them at every step"),
+    ],
+)
+def test_what_no_controller_can_place_is_refused_in_one_sentence(random_model, spec, policy, codec, says):
+    one = Placed(alisa_jax.Engine(random_model(n_layers=2, max_positions=256), policy, codec=codec), spec)
+    for refused in (lambda: one.setting((60, 60), 30), lambda: one.generate(texts((60, 60)), 30)):
+        with pytest.raises(ValueError, match=says):
+            refused()
