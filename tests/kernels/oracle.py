@@ -1,8 +1,16 @@
-"""Attention of one query per head in float64 NumPy, written from the equations of the kernels' docstrings, row by row."""
+"""Attention of one query per head in float64 NumPy, written from the equations of the kernels' docstrings, row by row.
+
+`SEED` is that of a module's inputs: another at every run, so that the kernels meet new numbers; failures name it, and
+`ALISA_TEST_SEED` gives it again.
+"""
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
+
+SEED = int(os.environ.get("ALISA_TEST_SEED") or np.random.SeedSequence().generate_state(1)[0])
 
 
 def decode(q, k, v, index, bias, head_major: bool):
@@ -31,12 +39,15 @@ def decode(q, k, v, index, bias, head_major: bool):
     return out, lse, mass, logits
 
 
-def error(got, want) -> float:
-    """Greatest difference relative to the greatest value; infinite where one is and the other is not."""
+def error(got, want, least: float = 1e-30) -> float:
+    """Greatest difference relative to the greatest value, or to `least`; infinite where one is and the other is not."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape or not np.array_equal(np.isfinite(got), np.isfinite(want)) or np.isnan(got).any():
         return np.inf
     finite = np.isfinite(want)
-    return float(
-        np.max(np.abs(got[finite] - want[finite]), initial=0.0) / max(1e-30, np.max(np.abs(want)[finite], initial=0.0))
-    )
+    return float(np.max(np.abs(got[finite] - want[finite]), initial=0.0) / np.max(np.abs(want)[finite], initial=least))
+
+
+def lse_error(got, want) -> float:
+    """`error` of logarithms: differences below 1 count as they are, for they are relative ones of the sums."""
+    return error(got, want, least=1.0)

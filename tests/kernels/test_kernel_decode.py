@@ -12,10 +12,9 @@ import pytest
 from pallas_kernels import backend, packed_decode, sparse_decode
 from pallas_kernels.partial import Partial, merge, merge_axis
 from pallas_kernels.tilings import DecodeTiling
-from tests.kernels.oracle import decode, error
+from tests.kernels.oracle import SEED, decode, error, lse_error
 
-SEED = int(np.random.SeedSequence().generate_state(1)[0])
-LIMITS = {"float32": 5e-6, "bfloat16": 5e-3, "float16": 5e-3}
+LIMITS = {"float32": 5e-6, "bfloat16": 2.0**-7, "float16": 2.0**-10}  # half precision rounds scaled queries and weights
 SMALL = DecodeTiling(rows=16, splits=2)
 # B, K, G, H, S, M, P: prime where it can be
 SHAPES = {
@@ -36,7 +35,8 @@ def inputs(shape, dtype="float32", head_major=False, seed=SEED):
     q, k, v = (jnp.asarray(r.normal(size=s), jnp.dtype(dtype)) for s in ((B, K * G, H), rows, rows))
     index = r.integers(0, S, (B, P, M))
     index[r.random(index.shape) < 0.2] = -1
-    index[0, 0, -1] = S  # beyond the store: no row
+    if M > 1:
+        index[0, 0, -1] = S  # beyond the store: no row
     bias = r.choice([0.0, 0.0, np.log(3.0), -np.inf], (B, P, M)).astype(np.float32)
     if B > 1:
         index[1], bias[1] = -1, -np.inf  # an empty sequence
@@ -48,45 +48,39 @@ def compiled(function, tiling, impl="interpret"):
     return jax.jit(functools.partial(function, impl=impl, tiling=tiling))
 
 
-def compare(part, mass, want, limit):
-    out, lse, weights, _ = want
+def compare(run, args, head_major):
+    """An output is a mean of values, so its error is that of the weights times values: relative to the greatest of these."""
+    q, k, v, index, bias = args
+    part, mass = run(q, k, v, bias) if head_major else run(*args)
+    out, lse, weights, _ = decode(q, k, v, None if head_major else index, bias, head_major)
+    limit = LIMITS[q.dtype.name]
     assert part.out.dtype == part.lse.dtype == mass.dtype == jnp.float32
-    assert error(part.out, out) <= limit, f"seed {SEED}"
-    assert error(part.lse, lse) <= limit, f"seed {SEED}"
+    assert error(part.out, out, least=float(jnp.abs(v).max())) <= limit, f"seed {SEED}"
+    assert lse_error(part.lse, lse) <= limit, f"seed {SEED}"
     assert error(mass, weights) <= limit, f"seed {SEED}"
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_sparse_decode_equals_numpy(shape):
-    args = inputs(shape)
-    compare(*compiled(sparse_decode.sparse_decode, SMALL)(*args), decode(*args, head_major=False), LIMITS["float32"])
+    compare(compiled(sparse_decode.sparse_decode, SMALL), inputs(shape), head_major=False)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_packed_decode_equals_numpy(shape):
-    q, k, v, _, bias = inputs(shape, head_major=True)
-    got = compiled(packed_decode.packed_decode, SMALL)(q, k, v, bias)
-    compare(*got, decode(q, k, v, None, bias, head_major=True), LIMITS["float32"])
+    compare(compiled(packed_decode.packed_decode, SMALL), inputs(shape, head_major=True), head_major=True)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [SHAPES["one head per kv head"], SHAPES["four heads"]], ids=["G1", "G4"])
 def test_decode_in_half_precision_equals_numpy(shape, dtype):
-    args = inputs(shape, dtype)
-    compare(*compiled(sparse_decode.sparse_decode, SMALL)(*args), decode(*args, head_major=False), LIMITS[dtype])
-    q, k, v, _, bias = inputs(shape, dtype, head_major=True)
-    got = compiled(packed_decode.packed_decode, SMALL)(q, k, v, bias)
-    compare(*got, decode(q, k, v, None, bias, head_major=True), LIMITS[dtype])
+    compare(compiled(sparse_decode.sparse_decode, SMALL), inputs(shape, dtype), head_major=False)
+    compare(compiled(packed_decode.packed_decode, SMALL), inputs(shape, dtype, head_major=True), head_major=True)
 
 
 @pytest.mark.parametrize("shape", [SHAPES["one head per kv head"], SHAPES["four heads"]], ids=["G1", "G4"])
 def test_references_equal_numpy(shape):
-    args = inputs(shape)
-    got = compiled(sparse_decode.sparse_decode, None, "xla")(*args)
-    compare(*got, decode(*args, head_major=False), LIMITS["float32"])
-    q, k, v, _, bias = inputs(shape, head_major=True)
-    got = compiled(packed_decode.packed_decode, None, "xla")(q, k, v, bias)
-    compare(*got, decode(q, k, v, None, bias, head_major=True), LIMITS["float32"])
+    compare(compiled(sparse_decode.sparse_decode, None, "xla"), inputs(shape), head_major=False)
+    compare(compiled(packed_decode.packed_decode, None, "xla"), inputs(shape, head_major=True), head_major=True)
 
 
 @pytest.mark.parametrize("impl", ["interpret", "xla"])
@@ -133,8 +127,7 @@ def test_without_mass_the_rest_is_the_same():
 
 @pytest.mark.parametrize("tiling", [DecodeTiling(16, 1), DecodeTiling(16, 3), DecodeTiling(64, 0), DecodeTiling(32, 7)])
 def test_any_tiling_gives_the_same(tiling):
-    args = inputs((1, 2, 4, 32, 211, 197, 1))
-    compare(*compiled(sparse_decode.sparse_decode, tiling)(*args), decode(*args, head_major=False), LIMITS["float32"])
+    compare(compiled(sparse_decode.sparse_decode, tiling), inputs((1, 2, 4, 32, 211, 197, 1)), head_major=False)
 
 
 @hypothesis.settings(max_examples=25)
@@ -147,7 +140,7 @@ def test_merge_of_any_split_equals_the_whole(seed, cuts):
     whole, one_by_one, at_once = _split(q, k, v, index, bias, borders[order], borders[order + 1])
     for part in (one_by_one, at_once):
         assert error(part.out, whole.out) <= 5e-6
-        assert error(part.lse, whole.lse) <= 5e-6
+        assert lse_error(part.lse, whole.lse) <= 5e-6
 
 
 @jax.jit

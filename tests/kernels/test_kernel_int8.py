@@ -10,9 +10,8 @@ import pytest
 from pallas_kernels import backend, int8_decode
 from pallas_kernels.int8_decode import PerChannel, PerToken
 from pallas_kernels.tilings import DecodeTiling
-from tests.kernels.oracle import decode, error
+from tests.kernels.oracle import SEED, decode, error, lse_error
 
-SEED = int(np.random.SeedSequence().generate_state(1)[0])
 SMALL = DecodeTiling(rows=16, splits=2)
 SHAPES = {"G1": (2, 3, 1, 64, 37, 23, 1), "G4": (2, 3, 4, 32, 53, 41, 3), "G8": (1, 2, 8, 80, 31, 29, 1)}
 
@@ -62,8 +61,9 @@ def test_folded_scales_equal_read_then_attend(shape, kind, impl):
         else:
             part, mass = compiled(int8_decode.packed_decode_int8, impl)(q, k, v, bias)
         out, lse, weights, _ = decode(q, k_wide, v_wide, index if token_axis == 1 else None, bias, token_axis == 2)
-        for got, want in ((part.out, out), (part.lse, lse), (mass, weights)):
+        for got, want in ((part.out, out), (mass, weights)):
             assert error(got, want) <= 1e-5, f"seed {SEED}"
+        assert lse_error(part.lse, lse) <= 1e-5, f"seed {SEED}"
 
 
 @pytest.mark.parametrize("kind", [PerToken, PerChannel])
@@ -71,7 +71,7 @@ def test_products_in_half_precision_stay_within_its_error(kind):
     q, k, v, index, bias, k_wide, v_wide = inputs(kind, SHAPES["G4"], 1, "bfloat16")
     part, mass = compiled(int8_decode.sparse_decode_int8, "interpret")(q, k, v, index, bias)
     out, lse, weights, _ = decode(q.astype(jnp.float32), k_wide, v_wide, index, bias, False)
-    assert error(part.out, out) <= 1e-2, f"seed {SEED}"
+    assert error(part.out, out, least=np.abs(v_wide).max()) <= 5e-3, f"seed {SEED}"
     assert error(mass, weights) <= 2e-2, f"seed {SEED}"
 
 
