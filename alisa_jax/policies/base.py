@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from alisa_jax import spec
 from alisa_jax.axes import adopted
 
 Stats = Any
@@ -70,6 +71,15 @@ class Policy:
     takes_keys: ClassVar[bool] = False  # `note` gets every key
     appends: ClassVar[bool] = False  # what comes after a prompt is kept: the set grows by what the prompt left
     compacts: ClassVar[bool] = False  # `compact` changes the keys and values of a prompt
+
+    def __str__(self) -> str:
+        """The spec that gives this policy, for messages; of a class without a name, its Python form."""
+        from alisa_jax import policies  # which imports this module
+
+        try:
+            return spec.to_text(self, policies.POLICIES)
+        except spec.SpecError:
+            return repr(self)
 
     @property
     def raw_keys(self) -> bool:

@@ -269,8 +269,12 @@ def test_what_cannot_be_placed_is_refused_in_one_sentence(random_model, spec, po
             "keeps some tokens beside their rows: give raw, int8 or int4",
         ),
         ("dense", "skvq(reorder=false,group=2)", "keeps some tokens beside their rows: give raw, int8 or int4"),
-        ("snapkv(capacity=16,window=4)", "raw", "keeps what its prompt leaves"),
-        ("streaming(kv_sparsity=0.5,positions=cache)", "raw", "carry their positions; .* turns them at every step"),
+        ("snapkv(capacity=16,window=4)", "raw", r"snapkv\(capacity=16,window=4\) keeps what its prompt leaves"),
+        (
+            "streaming(kv_sparsity=0.5,positions=cache)",
+            "raw",
+            r"carry their positions; streaming\(kv_sparsity=0.5,positions=cache\) .* turns them at every step",
+        ),
     ],
 )
 def test_what_no_controller_can_place_is_refused_in_one_sentence(random_model, spec, policy, codec, says):

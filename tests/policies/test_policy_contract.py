@@ -29,8 +29,14 @@ ROUTES = [(policy, route) for policy in EXAMPLES for route in policy.routes]
 @pytest.mark.parametrize("policy", EXAMPLES, ids=label)
 def test_a_policy_is_its_spec(policy):
     text = spec.to_text(policy, POLICIES)
+    assert str(policy) == text
     assert parse(text) == policy and hash(parse(text)) == hash(policy)
     assert testing.check_policy(policy, rules=("value",)).rules == ("value",)
+
+
+def test_a_policy_without_a_name_prints_as_its_python_form():
+    Other = dataclasses.make_dataclass("Other", [("size", int, 3)], bases=(Policy,), frozen=True)
+    assert str(Other()) == repr(Other()) == "Other(size=3)"
 
 
 @pytest.mark.parametrize("start", replay.STARTS)
