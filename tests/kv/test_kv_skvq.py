@@ -583,4 +583,4 @@ def test_groups_over_heads_are_refused_to_policies_whose_heads_keep_other_tokens
     layer, head = (s.resolve(jnp.float32) for s in (SMALL, HEADS))
     assert layer.refuses(swa, "working_set") is None and head.refuses(h2o, "masked") is None
     sentence = layer.refuses(h2o, "masked")
-    assert "H2O" in sentence and sentence.endswith("give span=head")
+    assert "and h2o(kv_sparsity=0.5) keeps" in sentence and sentence.endswith("give span=head")
