@@ -14,7 +14,7 @@ from pallas_kernels.partial import Partial, merge, merge_axis
 from pallas_kernels.tilings import DecodeTiling
 from tests.kernels.oracle import SEED, decode, error, lse_error
 
-LIMITS = {"float32": 5e-6, "bfloat16": 2.0**-7, "float16": 2.0**-10}  # half precision rounds scaled queries and weights
+LIMITS = {"float32": 2.5e-6, "bfloat16": 5e-3, "float16": 2e-3}
 SMALL = DecodeTiling(rows=16, splits=2)
 # B, K, G, H, S, M, P: prime where it can be
 SHAPES = {
@@ -49,13 +49,13 @@ def compiled(function, tiling, impl="interpret"):
 
 
 def compare(run, args, head_major):
-    """An output is a mean of values, so its error is that of the weights times values: relative to the greatest of these."""
+    """An output is a mean of values, and may be small where they cancel: its error is told of the greatest value."""
     q, k, v, index, bias = args
     part, mass = run(q, k, v, bias) if head_major else run(*args)
     out, lse, weights, _ = decode(q, k, v, None if head_major else index, bias, head_major)
     limit = LIMITS[q.dtype.name]
     assert part.out.dtype == part.lse.dtype == mass.dtype == jnp.float32
-    assert error(part.out, out, least=float(jnp.abs(v).max())) <= limit, f"seed {SEED}"
+    assert error(part.out, out, least=float(jnp.abs(v).max())) <= limit / 2, f"seed {SEED}"
     assert lse_error(part.lse, lse) <= limit, f"seed {SEED}"
     assert error(mass, weights) <= limit, f"seed {SEED}"
 

@@ -71,7 +71,7 @@ def test_products_in_half_precision_stay_within_its_error(kind):
     q, k, v, index, bias, k_wide, v_wide = inputs(kind, SHAPES["G4"], 1, "bfloat16")
     part, mass = compiled(int8_decode.sparse_decode_int8, "interpret")(q, k, v, index, bias)
     out, lse, weights, _ = decode(q.astype(jnp.float32), k_wide, v_wide, index, bias, False)
-    assert error(part.out, out, least=np.abs(v_wide).max()) <= 5e-3, f"seed {SEED}"
+    assert error(part.out, out) <= 1e-2, f"seed {SEED}"
     assert error(mass, weights) <= 2e-2, f"seed {SEED}"
 
 
