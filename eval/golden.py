@@ -191,7 +191,7 @@ def settings() -> dict:
     return {
         "processor": processor(),
         "xla_flags": " ".join(sorted(os.environ.get("XLA_FLAGS", "").split())),
-        "jax_settings": {name: getattr(jax.config, name) for name in names},
+        "jax_settings": {name: jax.config.values.get(name) for name in names},
         "numpy": np.__version__,
     }
 
