@@ -121,7 +121,9 @@ def make(cells: Sequence[Cell], hashes, run: Callable, results, values) -> None:
         made.append(found)
     if reused:
         common.say(f"{reused} of {len(cells)} cells were finished in {Path(results.path).name}")
-    rows = [(str(cell), sum(map(len, r["tokens"])), f"{r['wall_s']:.1f}") for cell, r in zip(cells, made, strict=True)]
+    rows = [
+        (str(cell), str(sum(map(len, r["tokens"]))), f"{r['wall_s']:.1f}") for cell, r in zip(cells, made, strict=True)
+    ]
     common.emit(made, common.table(("cell", "tokens", "s"), rows), values.json)
 
 
