@@ -4,9 +4,9 @@
     python -m eval.ablations --only=window,codec              some of them
     python -m eval.ablations --config=FILE --out=RECORDS      others; FILE defines CONFIG as that file does
 
-Every cell scores the same batch (`eval/quality.py`): windows of held-out standard library text (perplexity) and generated
-recall episodes (accuracy). Differences are from the default SWA at the same sparsity, window by window and episode by
-episode. The protocol is `decode`, token by token through the working set, which is also the quicker one: at 80 %
+Every cell scores the same batch (`eval/quality/paired.py`): windows of held-out standard library text (perplexity) and
+generated recall episodes (accuracy). Differences are from the default SWA at the same sparsity, window by window and
+episode by episode. The protocol is `decode`, token by token through the working set, which is also the quicker one: at 80 %
 sparsity `prefill_mask` pays for every past token under its mask and takes 3 times as long.
 
 Writes eval/results/swa_ablations.jsonl, one record per cell, and eval/results/swa_ablations.png (needs matplotlib). An
@@ -21,9 +21,12 @@ from pathlib import Path
 
 from absl import flags
 
-from eval import common, inputs, plots, quality, windows
-from eval.common import UserError
+from eval.drawing import plots
 from eval.perplexity import PROTOCOLS
+from eval.quality import paired
+from eval.script import common, inputs
+from eval.script.common import UserError
+from eval.text import windows
 
 RESULTS = Path(__file__).parent / "results"
 CONFIG = "configs/tables/swa_ablations.py"
@@ -52,7 +55,7 @@ class Variant:
 class Table:
     """A config, read and checked."""
 
-    sizes: quality.Sizes
+    sizes: paired.Sizes
     sparsities: tuple[float, ...]
     variants: tuple[Variant, ...]
 
@@ -64,7 +67,7 @@ def read(path: str, only: Sequence[str] = ()) -> Table:
     config = runpy.run_path(path).get("CONFIG")
     try:
         groups = {str(group): dict(variants) for group, variants in config["groups"].items()}
-        sizes, sparsities = quality.Sizes(**config["sizes"]), tuple(float(s) for s in config["sparsities"])
+        sizes, sparsities = paired.Sizes(**config["sizes"]), tuple(float(s) for s in config["sparsities"])
         variants = [
             Variant(
                 group,
@@ -102,13 +105,13 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     flags.DEFINE_list("only", [], "Groups to run, comma-separated. Default: all.", **where)
     flags.DEFINE_enum("protocol", "decode", PROTOCOLS, "How the policy is applied.", **where)
     flags.DEFINE_string("figure", None, "PNG file. Default: --out with the ending .png.", **where)
-    quality.jobs_flag(setup)
+    paired.jobs_flag(setup)
     common.parse(setup, argv, __doc__)
     table = read(setup.config, setup.only)
     source = windows.read(setup.text)
     card = inputs.card(setup.model)
     results = inputs.results(setup.out)
-    sample = quality.draw(load, setup.model, card, source, table.sizes, setup.seed)
+    sample = paired.draw(load, setup.model, card, source, table.sizes, setup.seed)
     points = {("dense", "raw", 0.0): None}
     points |= {(v.policy(s), v.codec, s): None for s in table.sparsities for v in table.variants}
     cells = [
@@ -122,7 +125,7 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
         }
         for policy, codec, sparsity in points
     ]
-    found, reused, interrupted = quality.run(cells, sample, make_engine, results, rerun=setup.rerun, jobs=setup.jobs)
+    found, reused, interrupted = paired.run(cells, sample, make_engine, results, rerun=setup.rerun, jobs=setup.jobs)
     records = {(r["policy"], r["codec"], r["kv_sparsity"]): r for r in found if r is not None}
     if reused:
         common.say(f"{reused} of {len(records)} cells were already in {setup.out}; --rerun measures them again")
@@ -163,17 +166,17 @@ def report(records: Mapping[tuple[str, str, float], dict], table: Table) -> str:
         rows, last = [], None
         for variant, r, default in panels(records, table)[sparsity]:
             pairs = [
-                quality.difference(r, default, metric) if r and default and not variant.is_default else None
-                for metric in quality.METRICS
+                paired.difference(r, default, metric) if r and default and not variant.is_default else None
+                for metric in paired.METRICS
             ]
             rows.append(
                 [
                     "" if variant.group == last else variant.group,
                     variant.label + (" (default)" if variant.is_default else ""),
                     common.number(r.get("token_perplexity"), ".3f", 1, r.get("stderr")),
-                    quality.show(pairs[0], ".4f"),
+                    paired.show(pairs[0], ".4f"),
                     common.number(r.get("recall_accuracy_frac"), ".1f", 100, r.get("recall_accuracy_frac_stderr")),
-                    quality.show(pairs[1], ".1f", 100),
+                    paired.show(pairs[1], ".1f", 100),
                     common.number(r.get("attended_frac"), ".1f", 100),
                     common.number(r.get("kv_bytes_per_token"), ".0f"),
                     common.number(r.get("stats_bytes_per_token"), ".0f"),

@@ -7,8 +7,8 @@
 It prints a row for each task and policy, and for `needle` a grid of lengths and depths for each policy; the bundled model
 finds nearly all needles under `dense`. `piqa`, `copa`, `openbookqa` and `winogrande` are read from one `--task_file` each,
 in the order of the tasks, or, where none is given, by the `datasets` library (the extra `tasks`). They use `--shots` and
-`--limit`; forms, prompts and the draw of examples are told in `eval/tasks.py`. `recall`, `copy`, `needle` and `shift` are
-generated and use `--lengths`, `--items` and `--depths` (`eval/planted.py`).
+`--limit`; forms, prompts and the draw of examples are told in `eval/text/tasks.py`. `recall`, `copy`, `needle` and
+`shift` are generated and use `--lengths`, `--items` and `--depths` (`eval/text/planted.py`).
 
     acc         choices: items whose right choice has the largest log-likelihood; generated tasks: right answer tokens
     acc_norm    choices: as acc, with the log-likelihood over the bytes of the choice
@@ -38,8 +38,9 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from eval import common, inputs, measure, planted, tasks, windows
-from eval.common import UserError
+from eval.script import common, inputs, measure
+from eval.script.common import UserError
+from eval.text import planted, tasks, windows
 
 PROTOCOLS = ("decode", "prefill_mask", "prompt")
 QUESTIONS = ("prompt", "after")

@@ -10,7 +10,7 @@ decode      Caches hold `context - rounds x steps` tokens when the first round b
             by round, so they are at the same lengths at the same time. Caches are not made by prompts: K and V (and q, for
             policies that are seeded by attention) are normal numbers drawn once per cell, the same for all. So dense and
             the peers give the same tokens, and `agrees` is the share that is equal. SWA attends what it selects when the
-            model of --trace reads a text at this context (`eval/traces.py`), as random weights select nothing lasting.
+            model of --trace reads a text at this context (`eval/speed/traces.py`), as random weights select nothing lasting.
 prefill     The same random prompt is read again and again, in turn; the first time is not timed. Ours is padded as the
             engine pads prompts.
 perplexity  Every group of windows of the text is scored by one system after the other. `decode` and `prefill_mask` are the
@@ -18,9 +18,9 @@ perplexity  Every group of windows of the text is scored by one system after the
 
 Decode and prefill tell medians over the rounds, perplexity the whole text; all tell quartiles. `x peer` is tokens/s over
 those of the best peer of the same cell, `x dense` over those of our dense, raw row. `limit` is what the bytes and FLOPs of
-the row would take at the read bandwidth and the matmul peak that were measured before (`eval/bench_limits.py`). `compiles`
+the row would take at the read bandwidth and the matmul peak that were measured before (`eval/speed/limits.py`). `compiles`
 counts what the timed rounds compiled: it has to be 0. Below the tables stand the gates, each with its number
-(`eval/bench_tables.py`). The machine has to be idle: threads of torch that wait for one another lose most by other programs,
+(`eval/speed/gates.py`). The machine has to be idle: threads of torch that wait for one another lose most by other programs,
 which `load_before` of a record tells. Peers need the extra `parity`. A cell is measured, and found in --out, as a whole.
 """
 
@@ -32,23 +32,26 @@ from collections.abc import Callable, Mapping, Sequence
 from absl import flags
 from tqdm import tqdm
 
-from eval import bench_limits, bench_peers, bench_runs, bench_shapes, bench_tables, common, inputs, windows
-from eval.bench_limits import Rates
-from eval.bench_shapes import NAMES, SUITES, Cell, System
-from eval.common import UserError
+from eval.script import common, inputs
+from eval.script.common import UserError
+from eval.speed import cells as bench_cells
+from eval.speed import gates, limits, peers, rounds
+from eval.speed.cells import NAMES, SUITES, Cell, System
+from eval.speed.limits import Rates
+from eval.text import windows
 
 BUSY = 0.7  # of the load average over a minute
 
 
 def config(argv: Sequence[str]) -> flags.FlagValues:
     """The flags, checked one by one; raises UserError."""
-    values = common.shared_flags(bench_shapes.BUNDLED, windows.BUNDLED, None)
+    values = common.shared_flags(bench_cells.BUNDLED, windows.BUNDLED, None)
     del values.model
     where, one = {"flag_values": values}, {"lower_bound": 1, "flag_values": values}
     flags.DEFINE_enum("suite", "all", (*SUITES, "all"), "What is measured.", **where)
     flags.DEFINE_multi_string(
         "model",
-        [bench_shapes.SMALL, bench_shapes.BUNDLED],
+        [bench_cells.SMALL, bench_cells.BUNDLED],
         "random:NAME, a folder or bundled; repeatable.",
         **where,
     )
@@ -64,7 +67,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_integer("window_tokens", 1024, "Tokens of a window, at most; perplexity.", 2, **where)
     flags.DEFINE_bool("full", False, "Score 100k tokens.", **where)
     flags.DEFINE_bool("quick", False, "Small sizes: the bundled model, one sequence of 96 tokens.", **where)
-    flags.DEFINE_string("trace", bench_shapes.BUNDLED, "The model whose selections SWA replays, or none.", **where)
+    flags.DEFINE_string("trace", bench_cells.BUNDLED, "The model whose selections SWA replays, or none.", **where)
     flags.DEFINE_string(
         "profile",
         None,
@@ -76,7 +79,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     if unknown := [name for name in values.systems if name not in NAMES]:
         raise UserError(f"--systems: unknown name {unknown[0]!r}; known: {', '.join(NAMES)}")
     if values.quick:
-        values.model = [bench_shapes.BUNDLED]
+        values.model = [bench_cells.BUNDLED]
         values.window_tokens = min(values.window_tokens, 64)
         values.perplexity_tokens = min(values.perplexity_tokens, 640)
     if values.trace != "none" and values.trace.startswith("random:"):
@@ -84,19 +87,19 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     return values
 
 
-def main(argv: Sequence[str], measure_rates: Callable = bench_limits.rates) -> None:
+def main(argv: Sequence[str], measure_rates: Callable = limits.rates) -> None:
     """flags -> cells -> rounds in turn -> records. measure_rates is for tests."""
     values, sources = config(argv), {}
     inputs.check_impl(values.attention_impl)
     suites = SUITES if values.suite == "all" else (values.suite,)
-    cells = bench_shapes.cells(suites, list(dict.fromkeys(values.model)), values)
-    results, threads = inputs.results(values.out), bench_peers.threads()
-    known = bench_peers.installed()
+    cells = bench_cells.cells(suites, list(dict.fromkeys(values.model)), values)
+    results, threads = inputs.results(values.out), peers.threads()
+    known = peers.installed()
     if not known:
         common.say("torch and transformers are not installed (extra parity), so there are rows of ours alone")
     records, machine, load, reused = [], None, None, 0
     for cell in tqdm(cells, desc="cells", disable=None, leave=False):
-        systems = {n: s for n, s in bench_shapes.chosen(cell.suite, values.systems).items() if known or s.ours}
+        systems = {n: s for n, s in bench_cells.chosen(cell.suite, values.systems).items() if known or s.ours}
         if not systems:
             continue
         rows = {name: _fields(values, cell, systems, name, threads, sources) for name in systems}
@@ -110,17 +113,17 @@ def main(argv: Sequence[str], measure_rates: Callable = bench_limits.rates) -> N
         machine = machine or measured_rates(measure_rates, known)
         common.say(f"{cell.title}: {', '.join(systems)}")
         began = time.perf_counter()
-        found = bench_runs.SUITES[cell.suite](cell, systems, values, machine)
+        found = rounds.SUITES[cell.suite](cell, systems, values, machine)
         wall_s = (time.perf_counter() - began) / len(found)
         for name, got in compared(found, systems).items():
             how = {"warmup": 1, "repeats": cell.rounds}
-            got |= machine.fields() | bench_peers.versions() | {"load_before": load}
+            got |= machine.fields() | peers.versions() | {"load_before": load}
             records.append(inputs.record(results, rows[name], got, wall_s, how))
     if not records:
         raise UserError(f"--systems: none of {', '.join(values.systems)} is a row of --suite={values.suite}")
     if reused:
         common.say(f"{reused} of {len(cells)} cells were already in {values.out}; --rerun measures them again")
-    common.emit(records, bench_tables.text(records), values.json)
+    common.emit(records, gates.text(records), values.json)
 
 
 def _load() -> float:
@@ -133,8 +136,8 @@ def _load() -> float:
 
 def measured_rates(measure: Callable, known: bool) -> Rates:
     """The rates of this machine, by XLA and by torch where it is there."""
-    read_bytes, side = bench_limits.READ_BYTES, bench_limits.SIDE
-    machine = measure(lambda r, s: bench_peers.reads(r, s) if known else None, read_bytes, side)
+    read_bytes, side = limits.READ_BYTES, limits.SIDE
+    machine = measure(lambda r, s: peers.reads(r, s) if known else None, read_bytes, side)
     common.say(
         f"this machine reads {machine.read_bytes_per_s / 1e9:.1f} GB/s ({machine.read_by}) and does "
         f"{machine.matmul_flops_per_s / 1e9:.0f} GFLOP/s ({machine.matmul_by})"

@@ -25,8 +25,9 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from eval import common, inputs, windows
-from eval.common import UserError
+from eval.script import common, inputs
+from eval.script.common import UserError
+from eval.text import windows
 
 
 def main(argv: Sequence[str]) -> None:

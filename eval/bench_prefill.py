@@ -30,8 +30,10 @@ from tqdm import tqdm
 from alisa_jax import policies
 from alisa_jax.kv.buckets import bucket
 from alisa_jax.models import Decoder, Model
-from eval import common, inputs, sizes, windows
-from eval.common import UserError
+from eval.modelled import sizes
+from eval.script import common, inputs
+from eval.script.common import UserError
+from eval.text import windows
 
 DENSE, SHORT = "dense", "dense on --tokens tokens"
 EXPECTED = "(reads_layer + 1) / n_layers * dense_prefill_s + short_prefill_s"

@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from eval import common, episodes, inputs, windows
-from eval.common import UserError
+from eval.script import common, inputs
+from eval.script.common import UserError
+from eval.text import episodes, windows
 
 TRAIN = "bundled:train"
 TOKENS, BLOCK_TOKENS = 131072, 512

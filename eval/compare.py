@@ -15,7 +15,7 @@ share for what a step reads, the labels that it searches included.
 
 Rows are every policy of the registry that has a size (`Policy.sized`) with every `--codec`, and every codec alone, with
 dense attention, where its own bytes fit. All is scored by the protocol `prompt` (`Engine.score`): a dense prompt, from which
-the method takes what it keeps, and N decoded tokens. `eval/compare_sample.py` says what the tasks are. Differences are from
+the method takes what it keeps, and N decoded tokens. `eval/quality/sample.py` says what the tasks are. Differences are from
 dense attention on the same windows and draws, ± one standard error of the paired difference, * above two. Below each table
 stand the parts of the sample that a method loses by more than two while it holds others at the same bytes.
 
@@ -34,10 +34,15 @@ from absl import flags
 from tqdm import tqdm
 
 from alisa_jax import policies
-from eval import common, compare_plots, compare_rows, compare_sample, compare_tables, inputs, measure, planted, windows
-from eval.common import UserError
-from eval.compare_rows import Entry
-from eval.compare_sample import LEAST_FRAC, TASKS, Sample, Sizes, Task
+from eval.drawing import compare
+from eval.quality import rows as compare_rows
+from eval.quality import sample as compare_sample
+from eval.quality import tables
+from eval.quality.rows import Entry
+from eval.quality.sample import LEAST_FRAC, TASKS, Sample, Sizes, Task
+from eval.script import common, inputs, measure
+from eval.script.common import UserError
+from eval.text import planted, windows
 
 PROMPT_TOKENS, NEW_TOKENS = 448, 32  # together a context bucket, so that arrays have few spare slots
 
@@ -153,11 +158,11 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     if reused:
         common.say(f"{reused} of {len(records)} cells were already in {values.out}; --rerun measures them again")
     rows = {share: compare_rows.listed(records, share) for share in setup.shares}
-    common.emit(records.values(), compare_tables.text(rows, dense, refused), values.json)
+    common.emit(records.values(), tables.text(rows, dense, refused), values.json)
     if values.page:
-        common.write(Path(values.page), compare_tables.page(rows, dense, refused))
+        common.write(Path(values.page), tables.page(rows, dense, refused))
     if values.figure:
-        common.say(compare_plots.plot(rows, dense, Path(values.figure)))
+        common.say(compare.plot(rows, dense, Path(values.figure)))
 
 
 def evaluate(engine, sample: Sample, tasks: Sequence[Task], setup: Config) -> tuple[dict, dict]:

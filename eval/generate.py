@@ -25,8 +25,8 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from eval import common, inputs
-from eval.common import UserError
+from eval.script import common, inputs
+from eval.script.common import UserError
 
 HEAD_PROMPT, HEAD_COMPLETION = "--- prompt", "--- continuation"
 

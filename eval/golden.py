@@ -5,7 +5,7 @@
     python -m eval.golden --check=eval/results/golden.jsonl --stories=stories260K
     python -m eval.golden --check=eval/results/golden.jsonl --cells=10 --seed=3
 
-`eval/golden_cells.py` says what is run; about 15 minutes on 2 CPU cores. A record holds tokens, log-probabilities, margins,
+`eval/quality/golden_cells.py` says what is run; about 15 minutes on 2 CPU cores. A record holds tokens, log-probabilities, margins,
 selected sets, bytes of the cache, codes of single tokens and, of placed runs, what was moved.
 
 --check computes cells again. Where processor, settings and versions are those of the record, all must be equal to the bit.
@@ -38,9 +38,10 @@ from absl import flags
 from tqdm import tqdm
 
 from alisa_jax import records
-from eval import common, golden_cells, inputs
-from eval.common import UserError
-from eval.golden_cells import NEW_TOKENS, Cell, Measured
+from eval.quality import golden_cells
+from eval.quality.golden_cells import NEW_TOKENS, Cell, Measured
+from eval.script import common, inputs
+from eval.script.common import UserError
 
 EXIT_DIFFERS = 1
 TOLERANCE = 1e-4  # nats, and units of attention: of margins, scores and log-probabilities

@@ -5,10 +5,10 @@
 
 Four systems step from a context of --contexts tokens less --repeats rounds of --steps steps to that context: dense and
 --policy with everything on the device, and both under a controller with --device_kv_frac of the dense KV there. What this
-costs depends on shapes alone, so weights are random, and so are K and V: no prompt is read (`eval/growth_runs.py`). What an
-SWA selects does depend on weights, so --trace lets it attend what it attends in a trained model (`eval/traces.py`), whose
-positions are interpolated where the context is beyond its own; above --trace_tokens, and with --trace=none, it selects by
-the random model itself, under which rows hardly move: the columns `entering` and `rows/step` tell.
+costs depends on shapes alone, so weights are random, and so are K and V: no prompt is read (`eval/speed/filled.py`). What an
+SWA selects does depend on weights, so --trace lets it attend what it attends in a trained model (`eval/speed/traces.py`),
+whose positions are interpolated where the context is beyond its own; above --trace_tokens, and with --trace=none, it
+selects by the random model itself, under which rows hardly move: the columns `entering` and `rows/step` tell.
 
 The model is --model with --layers layers and a head of --vocab_size tokens, because neither changes how a step grows. As it
 is by default, K and V of a token are 8 layers x 2 x 768 x 4 = 49,152 bytes: 1.6 GB for one sequence of 32,768 tokens, and
@@ -43,9 +43,13 @@ from absl import flags
 
 from alisa_jax import policies
 from alisa_jax.placement.plan import PAGE_TOKENS
-from eval import common, growth_fits, growth_plots, growth_runs, inputs, sizes, systems, windows
-from eval.common import UserError
-from eval.systems import System, Work
+from eval.drawing import growth
+from eval.modelled import sizes
+from eval.script import common, inputs
+from eval.script.common import UserError
+from eval.speed import filled, fits, systems
+from eval.speed.systems import System, Work
+from eval.text import windows
 
 CONTEXTS = tuple(512 * 2**i for i in range(7))
 
@@ -133,7 +137,7 @@ def cast(values) -> Cast:
     return found
 
 
-def main(argv: Sequence[str], measure: Callable = growth_runs.steps, record: Callable = growth_runs.recorded) -> None:
+def main(argv: Sequence[str], measure: Callable = filled.steps, record: Callable = filled.recorded) -> None:
     """flags -> systems -> a context after the other -> records. The arguments beside `argv` are for tests."""
     values = config(argv)
     inputs.check_impl(values.attention_impl)
@@ -145,8 +149,8 @@ def main(argv: Sequence[str], measure: Callable = growth_runs.steps, record: Cal
     sizes.hardware(values.hardware)
     works = {n: _work(values, shape, n) for n in (_base(values), *values.contexts)}
     for system in chosen:  # what no budget could make possible
-        systems.refusal(system, growth_runs.unlimited(works[max(works)]))
-    growth_runs.check_host(chosen.steps)
+        systems.refusal(system, filled.unlimited(works[max(works)]))
+    filled.check_host(chosen.steps)
     results = inputs.results(values.out)
     find = lambda cell: None if results is None or values.rerun else results.find(cell | inputs.here())
 
@@ -160,14 +164,14 @@ def main(argv: Sequence[str], measure: Callable = growth_runs.steps, record: Cal
                 f"{tokens} tokens: {len(cells)} systems, {values.repeats} rounds of {values.steps} steps in turn"
             )
             began = time.perf_counter()
-            model = model or growth_runs.random_model(shape, values.dtype, values.seed, values.model)
+            model = model or filled.random_model(shape, values.dtype, values.seed, values.model)
             replays = next(iter(cells.values()))["trace"] is not None
             trace = record(values.trace, chosen.sparse.policy, work, source) if replays else None
             impl = common.impl_field(values.attention_impl)
             new = measure(model, tuple(cells), work, values.steps, values.seed, trace, impl)
-            wall_s, how = time.perf_counter() - began, {"passes": growth_runs.PASSES}
+            wall_s, how = time.perf_counter() - began, {"passes": filled.PASSES}
             for system in cells:
-                new[system] |= {"attended_frac": growth_runs.attended_frac(system.policy, tokens)}
+                new[system] |= {"attended_frac": filled.attended_frac(system.policy, tokens)}
             made = [inputs.record(results, cell, new[system], wall_s, how) for system, cell in cells.items()]
         found += made
         for cell, run in () if tokens == _base(values) else _plans(values, card, chosen, tokens, work):
@@ -177,7 +181,7 @@ def main(argv: Sequence[str], measure: Callable = growth_runs.steps, record: Cal
         common.say(f"{reused} of {len(works)} contexts were in {values.out}; --rerun runs them again")
     common.emit(found, report(found, chosen), values.json)
     if values.plot:
-        common.say(growth_plots.plot(found, chosen, Path(values.plot)))
+        common.say(growth.plot(found, chosen, Path(values.plot)))
 
 
 def _work(values, shape, tokens: int) -> Work:
@@ -207,12 +211,12 @@ def _plans(values, card, chosen: Cast, tokens: int, work: Work) -> Iterator[tupl
     """Cells of decisions and searches at a context, and what runs each."""
     for system in chosen.decides:
         cell = _cell(values, card, system, tokens, "decide") | {"steps": values.steps, "rounds": values.repeats}
-        yield cell, functools.partial(growth_runs.decisions, system, work, values.repeats)
+        yield cell, functools.partial(filled.decisions, system, work, values.repeats)
     for rule, new in (("fixed", values.search_new_tokens), ("half", tokens // 2)):
         cell = _cell(values, card, chosen.away_sparse, tokens, "search") | {"rounds": values.repeats}
         cell |= {"new_tokens_rule": rule, "new_tokens": new, "hardware": values.hardware}
         some = dataclasses.replace(work, prompt_tokens=(tokens - new,) * values.batch, new_tokens=new)
-        yield cell, functools.partial(growth_runs.search, some, chosen.sparse.policy, values.hardware, values.repeats)
+        yield cell, functools.partial(filled.search, some, chosen.sparse.policy, values.hardware, values.repeats)
 
 
 def _cell(values, card, system: System, tokens: int, part: str) -> dict:
@@ -234,7 +238,7 @@ def _cell(values, card, system: System, tokens: int, part: str) -> dict:
 
 def report(records: Sequence[dict], chosen: Cast) -> str:
     """The tables for people: seconds and ratios by context, what the steps did, and how all of it grows."""
-    found, weights_s = growth_fits.series(records)
+    found, weights_s = fits.series(records)
     first, sparse = records[0], chosen.sparse.policy
     ms = lambda value: common.number(value, ".3g", 1e3)
     by = {(r["context_tokens"], r["placement"], r["policy"]): r for r in records if r["measured_part"] == "step"}
@@ -243,7 +247,7 @@ def report(records: Sequence[dict], chosen: Cast) -> str:
         mine = [by.get((tokens, s.controller, s.policy)) for s in chosen.steps]
         row = [str(tokens), *(ms(None if r is None else r["seconds_per_step"]) for r in mine)]
         pair = [r["seconds_per_step"] for r in mine[:2]]
-        whole, above = growth_fits.ratios(pair[1], pair[0], weights_s) if "OOM" not in pair else (None, None)
+        whole, above = fits.ratios(pair[1], pair[0], weights_s) if "OOM" not in pair else (None, None)
         rows.append([*row, *(common.number(x, ".2f") for x in (whole, above, mine[1]["attended_frac"]))])
         for r in filter(None, mine):
             name = f"{r['placement']} | {r['policy']}"
@@ -256,10 +260,10 @@ def report(records: Sequence[dict], chosen: Cast) -> str:
             details.append([name, str(tokens), entering, *numbers, r["trace"] or "-"])
     growths = []
     for one in found.values():
-        own = growth_fits.growth(one.seconds, weights_s if one.part == "step" else 0.0)
+        own = fits.growth(one.seconds, weights_s if one.part == "step" else 0.0)
         us = [common.number(own.base_s, ".1f", 1e6), common.number(own.token_s, ".3g", 1e9)]
         design = f"{one.share:.2f} x dense" if one.design == "share" else one.design
-        said = {True: "yes", False: "no", None: "-"}[growth_fits.as_designed(one, found, weights_s)]
+        said = {True: "yes", False: "no", None: "-"}[fits.as_designed(one, found, weights_s)]
         growths.append([one.name, *(common.number(x, ".2f") for x in own[:2]), *us, design, said])
     plans = [[one.name, *(ms(one.seconds.get(n)) for n in sorted(found_contexts(found)))] for one in found.values()]
     plans = [row for row, one in zip(plans, found.values(), strict=True) if one.part != "step"]

@@ -21,8 +21,10 @@ from alisa_jax.calibration import Calibration
 from alisa_jax.kv import codec as codecs
 from alisa_jax.models import checkpoint
 from alisa_jax.policies.base import Policy
-from eval import common, sizes, systems
-from eval.common import UserError
+from eval.modelled import sizes
+from eval.script import common
+from eval.script.common import UserError
+from eval.speed import systems
 
 TOKENS, DTYPE = 128, "float32"
 REGISTRIES = MappingProxyType(

@@ -4,7 +4,7 @@
     python -m eval.perplexity --model=FOLDER --text=FILE --context=512 --stride=256 --max_tokens=20000 --json
 
 The text is cut into windows of `--context` tokens, one every `--stride` tokens, each run alone from an empty
-cache; a token is scored by the first window that holds it (`eval/windows.py`). With nll the sum of -ln p over
+cache; a token is scored by the first window that holds it (`eval/text/windows.py`). With nll the sum of -ln p over
 the n scored tokens:
 
     token_perplexity = exp(nll / n)                    word_perplexity = exp(nll / words of the scored text)
@@ -27,8 +27,9 @@ from dataclasses import dataclass
 from absl import flags
 from tqdm import tqdm
 
-from eval import common, inputs, measure, windows
-from eval.common import UserError
+from eval.script import common, inputs, measure
+from eval.script.common import UserError
+from eval.text import windows
 
 PROTOCOLS = ("decode", "prefill_mask")
 DEFAULT_CONTEXT = 1024  # at most; less where the model's own context is shorter

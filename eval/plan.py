@@ -33,8 +33,9 @@ from alisa_jax import placement
 from alisa_jax.placement import planner
 from alisa_jax.placement.cost import Cost, kv_bytes
 from alisa_jax.placement.simulate import ENTERING_TOKENS, Simulated, Trace, simulate, swa_trace
-from eval import common, hardware_profile, inputs, sizes
-from eval.common import UserError
+from eval.modelled import hardware_profile, sizes
+from eval.script import common, inputs
+from eval.script.common import UserError
 
 DENSE = ("resident", "waves", "accelerate", "flexgen")
 

@@ -4,10 +4,11 @@
     python -m eval.plan_tables --figure=12b --json
     python -m eval.plan_tables --figure=9 --plot=figure_9.png
 
-Every number of ours is modelled; nothing here has run on those GPUs. `eval/plan_model.py` is the model, a step time that is
-common to all systems, and how ALISA is read; `eval/plan_fits.py` says what is fitted on which published number. A cell
-marked `=` is fitted on, and has the error that is left; the others are predictions. The tables of `traffic=delta` have no
-published number beside them: they are what ALISA could have been, had it sent only what enters the selection.
+Every number of ours is modelled; nothing here has run on those GPUs. `eval/modelled/paper_system.py` is the model, a step
+time that is common to all systems, and how ALISA is read; `eval/modelled/paper_fits.py` says what is fitted on which
+published number. A cell marked `=` is fitted on, and has the error that is left; the others are predictions. The tables
+of `traffic=delta` have no published number beside them: they are what ALISA could have been, had it sent only what enters
+the selection.
 """
 
 import json
@@ -17,11 +18,13 @@ from pathlib import Path
 
 from absl import flags
 
-from eval import common, plan_figures, plan_fits, plan_model, plots
-from eval.common import UserError
-from eval.plan_figures import pick
-from eval.plan_model import Fits
-from eval.plan_trends import Trend, trends
+from eval.drawing import plots
+from eval.modelled import paper_cells, paper_fits, paper_system
+from eval.modelled.paper_cells import pick
+from eval.modelled.paper_system import Fits
+from eval.modelled.paper_trends import Trend, trends
+from eval.script import common
+from eval.script.common import UserError
 
 PAPER = Path(__file__).resolve().parent / "paper" / "alisa_throughput.json"
 FIGURES = ("9", "12a", "12b", "12c")
@@ -39,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     if values.plot and values.figure not in (None, "9"):
         raise UserError(f"--plot draws Figure 9; --figure={values.figure} leaves it out")
     published = json.loads(PAPER.read_text())
-    fits = plan_fits.fit(published)
+    fits = paper_fits.fit(published)
     found = {name: figure(name)(published, fits) for name in ([values.figure] if values.figure else FIGURES)}
     cells = [one for some in found.values() for one in some]
     said = trends(cells)
@@ -53,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
 
 def figure(name: str) -> Callable[[dict, Fits], list[dict]]:
     """The function that makes a figure's cells."""
-    return getattr(plan_figures, f"figure_{name}")
+    return getattr(paper_cells, f"figure_{name}")
 
 
 def fitted(fits: Fits) -> str:
@@ -63,8 +66,8 @@ def fitted(fits: Fits) -> str:
         rows.append((f"link of the {gpu.upper()}", f"{fits.link_bytes_per_s[gpu] / 1e9:.1f} GB/s"))
         rows.append((f"c of the {gpu.upper()}: weight operations at", f"{fits.flops_per_s[gpu] / 1e12:.1f} TFLOP/s"))
     rows += [(f"a, a layer of {name}", f"{1e3 * one:.2f} ms") for name, one in fits.layer_s.items()]
-    for place in plan_model.MODELS:
-        a, c = plan_model.step_s(place, fits)
+    for place in paper_system.MODELS:
+        a, c = paper_system.step_s(place, fits)
         rows.append((f"  so a + c b of {place.model}", f"{1e3 * a:.1f} + {1e3 * c:.2f} b ms"))
     rows += [
         ("alpha", f"{fits.alpha:.3f}"),
@@ -74,7 +77,7 @@ def fitted(fits: Fits) -> str:
         ("hooks of Accelerate, a layer", f"{1e3 * fits.accelerate_layer_s:.2f} ms"),
         *((f"vLLM's sequences on the {gpu.upper()}", str(one)) for gpu, one in fits.vllm_sequences.items()),
     ]
-    return f"Fitted (on what: eval/plan_fits.py)\n{common.table(('number', 'value'), rows)}"
+    return f"Fitted (on what: eval/modelled/paper_fits.py)\n{common.table(('number', 'value'), rows)}"
 
 
 def _table_9(cells: list[dict]) -> list[str]:

@@ -34,9 +34,11 @@ from pathlib import Path
 
 from absl import flags
 
-from eval import common, inputs, quality, tables, tasks, windows
-from eval.common import UserError
 from eval.figures import base
+from eval.quality import paired
+from eval.script import common, inputs, tables
+from eval.script.common import UserError
+from eval.text import tasks, windows
 
 RESULTS = Path(__file__).parent / "results" / "reproduce"
 NAMES = ("fig1", "fig2c", "fig3", "fig4", "fig5", "fig8", "fig9", "fig10", "fig11", "fig12a", "fig12b", "fig12c")
@@ -59,7 +61,7 @@ def main(
     flags.DEFINE_bool("full", False, "All cells of configs/tables.", **where)
     flags.DEFINE_multi_string("task", [], f"Accuracy panels of fig8, of {', '.join(tasks.NAMES)}; repeatable.", **where)
     flags.DEFINE_multi_string("task_file", [], "JSON lines, one file for each --task. Default: the hub's.", **where)
-    quality.jobs_flag(values)
+    paired.jobs_flag(values)
     common.parse(values, argv, __doc__)
     names = _names(values.only)
     if values.quick and values.full:

@@ -6,8 +6,8 @@
 
 Windows of `--context` tokens are spread evenly over the text; each runs alone from an empty cache, row i under the
 selection that its own earlier rows lead to (protocol `prefill_mask`, the numbers of decoding token by token). Dense is
-always measured, as the reference. Defined in `eval/attention_measures.py`: the share of weights below 1 % of the row's
-maximum, over all entries, over the kept ones, and in rows averaged over heads; the dense attention mass that a policy
+always measured, as the reference. Defined in `eval/quality/attention_measures.py`: the share of weights below 1 % of the
+row's maximum, over all entries, over the kept ones, and in rows averaged over heads; the dense attention mass that a policy
 misses; tokens that enter the selection; the weight on the first token; accumulated scores and their Spearman correlation
 with dense, mean over layers. ± is one standard error over windows. The first `--skip` rows of a window are left out of all
 but the accumulated scores: step 1 is row `--skip`.
@@ -34,9 +34,12 @@ import numpy as np
 from absl import flags
 
 from alisa_jax.engine.looking import attentions
-from eval import attention_measures, common, inputs, measure, sparsity_plots, windows
-from eval.common import UserError
+from eval.drawing import attention
 from eval.figures import base
+from eval.quality import attention_measures
+from eval.script import common, inputs, measure
+from eval.script.common import UserError
+from eval.text import windows
 
 DENSE = "dense"
 FIRST_TOKENS = 16  # of the first window, whose maps are in every record: what Figure 5 shows
@@ -223,7 +226,7 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     if archive:
         common.say(archive.write())
     if flag.plot:
-        common.say(sparsity_plots.overview(found.records, Path(flag.plot)))
+        common.say(attention.overview(found.records, Path(flag.plot)))
 
 
 class Archive:

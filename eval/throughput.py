@@ -20,7 +20,7 @@ should not, unless a controller splits the batch under a --trace.
 
 Prompts are cut from --text where the model has a tokenizer, else their ids are drawn; --ragged draws their lengths. Random
 weights hardly change what SWA selects, so --trace lets every SWA attend what it attends in a trained model that reads --text
-(`eval/traces.py`). --simulate prices the same systems on a page of configs/hardware instead, and all its numbers are
+(`eval/speed/traces.py`). --simulate prices the same systems on a page of configs/hardware instead, and all its numbers are
 modelled (`alisa_jax/placement/cost.py`); budgets are then by default what weights and activations leave of the device, and
 the host's memory. The model knows no spare slots: what enters a set travels, though most of it returns soon after it left
 and would still be there. Without --trace it assumes as many tokens to enter a set per step as on trained models.
@@ -40,9 +40,13 @@ import alisa_jax
 from alisa_jax import placement, policies
 from alisa_jax.placement import mover
 from alisa_jax.placement.cost import Cost
-from eval import common, inputs, plots, sizes, systems, timing, traces, windows
-from eval.common import UserError
-from eval.systems import System, Work
+from eval.drawing import plots
+from eval.modelled import sizes
+from eval.script import common, inputs
+from eval.script.common import UserError
+from eval.speed import systems, timing, traces
+from eval.speed.systems import System, Work
+from eval.text import windows
 
 SELECTION_US = 50.0  # modelled: what selecting adds to a layer of a step
 

@@ -2,8 +2,8 @@
 
     python -m eval.train --config=configs/train/pylib_1m.py --workdir=runs/pylib_1m --out=alisa_jax/bundled/pylib_1m
 
-About half of the episodes are text windows, the others are recall (`eval.episodes`), whose loss counts the answers only.
-What a step sees is a function of the seed and the step's number, so a run that was stopped and started again ends with
+About half of the episodes are text windows, the others are recall (`eval.text.episodes`), whose loss counts the answers
+only. What a step sees is a function of the seed and the step's number, so a run that was stopped and started again ends with
 the same parameters, bit for bit, as one that was not. `--stop_at=N` trains up to step N at most and then exports: with 0,
 the newest checkpoint is exported as it is. A run goes on from its checkpoint under a changed config as long as the steps
 already done are the same in it.
@@ -35,7 +35,10 @@ from tqdm import tqdm
 from alisa_jax.models import checkpoint
 from alisa_jax.models.decoder import Decoder
 from alisa_jax.records import environment
-from eval import common, curriculum, episodes, learning, plots
+from eval.drawing import plots
+from eval.script import common
+from eval.text import episodes
+from eval.training import curriculum, learning
 
 EVALUATED_LENGTHS = (128, 256, 512, 1024, 2048)
 EVALUATED_EPISODES = 16  # of each kind and filler

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from eval import inputs
+from eval.script import inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 NEAR = 0.25  # what counts as close to the paper's number

@@ -1,8 +1,8 @@
 """Figure 1: seconds and memory of dense inference with FlexGen, its KV cache on the CPU, half on it, or on the GPU.
 
 W1 and W2 are batch 64, 128 + 256 and 128 + 512 tokens of OPT-6.7B on a V100 with 32 GB. Modelled for these
-(`eval/plan_model.py`), and measured in small on the device at hand: `accelerate`, `flexgen` with half of the sequences on
-the device, `resident`, under a device budget that is the same share of W2's cache as the figure's GPU leaves.
+(`eval/modelled/paper_system.py`), and measured in small on the device at hand: `accelerate`, `flexgen` with half of the
+sequences on the device, `resident`, under a device budget that is the same share of W2's cache as the figure's GPU leaves.
 """
 
 import dataclasses
@@ -12,11 +12,13 @@ from types import MappingProxyType
 
 from alisa_jax import placement
 from alisa_jax.placement.simulate import simulate
-from eval import common, plan_model, sizes, system_plots
+from eval.drawing import systems
 from eval.figures import base, modelled, stand_in
 from eval.figures.base import Found, Setup, Table, Versus
-from eval.plan_figures import GIB, cell, pick
-from eval.plan_fits import FIGURE_1, MANY
+from eval.modelled import paper_system, sizes
+from eval.modelled.paper_cells import GIB, cell, pick
+from eval.modelled.paper_fits import FIGURE_1, MANY
+from eval.script import common
 
 TITLE = "Execution time and memory by placement of the KV cache"
 PAPER = "alisa_fig1"
@@ -60,23 +62,21 @@ def draw(setup: Setup, records: Sequence[dict], path: Path) -> str:
             theirs = [_published(one, key) for one in paper[name].values()]
             ours = [pick(found, quantity=key, workload=name, placement=where) for where in RUN]
             series.append((name, list(NAMES.values()), theirs, [one[0]["modelled"] if one else None for one in ours]))
-        panels.append(system_plots.Panel(label, "KV cache", series))
-    return system_plots.curves(
-        panels, "ALISA's Figure 1: OPT-6.7B, batch 64, V100 32 GB; no point: out of memory", path
-    )
+        panels.append(systems.Panel(label, "KV cache", series))
+    return systems.curves(panels, "ALISA's Figure 1: OPT-6.7B, batch 64, V100 32 GB; no point: out of memory", path)
 
 
 def cells() -> list[dict]:
     """Seconds and GiB by workload and placement. The fits are on the seconds of W2 with the cache on the CPU."""
     published, fits, paper, found = modelled.published(), modelled.fits(), base.paper(PAPER), []
-    whole, cost = plan_model.run(FIGURE_1, MANY, published, fits)
+    whole, cost = paper_system.run(FIGURE_1, MANY, published, fits)
     for name, new in paper["workload"]["new_tokens"].items():
         setting = dataclasses.replace(whole, new_tokens=new)
         for where, frac in ON_DEVICE.items():
             theirs, controller = paper[name][where], placement.FlexGen(frac)
             free = simulate(controller, dataclasses.replace(setting, device_kv_bytes=float("inf")), cost)
             fits_in = free.device_peak_bytes <= setting.device_kv_bytes
-            seconds = plan_model.added(free)
+            seconds = paper_system.added(free)
             at = dict(model=FIGURE_1.model, hardware=FIGURE_1.machine, batch=MANY, workload=name, placement=where)
             for key, ours in zip(TIMES, (*seconds, seconds.total_s), strict=True):
                 # the figure's compute of W2 is the same bar wherever the cache is

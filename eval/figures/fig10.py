@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval import common, sparsity, sparsity_plots
+from eval import sparsity
+from eval.drawing import attention
 from eval.figures import base
 from eval.figures.base import Found, Setup, Table
+from eval.script import common
 from eval.sparsity import Sizes
 
 TITLE = "Sparsity of attention under SWA by step"
@@ -35,7 +37,7 @@ def tables(setup: Setup, records: Sequence[dict]) -> list[Table]:
 
 def draw(setup: Setup, records: Sequence[dict], path: Path) -> str:
     """All readings beside the paper's curves."""
-    return sparsity_plots.under_policies(records, _names(setup), base.paper("alisa_fig10"), path)
+    return attention.under_policies(records, _names(setup), base.paper("alisa_fig10"), path)
 
 
 def _table(setup: Setup, records: Sequence[dict], paper: dict, measure: str, entries: str) -> Table:

@@ -7,11 +7,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from eval import breakdown, common, cost_plots, inputs, sizes, systems, traces, windows
-from eval.breakdown import PAPER_WAY, PARTS, Shape
-from eval.common import UserError
+from eval.drawing import costs
 from eval.figures import base
 from eval.figures.base import Found, Setup, Table, Versus
+from eval.modelled import sizes
+from eval.script import common, inputs
+from eval.script.common import UserError
+from eval.speed import breakdown, systems, traces
+from eval.speed.breakdown import PAPER_WAY, PARTS, Shape
+from eval.text import windows
 
 TITLE = "Attention of one decode query, split by operation"
 NAMES = ("QK", "softmax", "AV", "window sum", "gather")  # of PAPER_WAY
@@ -92,7 +96,7 @@ def draw(setup: Setup, records: Sequence[dict], path: Path) -> str:
     for name in setup.config("fig11")["shapes"]:
         mine = {_key(r["kv_sparsity"]): r for r in records if r["shape"] == name}
         panels[name] = mine, base.paper(PUBLISHED)["data"][name]
-    return cost_plots.breakdown(panels, dict(zip(PAPER_WAY, NAMES, strict=True)), path)
+    return costs.breakdown(panels, dict(zip(PAPER_WAY, NAMES, strict=True)), path)
 
 
 def _shape(config: dict, paper: dict, name: str) -> Shape:

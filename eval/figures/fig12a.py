@@ -1,9 +1,9 @@
 """Figure 12a: when ALISA's phases begin, and seconds and memory up to their ends, by KV sparsity, beside FlexGen.
 
-OPT-30B, batch 64, 128 + 512 tokens on an H100; all modelled (`eval/plan_model.py`). Memory, in GiB of 16-bit rows as the
-figure labels them: weights are counted, activations are the figure's. FlexGen's cache is the one of its controller. ALISA's
-is read literally: the GPU keeps as many rows as it has room for, the CPU the others, and from the modelled p2 on beta of all
-are gone.
+OPT-30B, batch 64, 128 + 512 tokens on an H100; all modelled (`eval/modelled/paper_system.py`). Memory, in GiB of 16-bit
+rows as the figure labels them: weights are counted, activations are the figure's. FlexGen's cache is the one of its
+controller. ALISA's is read literally: the GPU keeps as many rows as it has room for, the CPU the others, and from the
+modelled p2 on beta of all are gone.
 """
 
 import dataclasses
@@ -12,12 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from alisa_jax.placement.cost import kv_bytes
-from eval import plan_figures, plan_model, system_plots
+from eval.drawing import systems
 from eval.figures import base, modelled
 from eval.figures.base import Found, Setup, Table
-from eval.plan_figures import BATCH, GIB, cell, pick
-from eval.plan_model import OPT_30B
-from eval.plan_trends import near, trends
+from eval.modelled import paper_cells, paper_system
+from eval.modelled.paper_cells import BATCH, GIB, cell, pick
+from eval.modelled.paper_system import OPT_30B
+from eval.modelled.paper_trends import near, trends
 
 TITLE = "Phases, execution time and memory"
 PAPER = "alisa_fig12"
@@ -42,7 +43,7 @@ def check(setup: Setup) -> None:
 def records(setup: Setup) -> Found:
     """One record each for phases, seconds and memory."""
     parts = {
-        "phases": lambda: plan_figures.figure_12a(modelled.published(), modelled.fits()),
+        "phases": lambda: paper_cells.figure_12a(modelled.published(), modelled.fits()),
         "seconds": lambda: [one for one in modelled.figure_12b() if "step" in one],
         "memory": memory,
     }
@@ -65,24 +66,24 @@ def draw(setup: Setup, records: Sequence[dict], path: Path) -> str:
             found = [pick(cells, quantity=key, step=mark["step"], **_at(name)) for mark in marks]
             ours = [one[0]["modelled"] if one else None for one in found]
             series.append((_label(name), [mark["step"] for mark in marks], [mark[key] for mark in marks], ours))
-        panels.append(system_plots.Panel(NAMES[key], "output step", series))
-    return system_plots.curves(panels, "ALISA's Figure 12a: OPT-30B, batch 64, 128 + 512 tokens, H100", path)
+        panels.append(systems.Panel(NAMES[key], "output step", series))
+    return systems.curves(panels, "ALISA's Figure 12a: OPT-30B, batch 64, 128 + 512 tokens, H100", path)
 
 
 def memory() -> list[dict]:
     """GiB on both sides at the marked steps."""
     published, fits, paper = modelled.published(), modelled.fits(), base.paper(PAPER)
-    setting, cost = plan_model.run(OPT_30B, BATCH, published, fits)
+    setting, cost = paper_system.run(OPT_30B, BATCH, published, fits)
     used = cost.shape.weight_bytes + paper["activations_gib"] * GIB
     room, cells = cost.hardware.device_bytes - used, []
     for name, marks in paper["fig12a"].items():
         p2 = None
         if name != "flexgen":
-            p2 = plan_model.alisa(OPT_30B, BATCH, int(name) / 100, published, fits).p2
+            p2 = paper_system.alisa(OPT_30B, BATCH, int(name) / 100, published, fits).p2
         for mark in marks:
             part = dataclasses.replace(setting, new_tokens=mark["step"])
             if p2 is None:
-                found = plan_model.flexgen(part, cost)
+                found = paper_system.flexgen(part, cost)
                 gpu, cpu = found.device_peak_bytes, found.host_peak_bytes
             else:
                 whole = kv_bytes(part)

@@ -1,16 +1,17 @@
 """Figure 12b: the whole run with and without recomputation, by KV sparsity.
 
-OPT-30B, batch 64, 128 + 512 tokens on an H100; all modelled (`eval/plan_model.py`).
+OPT-30B, batch 64, 128 + 512 tokens on an H100; all modelled (`eval/modelled/paper_system.py`).
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval import common, system_plots
+from eval.drawing import systems
 from eval.figures import base, modelled
 from eval.figures.base import Found, Setup, Table
-from eval.plan_figures import pick
-from eval.plan_trends import trends
+from eval.modelled.paper_cells import pick
+from eval.modelled.paper_trends import trends
+from eval.script import common
 
 TITLE = "Effect of recomputation"
 KEYS = ("with_recompute_s", "without_recompute_s", "recompute_gain")
@@ -82,5 +83,5 @@ def draw(setup: Setup, records: Sequence[dict], path: Path) -> str:
                 ours,
             )
         )
-    panel = system_plots.Panel("seconds of the run", "KV sparsity, %", series)
-    return system_plots.curves([panel], "ALISA's Figure 12b: OPT-30B, batch 64, H100", path)
+    panel = systems.Panel("seconds of the run", "KV sparsity, %", series)
+    return systems.curves([panel], "ALISA's Figure 12b: OPT-30B, batch 64, H100", path)

@@ -1,17 +1,18 @@
 """Figure 12c: throughput as SWA, dynamic scheduling and compression are added to FlexGen, by KV sparsity.
 
-OPT-30B, batch 64, 128 + 512 tokens on an H100; all modelled (`eval/plan_model.py`).
+OPT-30B, batch 64, 128 + 512 tokens on an H100; all modelled (`eval/modelled/paper_system.py`).
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from eval import plan_figures, system_plots
+from eval.drawing import systems
 from eval.figures import modelled
 from eval.figures.base import Found, Setup, Table
-from eval.plan_figures import pick
-from eval.plan_trends import STAGES, trends
+from eval.modelled import paper_cells
+from eval.modelled.paper_cells import pick
+from eval.modelled.paper_trends import STAGES, trends
 
 TITLE = "Ablation of SWA, dynamic scheduling and compression"
 NAMES = MappingProxyType(dict(zip(STAGES, ("FlexGen", "+ SWA", "+ dynamic scheduling", "+ compression"), strict=True)))
@@ -24,7 +25,7 @@ def check(setup: Setup) -> None:
 def records(setup: Setup) -> Found:
     """One record."""
     return modelled.collect(
-        setup, "fig12c", ["tokens_per_s"], lambda part: plan_figures.figure_12c(modelled.published(), modelled.fits())
+        setup, "fig12c", ["tokens_per_s"], lambda part: paper_cells.figure_12c(modelled.published(), modelled.fits())
     )
 
 
@@ -56,5 +57,5 @@ def draw(setup: Setup, records: Sequence[dict], path: Path) -> str:
         found = [pick(cells, system=stage, kv_sparsity=int(name) / 100) for stage in STAGES]
         ours = [one[0]["modelled"] if one else None for one in found]
         series.append((f"{name} %", list(NAMES.values()), [bars[stage] for stage in STAGES], ours))
-    panel = system_plots.Panel("tokens/s", "", series)
-    return system_plots.curves([panel], "ALISA's Figure 12c: OPT-30B, batch 64, H100", path)
+    panel = systems.Panel("tokens/s", "", series)
+    return systems.curves([panel], "ALISA's Figure 12c: OPT-30B, batch 64, H100", path)

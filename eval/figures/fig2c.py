@@ -21,10 +21,13 @@ import numpy as np
 from alisa_jax.engine import step
 from alisa_jax.kv.buckets import bucket
 from alisa_jax.kv.state import tree_bytes
-from eval import common, cost_plots, inputs, sizes, timing
-from eval.common import UserError
+from eval.drawing import costs
 from eval.figures import base
 from eval.figures.base import Found, Setup, Table, Versus
+from eval.modelled import sizes
+from eval.script import common, inputs
+from eval.script.common import UserError
+from eval.speed import timing
 
 TITLE = "Decode steps with and without a KV cache"
 SERIES = ("with cache", "without cache")
@@ -202,7 +205,7 @@ def draw(setup: Setup, records: Sequence[dict], path: Path) -> str:
         }
     one = records[0]
     title = f"{one['model']}, batch {one['batch']}, prompt of {one['prompt_tokens']} tokens, on {base.device(records)}"
-    return cost_plots.caching(ours, theirs, f"{title}; paper: Figure 2c, {paper['workload']['model']}", path)
+    return costs.caching(ours, theirs, f"{title}; paper: Figure 2c, {paper['workload']['model']}", path)
 
 
 def _model(setup: Setup) -> str:

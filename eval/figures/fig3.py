@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval import common, sparsity, sparsity_plots
+from eval import sparsity
+from eval.drawing import attention
 from eval.figures import base
 from eval.figures.base import Found, Setup, Table
+from eval.script import common
 from eval.sparsity import Sizes
 
 TITLE = "Sparsity of dense attention by step and layer"
@@ -29,7 +31,7 @@ def tables(setup: Setup, records: Sequence[dict]) -> list[Table]:
 
 def draw(setup: Setup, records: Sequence[dict], path: Path) -> str:
     """Both curves, ours and the paper's."""
-    return sparsity_plots.sparsity(records, base.paper("alisa_fig3"), path)
+    return attention.sparsity(records, base.paper("alisa_fig3"), path)
 
 
 def _by_step(dense: dict, paper: dict) -> Table:

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval import common, sparsity, sparsity_plots
+from eval import sparsity
+from eval.drawing import attention
 from eval.figures import base
 from eval.figures.base import Found, Setup, Table, Versus
+from eval.script import common
 from eval.sparsity import RHOS, Sizes
 
 TITLE = "Rank correlation of accumulated attention scores with dense"
@@ -49,7 +51,7 @@ def tables(setup: Setup, records: Sequence[dict]) -> list[Table]:
 
 def draw(setup: Setup, records: Sequence[dict], path: Path) -> str:
     """Accumulated scores by vocabulary id, in the order of dense's."""
-    return sparsity_plots.scores(records, base.paper("alisa_fig4"), path)
+    return attention.scores(records, base.paper("alisa_fig4"), path)
 
 
 def _sparsity(setup: Setup) -> float:

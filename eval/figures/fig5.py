@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import common, sparsity, sparsity_plots
+from eval import sparsity
+from eval.drawing import attention
 from eval.figures.base import Found, Setup, Table, Versus
+from eval.script import common
 from eval.sparsity import FIRST_TOKENS, Sizes
 
 TITLE = "Attention maps of dense attention, and its sink"
@@ -29,7 +31,7 @@ def tables(setup: Setup, records: Sequence[dict]) -> list[Table]:
     later, errors = (dense[f"first_token_frac_by_layer{end}"] for end in ("", "_stderr"))
     rows, versus = [], []
     for layer, rows_of in enumerate(dense["first_map"]):
-        first, own, before = shares(sparsity_plots.square(rows_of))
+        first, own, before = shares(attention.square(rows_of))
         row = [str(layer), *(common.number(x, ".1f", 100) for x in (first, own, before))]
         rows.append([*row, common.number(later[layer], ".1f", 100, errors and errors[layer])])
         versus.append(Versus(f"weight on the first token, layer {layer}", "%", 100 * first, None, "measured"))
@@ -47,7 +49,7 @@ def tables(setup: Setup, records: Sequence[dict]) -> list[Table]:
 
 def draw(setup: Setup, records: Sequence[dict], path: Path) -> str:
     """The maps of the first, of middle and of the last layer."""
-    return sparsity_plots.first_maps(records[0], shown(len(records[0]["first_map"])), path)
+    return attention.first_maps(records[0], shown(len(records[0]["first_map"])), path)
 
 
 def shown(layers: int) -> list[int]:

@@ -16,10 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from eval import accuracy, common, episodes, inputs, plots, quality, tasks, windows
-from eval.common import UserError
+from eval import accuracy
+from eval.drawing import plots
 from eval.figures import base
 from eval.figures.base import Found, Setup, Table, Versus
+from eval.quality import paired
+from eval.script import common, inputs
+from eval.script.common import UserError
+from eval.text import episodes, tasks, windows
 
 TITLE = "Quality against KV sparsity"
 NAME = "fig8"
@@ -37,11 +41,11 @@ def grid(config: dict) -> list[tuple[str, float, str, str]]:
     return [("dense", 0.0, inputs.policy("dense"), inputs.codec("raw")), *cells]
 
 
-def sizes(config: dict, model: str, card: inputs.Card) -> quality.Sizes:
+def sizes(config: dict, model: str, card: inputs.Card) -> paired.Sizes:
     """What is measured, as far as the model's context goes."""
     context = min(config["context_tokens"], card.max_positions)
     drawn = config["episodes"] if config.get("episodes_for") in (None, model) else 0
-    return quality.Sizes(context, config["windows"], tuple(n for n in config["episode_lengths"] if n <= context), drawn)
+    return paired.Sizes(context, config["windows"], tuple(n for n in config["episode_lengths"] if n <= context), drawn)
 
 
 def check(setup: Setup) -> None:
@@ -62,13 +66,13 @@ def records(setup: Setup) -> Found:
     """The cells of the sample, then those of each task."""
     config, card = setup.config(NAME), inputs.card(setup.model)
     source = windows.read(setup.text)
-    sample = quality.draw(setup.load, setup.model, card, source, sizes(config, setup.model, card), setup.seed)
+    sample = paired.draw(setup.load, setup.model, card, source, sizes(config, setup.model, card), setup.seed)
     named = {"script": "eval.reproduce", "figure": NAME}
     cells = [
         {**named, "method": m, "kv_sparsity": s, "policy": p, "codec": c, "protocol": "decode", **sample.fields}
         for m, s, p, c in grid(config)
     ]
-    made, reused, interrupted = quality.run(
+    made, reused, interrupted = paired.run(
         cells, sample, setup.make_engine, setup.results, rerun=setup.rerun, jobs=setup.jobs
     )
     found = Found([r for r in made if r is not None], reused, interrupted)
@@ -214,8 +218,8 @@ def _paired(records: Mapping[tuple[str, float], dict]) -> Table:
         others, row = references(records, method, sparsity), [method, f"{100 * sparsity:.0f} %"]
         for metric, form, scale, _ in metrics:
             for name in names:
-                d = quality.difference(records[method, sparsity], others[name], metric) if name in others else None
-                row.append(quality.show(d, form, scale).rstrip())
+                d = paired.difference(records[method, sparsity], others[name], metric) if name in others else None
+                row.append(paired.show(d, form, scale).rstrip())
         rows.append(row)
     caption = (
         "Paired differences, ± one standard error: ln of the ratio of perplexities, and recall in points. * is above two"
@@ -228,13 +232,13 @@ def claims(records: Mapping[tuple[str, float], dict]) -> list[str]:
     """Which differences are above two standard errors, one sentence for each method, reference and metric."""
     recalled = "recall_accuracy_frac" in next(iter(records.values()))
     found = []
-    for metric in quality.METRICS if recalled else ("perplexity",):
+    for metric in paired.METRICS if recalled else ("perplexity",):
         for name in ("dense", "local", "strided", "swa"):
             for method in METHODS:
                 higher, lower = [], []
                 for sparsity in [s for m, s in records if m == method]:
                     other = references(records, method, sparsity).get(name)
-                    d = None if other is None else quality.difference(records[method, sparsity], other, metric)
+                    d = None if other is None else paired.difference(records[method, sparsity], other, metric)
                     if d is not None and d.shown:
                         (higher if d.value > 0 else lower).append(f"{100 * sparsity:.0f}")
                 shown = [f"{word} at {', '.join(at)} %" for word, at in (("higher", higher), ("lower", lower)) if at]

@@ -1,8 +1,9 @@
 """Figure 9: tokens per second of Accelerate, FlexGen, vLLM and ALISA by batch, on six models; ALISA at 80 % KV sparsity.
 
-Modelled for the paper's models and GPUs (`eval/plan_model.py`), and measured on the device at hand with systems that place
-their caches in the same way: `accelerate`, `flexgen` with 10 % of the sequences on the device (Figure 12a), `waves` for
-vLLM, `alisa`. As on a GPU, one device budget holds for all batches: `device_kv_frac` of the dense cache of the largest one.
+Modelled for the paper's models and GPUs (`eval/modelled/paper_system.py`), and measured on the device at hand with
+systems that place their caches in the same way: `accelerate`, `flexgen` with 10 % of the sequences on the device (Figure
+12a), `waves` for vLLM, `alisa`. As on a GPU, one device budget holds for all batches: `device_kv_frac` of the dense cache
+of the largest one.
 """
 
 import math
@@ -10,12 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from eval import common, plan_figures, plots, sizes
+from eval.drawing import plots
 from eval.figures import modelled, stand_in
 from eval.figures.base import Found, Setup, Table, Versus
-from eval.plan_figures import pick
-from eval.plan_model import MODELS, SYSTEMS
-from eval.plan_trends import trends
+from eval.modelled import paper_cells, sizes
+from eval.modelled.paper_cells import pick
+from eval.modelled.paper_system import MODELS, SYSTEMS
+from eval.modelled.paper_trends import trends
+from eval.script import common
 
 TITLE = "Throughput by batch size"
 RUN = MappingProxyType(
@@ -39,7 +42,7 @@ def check(setup: Setup) -> None:
 def records(setup: Setup) -> Found:
     """One record a model of the paper, modelled; one a system and batch, measured."""
     places = {place.model: place for place in MODELS if place.model in _config(setup).get("models", (place.model,))}
-    run = lambda name: plan_figures.figure_9(modelled.published(), modelled.fits(), (places[name],))
+    run = lambda name: paper_cells.figure_9(modelled.published(), modelled.fits(), (places[name],))
     ours = modelled.collect(setup, "fig9", list(places), run)
     here = stand_in.collect(setup, "fig9", _jobs(setup), _config(setup)["repeats"])
     return Found(ours.records + here.records, ours.reused + here.reused)

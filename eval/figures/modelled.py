@@ -1,7 +1,7 @@
 """Modelled cells of a figure: computed once a process, kept as records, shown beside the paper's numbers.
 
-A cell is that of `eval.plan_figures`. A record holds those of a part of a figure under `cells`; its cell names the published
-numbers by their hash, because fits and errors hang on them.
+A cell is that of `eval.modelled.paper_cells`. A record holds those of a part of a figure under `cells`; its cell names
+the published numbers by their hash, because fits and errors hang on them.
 """
 
 import functools
@@ -10,11 +10,12 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from types import MappingProxyType
 
-from eval import common, plan_figures, plan_fits, tables
 from eval.figures import base
 from eval.figures.base import Found, Setup, Table, Versus
-from eval.plan_model import Fits
-from eval.plan_trends import Trend
+from eval.modelled import paper_cells, paper_fits
+from eval.modelled.paper_system import Fits
+from eval.modelled.paper_trends import Trend
+from eval.script import common, tables
 
 PAPER = "alisa_throughput"
 NOTE = "paper / ours (our error in %; =: fitted on, no prediction)"
@@ -30,13 +31,13 @@ def published() -> dict:
 @functools.cache
 def fits() -> Fits:
     """The fitted numbers, which all figures share."""
-    return plan_fits.fit(published())
+    return paper_fits.fit(published())
 
 
 @functools.cache
 def figure_12b() -> tuple[dict, ...]:
     """Cells that Figures 12a (those with a step) and 12b share."""
-    return tuple(plan_figures.figure_12b(published(), fits()))
+    return tuple(paper_cells.figure_12b(published(), fits()))
 
 
 def collect(

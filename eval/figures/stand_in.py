@@ -1,7 +1,7 @@
 """Systems that run on the device at hand in place of the paper's: the measured rows of Figures 1 and 9.
 
-A system is one of `eval.systems`; it is built, run and measured as `eval.throughput` does. Under random weights SWA hardly
-changes what it selects, so there it replays what it selects in the bundled model (`eval/traces.py`).
+A system is one of `eval.speed.systems`; it is built, run and measured as `eval.throughput` does. Under random weights SWA
+hardly changes what it selects, so there it replays what it selects in the bundled model (`eval/speed/traces.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,14 @@ import numpy as np
 
 from alisa_jax import placement
 from alisa_jax.placement import mover
-from eval import inputs, sizes, systems, timing, traces, windows
-from eval.common import UserError
 from eval.figures import base
 from eval.figures.base import Found, Setup
-from eval.systems import System, Work
+from eval.modelled import sizes
+from eval.script import inputs
+from eval.script.common import UserError
+from eval.speed import systems, timing, traces
+from eval.speed.systems import System, Work
+from eval.text import windows
 
 TRACE = "bundled"
 COPIES = (

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from alisa_jax.models import CheckpointError, ModelConfig, hub, load, save
-from eval import inputs
-from eval.common import UserError
+from eval.script import inputs
+from eval.script.common import UserError
 
 CONFIG = ModelConfig(
     arch="llama",

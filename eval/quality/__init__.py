@@ -1,0 +1,1 @@
+"""One sample for many methods, paired differences, and what `eval.compare` and `eval.sparsity` measure."""

@@ -1,0 +1,209 @@
+"""What the scripts take in, checked before any weight is read: policy, codec, model, window, results file.
+
+Every function raises UserError with one sentence; `load` and `make_engine` are the two doors to the library.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.script import common
+from eval.script.common import UserError
+
+HASHED_BYTES_PER_FILE = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a model before it is loaded."""
+
+    name: str
+    sha256: str | None  # of configuration and weights, see `card`; None for random weights
+    max_positions: int
+
+    def fields(self) -> dict:
+        """The fields that identify the model in a record."""
+        return {"model": self.name, "model_sha256": self.sha256}
+
+
+def policy(text: str) -> str:
+    """The canonical text of a policy."""
+    from alisa_jax import policies
+
+    return _canonical(text, policies.POLICIES, "--policy")
+
+
+def check_policy(text: str, context: int) -> None:
+    """Raise UserError when the policy `text` cannot serve a context of `context` tokens."""
+    from alisa_jax import policies
+
+    try:
+        policies.parse(text).validate(context)
+    except ValueError as error:
+        raise UserError(f"--policy: {text}: {error}") from None
+
+
+def codec(text: str) -> str:
+    """The canonical text of a codec."""
+    from alisa_jax.kv import codec as codecs
+
+    return _canonical(text, codecs.CODECS, "--codec")
+
+
+def calibration_tokens(codec: str) -> int:
+    """How many tokens of a sequence the codec has to see before it encodes; 0: none."""
+    from alisa_jax.kv import codec as codecs
+
+    return codecs.parse(codec).resolve("float32").frozen_after
+
+
+def check_codec(text: str, tokens: int, what: str) -> None:
+    """Raise UserError when sequences of `tokens` tokens, called `what`, are too short for the codec `text`."""
+    needed = calibration_tokens(text)
+    if tokens <= needed:
+        raise UserError(
+            f"--codec: {text} takes its range from the first {needed} tokens of a sequence, so {what} need more than"
+            f" {needed}, got {tokens}"
+        )
+
+
+def _canonical(text, registry, flag) -> str:
+    from alisa_jax import spec
+
+    try:
+        return spec.to_text(spec.parse(text, registry), registry)
+    except spec.SpecError as error:
+        raise UserError(f"{flag}: {error}") from None
+
+
+def card(name: str) -> Card:
+    """Read the model's size, and hash what identifies it: its configuration and weights.
+
+    The hash covers names, sizes and the first 16 MiB of config.json and of every safetensors file of the
+    folder, or of every .bin file where it has none. A name of the hub is downloaded.
+    """
+    if name.startswith("random:"):
+        from alisa_jax.models import shapes
+
+        shape = name.removeprefix("random:")
+        if shape not in shapes.SHAPES:
+            raise UserError(f"--model: unknown random model {shape!r}; known: {', '.join(sorted(shapes.SHAPES))}")
+        return Card(name, None, shapes.SHAPES[shape].max_positions)
+    folder, called = locate(name)
+    try:
+        positions = json.loads((folder / "config.json").read_bytes())["max_position_embeddings"]
+        digest = hashlib.sha256()
+        weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+        for path in [folder / "config.json", *weights]:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(HASHED_BYTES_PER_FILE))
+    except OSError as error:
+        raise UserError(f"--model: no model at {name!r}: {error.strerror} ({Path(error.filename).name})") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--model: the config.json of {name!r} is no model configuration") from None
+    return Card(called, digest.hexdigest(), int(positions))
+
+
+def locate(name: str) -> tuple[Path, str]:
+    """The folder of `bundled`, a folder or a name of the hub, which is downloaded, and what to call the model."""
+    from alisa_jax.models import checkpoint, hub
+
+    if name == "bundled":
+        return Path(checkpoint.BUNDLED), name
+    try:
+        return hub.locate(name)
+    except ValueError as error:
+        raise UserError(f"--model: {error}") from None
+
+
+def window(context: int | None, stride: int | None, of: Card, at_most: int) -> tuple[int, int]:
+    """Context and stride in tokens, defaults filled in: min(the model's, `at_most`), and context - 1."""
+    context = min(of.max_positions, at_most) if context is None else context
+    if not 2 <= context <= of.max_positions:
+        raise UserError(f"--context must be in 2..{of.max_positions}, the context of {of.name}, got {context}")
+    stride = context - 1 if stride is None else stride
+    if not 1 <= stride <= context:
+        raise UserError(f"--stride must be in 1..{context}, the context, got {stride}")
+    return context, stride
+
+
+def results(path: str | None):
+    """The results file, opened and repaired, or None for none."""
+    from alisa_jax import records
+
+    try:
+        return None if path is None else records.Results(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out: {error}") from None
+
+
+def load(name: str):
+    """`alisa_jax.load`."""
+    import alisa_jax
+
+    return alisa_jax.load(name)
+
+
+def model(load: Callable, name: str):
+    """`load(name)`; a checkpoint that cannot be read is told in one sentence."""
+    try:
+        return load(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model: {error}") from None
+
+
+def tokenizer(model):
+    """The model's tokenizer."""
+    if model.tokenizer is None:
+        raise UserError(f"--model: {model.name} has no tokenizer.json, which a text needs")
+    return model.tokenizer
+
+
+def make_engine(model, policy: str, codec: str, attention_impl: str = "auto"):
+    """`alisa_jax.Engine`."""
+    import alisa_jax
+
+    return alisa_jax.Engine(model, policy=policy, codec=codec, attention_impl=attention_impl)
+
+
+def check_impl(impl: str) -> None:
+    """Raise UserError when `impl` is named and cannot run on the device at hand."""
+    from alisa_jax import attend
+    from alisa_jax.kv.raw import Raw
+
+    try:
+        attend.choose(impl, Raw("float32"), "float32", 64)
+    except ValueError as error:
+        raise UserError(f"--attention_impl: {error}") from None
+
+
+def engine(make: Callable, model, policy: str, codec: str, impl: str = "auto"):
+    """`make(model, policy, codec)`, with `attention_impl` where it is not auto; what cannot work is told in one sentence."""
+    try:
+        return make(model, policy, codec, **common.impl_field(impl))
+    except ValueError as error:
+        raise UserError(f"--policy: {error}") from None
+
+
+def here() -> dict:
+    """Fields of a measured record that say what it ran on, and that another machine does not share."""
+    import jax
+
+    device = jax.devices()[0]
+    return {"platform": device.platform, "device_kind": device.device_kind}
+
+
+def record(into, cell: dict, values: dict, wall_s: float, how: dict) -> dict:
+    """Make the record of a finished cell and append it to the results file `into`, where there is one."""
+    from alisa_jax import records
+
+    made = records.make_record(cell, values, wall_s=wall_s, **how)
+    try:
+        if into is not None:
+            into.add(made)
+    except OSError as error:
+        raise UserError(f"--out: {error}") from None
+    return made

@@ -1,0 +1,1 @@
+"""Timed runs: cells and systems, our side and the peers', limits, contexts, traces."""
