@@ -49,12 +49,12 @@ def records(setup: Setup) -> Found:
 
 
 def tables(setup: Setup, records: Sequence[dict]) -> list[Table]:
-    """Tokens per second, the ratios of ALISA, and what was measured here."""
+    """Tokens per second, the ratios of ALISA, the trends, the fitted numbers, and what was measured here."""
     cells, here = modelled.cells(records), [one for one in records if one["basis"] == "measured"]
     said = trends(cells)
     found = [_rates(cells, said), _ratios(cells)]
     if cells:
-        found.append(modelled.trends("Figure 9", said))
+        found += [modelled.trends("Figure 9", said), modelled.fitted()]
     return [*found, _measured(here)] if here else found
 
 

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from eval.figures import base
 from eval.figures.base import Found, Setup, Table, Versus
 from eval.modelled import paper_cells, paper_fits
-from eval.modelled.paper_system import Fits
+from eval.modelled.paper_system import MODELS, Fits, step_s
 from eval.modelled.paper_trends import Trend
 from eval.script import common, tables
 
@@ -82,6 +82,31 @@ def unit(quantity: str) -> str:
     """The unit of a quantity."""
     ending = {"s": "s", "gib": "GiB"}.get(quantity.rsplit("_", 1)[-1], "")
     return UNITS.get(quantity, ending)
+
+
+def fitted() -> Table:
+    """The fitted numbers that all figures share, and the step time a + c b of each model that follows from them."""
+    found, rows = fits(), []
+    for gpu in ("h100", "v100"):
+        rows.append((f"link of the {gpu.upper()}", f"{found.link_bytes_per_s[gpu] / 1e9:.1f} GB/s"))
+        rows.append((f"c of the {gpu.upper()}: weight operations at", f"{found.flops_per_s[gpu] / 1e12:.1f} TFLOP/s"))
+    rows += [(f"a, a layer of {family}", f"{1e3 * one:.2f} ms") for family, one in found.layer_s.items()]
+    for place in MODELS:
+        a, c = step_s(place, found)
+        rows.append((f"a + c b of {place.model}", f"{1e3 * a:.1f} + {1e3 * c:.2f} b ms"))
+    rows += [
+        ("alpha", f"{found.alpha:.3f}"),
+        ("beta", f"{found.beta:.3f}"),
+        ("INT8 rows with their codec", f"{found.row_bytes_per_s / 1e9:.1f} GB/s"),
+        ("T, passes of a token a sequence", f"{found.recompute_passes:.1f}"),
+        ("hooks of Accelerate, a layer", f"{1e3 * found.accelerate_layer_s:.2f} ms"),
+        *((f"vLLM's sequences on the {gpu.upper()}", str(one)) for gpu, one in found.vllm_sequences.items()),
+    ]
+    caption = (
+        "The fitted numbers of the modelled figures. A step of b sequences takes a + c b; `eval/modelled/paper_fits.py` "
+        "names the published number that each is fitted on."
+    )
+    return Table(caption, ("number", "value"), [(name, tables.value(one, basis="modelled")) for name, one in rows])
 
 
 def why(said: Iterable[Trend]) -> list[str]:

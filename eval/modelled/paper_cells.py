@@ -1,4 +1,4 @@
-"""The cells of `eval.plan_tables`: ALISA's Figures 9 and 12, each number modelled, published and their difference.
+"""The cells of ALISA's Figures 9 and 12: each number modelled, published and their difference.
 
 A cell is a record: figure, where it is (model, hardware, system, batch, kv_sparsity, step), quantity with its unit,
 modelled, published (None: the paper has none), error_frac = modelled / published - 1, and fitted: it is no prediction.

@@ -1,4 +1,4 @@
-"""The model behind `eval.plan_tables`: what is fitted, on which published numbers, and how a run is priced from it.
+"""The model of the paper's systems: how a run of Figure 9 or 12 is priced from a few fitted numbers.
 
 A decode step of b sequences takes a + c b seconds, whichever system runs it; copies add to that, as in Equation 5:
 

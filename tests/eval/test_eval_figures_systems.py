@@ -11,8 +11,8 @@ import pytest
 from alisa_jax.engine.placed import Run
 from eval.figures import base, fig1, fig9, fig12a, fig12b, fig12c, modelled
 from eval.figures.base import Setup
-from eval.modelled import paper_fits
-from eval.script import inputs, tables
+from eval.modelled import paper_fits, paper_system
+from eval.script import common, inputs, tables
 from eval.script.common import UserError
 from eval.speed import timing
 from eval.text import windows
@@ -199,6 +199,35 @@ def test_what_is_fitted_on_is_marked_and_left_out_of_the_distances(run):
         assert sorted(str(one.ours) for one in ours) == sorted(str(one["modelled"]) for one in free)
         marks = sum(cell.count("=") for table in run.tables[name] for cells in table.rows for cell in cells)
         assert marks >= sum(one["fitted"] for one in cells)
+
+
+def test_what_alisa_could_have_been_stands_in_the_tables(run):
+    """Every cell of traffic=delta, whose published number is a dash."""
+    for name, digits in (("fig9", 0), ("fig12a", 0), ("fig12b", 1), ("fig12c", 0)):
+        delta = [common.number(one["modelled"], f".{digits}f") for one in _cells(run, name, traffic="delta")]
+        text = [cell for table in run.tables[name] for cells in table.rows for cell in cells]
+        shown = [cell.removeprefix("- / ").removesuffix(tables.MODELLED) for cell in text if cell.startswith("- / ")]
+        assert delta and not set(delta) - set(shown)
+        assert len(shown) >= len(delta)
+
+
+def test_trends_stand_in_the_tables_with_whether_they_hold(run):
+    held = {text: holds for table in run.tables["fig12c"] if table.head[-1] == "holds" for text, holds in table.rows}
+    words = {text.partition(":")[0]: holds for text, holds in held.items()}
+    assert words["every step of the ablation helps"] == "yes" + tables.MODELLED
+    assert words["compression helps more at higher sparsity"] == "no" + tables.MODELLED
+    assert any(why.startswith("p2 rises with sparsity") and "holds" in why for why in run.tables["fig12a"][0].why)
+
+
+def test_the_fitted_numbers_stand_on_the_page_of_figure_9(run):
+    (table,) = [one for one in run.tables["fig9"] if "fitted numbers" in one.caption]
+    shown, fits = dict(table.rows), modelled.fits()
+    assert shown["link of the H100"] == f"{fits.link_bytes_per_s['h100'] / 1e9:.1f} GB/s†"
+    assert shown["alpha"] == f"{fits.alpha:.3f}†" and shown["beta"] == f"{fits.beta:.3f}†"
+    assert shown["a, a layer of opt"] == f"{1e3 * fits.layer_s['opt']:.2f} ms†"
+    assert shown["vLLM's sequences on the H100"] == f"{fits.vllm_sequences['h100']}†"
+    assert sum(name.startswith("a + c b of ") for name in shown) == len(paper_system.MODELS)
+    assert not table.versus and len(table.rows) == 2 + 2 + 2 + len(paper_system.MODELS) + 5 + 1
 
 
 def test_ratios_of_measured_systems_stand_beside_those_of_the_paper(run):

@@ -1,19 +1,17 @@
-"""eval.plan_tables: fits recover what made the data, two cells are checked by hand, and the published trends come out."""
+"""eval.modelled: fits recover what made the data, two cells are checked by hand, and the published trends come out."""
 
 import copy
 import dataclasses
-import json
 from types import MappingProxyType
 
 import numpy as np
 import pytest
 
-from eval import plan_tables
-from eval.modelled import paper_fits, paper_system
+from eval.figures import base
+from eval.modelled import paper_cells, paper_fits, paper_system
 from eval.modelled.paper_cells import pick
 from eval.modelled.paper_system import OPT_30B, Fits, Seconds
 from eval.modelled.paper_trends import trends
-from eval.script.common import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +21,7 @@ S, N = 128, 512
 @pytest.fixture(scope="module")
 def published() -> dict:
     """The paper's numbers, Figure 9 cut to batches 4 and 64, Figures 12b and 12c to three sparsities."""
-    paper = json.loads(plan_tables.PAPER.read_text())
+    paper = base.paper("alisa_throughput")
     bars = paper["fig9_tokens_per_s"]
     for name in bars.keys() - {"batch"}:
         bars[name] = {system: [row[0], row[-1]] for system, row in bars[name].items()}
@@ -40,7 +38,8 @@ def fits(published) -> Fits:
 
 @pytest.fixture(scope="module")
 def cells(published, fits) -> list[dict]:
-    return [one for name in plan_tables.FIGURES for one in plan_tables.figure(name)(published, fits)]
+    figures = (paper_cells.figure_9, paper_cells.figure_12a, paper_cells.figure_12b, paper_cells.figure_12c)
+    return [one for figure in figures for one in figure(published, fits)]
 
 
 def test_fits_recover_the_constants_that_made_the_numbers(published):
@@ -222,28 +221,6 @@ def test_trends_are_read_off_the_cells(cells):
         "every step of the ablation helps",
     ):
         assert said[text] is False
-
-
-def test_the_command_prints_a_figure_and_records(capsys, monkeypatch, cells, fits):
-    monkeypatch.setattr(paper_fits, "fit", lambda published: fits)
-    plan_tables.main(["plan_tables", "--figure=12a", "--json"])
-    out, err = capsys.readouterr()
-    records = [json.loads(line) for line in out.splitlines()]
-    assert records == pick(cells, figure="12a") and {one["quantity"] for one in records} == {"p1", "p2"}
-    assert "holds         p2 rises with sparsity" in err and "Figure 12a" in err and "Figure 9," not in err
-
-
-def test_every_table_shows_every_cell(cells):
-    for name, table in zip(plan_tables.FIGURES, plan_tables.TABLES, strict=True):
-        mine = pick(cells, figure=name)
-        text = "\n".join(table(mine))
-        shown = [one for one in mine if one["published"] is not None]
-        assert text.count(" / ") >= len(shown) and text.count("(=") >= len(pick(shown, fitted=True))
-
-
-def test_a_plot_of_another_figure_is_refused():
-    with pytest.raises(UserError, match="--plot draws Figure 9"):
-        plan_tables.main(["plan_tables", "--figure=12a", "--plot=figure.png"])
 
 
 def test_the_plot_has_modelled_and_published_lines(cells, tmp_path):
