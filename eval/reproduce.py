@@ -34,9 +34,8 @@ from pathlib import Path
 
 from absl import flags
 
-from eval.figures import base
 from eval.quality import paired
-from eval.script import common, inputs, tables
+from eval.script import common, inputs, resume, tables
 from eval.script.common import UserError
 from eval.text import tasks, windows
 
@@ -69,7 +68,7 @@ def main(
     folder = Path(values.out)
     if folder.is_file():
         raise UserError(f"--out: {values.out!r} is a file, and a folder is needed")
-    setup = base.Setup(
+    setup = resume.Setup(
         model=values.model,
         text=values.text,
         size="full" if values.full else "quick",
@@ -120,10 +119,10 @@ def _tasks(names: Sequence[str], files: Sequence[str]) -> tuple[tuple[str, str |
     return tuple(zip(names, files or [None] * len(names), strict=True))
 
 
-def entry(title: str, setup: base.Setup, records: Sequence[dict], shown: Sequence[base.Table]) -> dict:
+def entry(title: str, setup: resume.Setup, records: Sequence[dict], shown: Sequence[tables.Table]) -> dict:
     """What the manifest says of a figure.
 
-    `near` of the `compared` numbers are close to the paper's (`base.Versus`); `median_ratio` is ours over the paper's.
+    `near` of the `compared` numbers are close to the paper's (`tables.Versus`); `median_ratio` is ours over the paper's.
     """
     numbers = [versus for table in shown for versus in table.versus]
     ratios = [versus.ratio for versus in numbers if versus.ratio is not None]
@@ -133,7 +132,7 @@ def entry(title: str, setup: base.Setup, records: Sequence[dict], shown: Sequenc
         "size": setup.size,
         "model": inputs.card(setup.model).name,  # of a folder its name alone
         "basis": sorted({r["basis"] for r in records}),
-        "device": base.device(records),
+        "device": tables.device(records),
         "git_commits": sorted({str(r["git_commit"])[:12] for r in records}),
         "cells": len(records),
         "compared": len(near),
@@ -180,7 +179,7 @@ def _manifest(folder: Path, name: str, new: dict) -> None:
         "Every number of ours that has one of the paper's beside it is in `manifest.json`. The paper's models and devices"
         " are not these: where a small model or a CPU stands in, the ratio says how far that is, not that either is wrong."
     )
-    page = tables.markdown(base.Table(caption, head, rows, left=5))
+    page = tables.markdown(tables.Table(caption, head, rows, left=5))
     common.write(
         folder / "MANIFEST.md", f"# What was reproduced\n\n{page}\n\n## Why it differs{why or ' - nothing differs'}\n"
     )

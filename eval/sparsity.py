@@ -35,9 +35,8 @@ from absl import flags
 
 from alisa_jax.engine.looking import attentions
 from eval.drawing import attention
-from eval.figures import base
 from eval.quality import attention_measures
-from eval.script import common, inputs, measure
+from eval.script import common, inputs, measure, resume, tables
 from eval.script.common import UserError
 from eval.text import windows
 
@@ -71,7 +70,7 @@ class Sample:
     batch: Sequence[Sequence[int]]
 
 
-def check(setup: base.Setup, sizes: Sizes, policies: Iterable[str], codec: str = "raw") -> None:
+def check(setup: resume.Setup, sizes: Sizes, policies: Iterable[str], codec: str = "raw") -> None:
     """Raise UserError for what cannot run, before a model is loaded: text, tokenizer, sizes, policies, codec."""
     card, folder = inputs.card(setup.model), Path(setup.model)
     if card.sha256 is None or (folder.is_dir() and not (folder / "tokenizer.json").exists()):
@@ -84,7 +83,7 @@ def check(setup: base.Setup, sizes: Sizes, policies: Iterable[str], codec: str =
     inputs.check_codec(codec, sizes.context_tokens, "windows")
 
 
-def draw(setup: base.Setup, source: windows.Source, sizes: Sizes) -> Sample:
+def draw(setup: resume.Setup, source: windows.Source, sizes: Sizes) -> Sample:
     """Load the model and cut the text; raises UserError."""
     context, model = sizes.context_tokens, inputs.model(setup.load, setup.model)
     bos = model.bos_id is not None
@@ -93,13 +92,13 @@ def draw(setup: base.Setup, source: windows.Source, sizes: Sizes) -> Sample:
 
 
 def collect(
-    setup: base.Setup,
+    setup: resume.Setup,
     sizes: Sizes,
     policies: Sequence[str],
     codec: str = "raw",
     group: int = GROUP,
     keep: Callable[[str, dict], None] | None = None,
-) -> base.Found:
+) -> resume.Found:
     """The record of dense and of every policy, those on file taken from there.
 
     keep(policy, arrays): called with what was measured, arrays of `look` with their maps; nothing is then taken from file.
@@ -127,11 +126,11 @@ def collect(
         return values(sample(), sizes, arrays, logprobs, dense), {"implementation": "xla:masked", "repeats": 1}
 
     setup = setup if keep is None else dataclasses.replace(setup, rerun=True)
-    dense = base.collect(setup, [{**fields, "policy": DENSE}], run, "dense")
+    dense = resume.collect(setup, [{**fields, "policy": DENSE}], run, "dense")
     others = [text for text in dict.fromkeys(map(inputs.policy, policies)) if text != DENSE]
     cells = [{**fields, "policy": policy} for policy in others]
-    found = base.collect(setup, cells, lambda cell: run(cell, dense.records[0]), "policies")
-    return base.Found(dense.records + found.records, dense.reused + found.reused)
+    found = resume.collect(setup, cells, lambda cell: run(cell, dense.records[0]), "policies")
+    return resume.Found(dense.records + found.records, dense.reused + found.reused)
 
 
 def look(engine, batch, group: int = GROUP, with_maps: bool = False) -> tuple[dict, list[np.ndarray]]:
@@ -183,7 +182,7 @@ def caption(record: Mapping, counted: bool = True) -> str:
     after = f", rows after the first {record['skip_tokens']}" if counted and record["skip_tokens"] else ""
     return (
         f"{record['model']} on {record['data']} ({record['data_sha256'][:12]}), {record['windows']} windows of "
-        f"{record['window_tokens']} tokens{after}; {base.device([record])}."
+        f"{record['window_tokens']} tokens{after}; {tables.device([record])}."
     )
 
 
@@ -211,7 +210,7 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     if flag.maps and not flag.npz:
         raise UserError("--maps writes attention maps to the file that --npz names, and --npz was not given")
     results = inputs.results(flag.out)
-    setup = base.Setup(flag.model, flag.text, "full", flag.seed, 1, flag.rerun, results, load, make_engine)
+    setup = resume.Setup(flag.model, flag.text, "full", flag.seed, 1, flag.rerun, results, load, make_engine)
     context = flag.context or min(Sizes.context_tokens, inputs.card(flag.model).max_positions)
     sizes = Sizes(context, flag.windows, flag.skip)
     policies = [inputs.policy(text) for text in flag.policy]

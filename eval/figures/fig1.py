@@ -14,11 +14,12 @@ from alisa_jax import placement
 from alisa_jax.placement.simulate import simulate
 from eval.drawing import systems
 from eval.figures import base, modelled, stand_in
-from eval.figures.base import Found, Setup, Table, Versus
 from eval.modelled import paper_system, sizes
 from eval.modelled.paper_cells import GIB, cell, pick
 from eval.modelled.paper_fits import FIGURE_1, MANY
 from eval.script import common
+from eval.script.resume import Found, Setup
+from eval.script.tables import Table, Versus
 
 TITLE = "Execution time and memory by placement of the KV cache"
 PAPER = "alisa_fig1"

@@ -9,10 +9,11 @@ import numpy as np
 
 from eval.drawing import costs
 from eval.figures import base
-from eval.figures.base import Found, Setup, Table, Versus
 from eval.modelled import sizes
-from eval.script import common, inputs
+from eval.script import common, inputs, resume
 from eval.script.common import UserError
+from eval.script.resume import Found, Setup
+from eval.script.tables import Table, Versus, device
 from eval.speed import breakdown, systems, traces
 from eval.speed.breakdown import PAPER_WAY, PARTS, Shape
 from eval.text import windows
@@ -77,7 +78,7 @@ def records(setup: Setup) -> Found:
         shape = Shape(*(cell[name] for name in Shape._fields))
         return breakdown.measure(shape, cell["kv_sparsity"], past(), config["repeats"]), {"warmup": breakdown.WARM_UP}
 
-    return base.collect(setup, cells, run, "fig11")
+    return resume.collect(setup, cells, run, "fig11")
 
 
 def tables(setup: Setup, records: Sequence[dict]) -> list[Table]:
@@ -250,7 +251,7 @@ def _caption(mine: dict, paper: dict) -> str:
     return (
         f"{first['heads']} heads of {first['head_dim']}, {first['tokens']} tokens, batch {first['batch']} (paper: "
         f"{paper['workload']['batch']}), {first['dtype']}, median of {first['repeats']} after {first['warmup']}, on "
-        f"{base.device(mine.values())}. Queries, keys and values are those of layer {first['layer']} of {first['model']} on "
+        f"{device(mine.values())}. Queries, keys and values are those of layer {first['layer']} of {first['model']} on "
         f"{first['data']}, heads and channels repeated."
     )
 

@@ -14,11 +14,12 @@ from types import MappingProxyType
 from alisa_jax.placement.cost import kv_bytes
 from eval.drawing import systems
 from eval.figures import base, modelled
-from eval.figures.base import Found, Setup, Table
 from eval.modelled import paper_cells, paper_system
 from eval.modelled.paper_cells import BATCH, GIB, cell, pick
 from eval.modelled.paper_system import OPT_30B
 from eval.modelled.paper_trends import near, trends
+from eval.script.resume import Found, Setup
+from eval.script.tables import Table
 
 TITLE = "Phases, execution time and memory"
 PAPER = "alisa_fig12"

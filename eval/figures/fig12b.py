@@ -8,10 +8,11 @@ from pathlib import Path
 
 from eval.drawing import systems
 from eval.figures import base, modelled
-from eval.figures.base import Found, Setup, Table
 from eval.modelled.paper_cells import pick
 from eval.modelled.paper_trends import trends
 from eval.script import common
+from eval.script.resume import Found, Setup
+from eval.script.tables import Table
 
 TITLE = "Effect of recomputation"
 KEYS = ("with_recompute_s", "without_recompute_s", "recompute_gain")

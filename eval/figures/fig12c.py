@@ -9,10 +9,11 @@ from types import MappingProxyType
 
 from eval.drawing import systems
 from eval.figures import modelled
-from eval.figures.base import Found, Setup, Table
 from eval.modelled import paper_cells
 from eval.modelled.paper_cells import pick
 from eval.modelled.paper_trends import STAGES, trends
+from eval.script.resume import Found, Setup
+from eval.script.tables import Table
 
 TITLE = "Ablation of SWA, dynamic scheduling and compression"
 NAMES = MappingProxyType(dict(zip(STAGES, ("FlexGen", "+ SWA", "+ dynamic scheduling", "+ compression"), strict=True)))

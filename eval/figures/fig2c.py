@@ -23,10 +23,11 @@ from alisa_jax.kv.buckets import bucket
 from alisa_jax.kv.state import tree_bytes
 from eval.drawing import costs
 from eval.figures import base
-from eval.figures.base import Found, Setup, Table, Versus
 from eval.modelled import sizes
-from eval.script import common, inputs
+from eval.script import common, inputs, resume
 from eval.script.common import UserError
+from eval.script.resume import Found, Setup
+from eval.script.tables import Table, Versus, device
 from eval.speed import timing
 
 TITLE = "Decode steps with and without a KV cache"
@@ -70,7 +71,7 @@ def records(setup: Setup) -> Found:
         values["bucket_tokens"] = [bucket(config["prompt_tokens"] + j + 1) for j in values["step"]]
         return values, {"warmup": WARM_UP, "dtype": str(jax.tree.leaves(engine().model.params)[0].dtype)}
 
-    return base.collect(setup, cells, run, "fig2c")
+    return resume.collect(setup, cells, run, "fig2c")
 
 
 def cached(engine, config: dict, seed: int) -> dict:
@@ -163,7 +164,7 @@ def tables(setup: Setup, records: Sequence[dict]) -> list[Table]:
         caption = (
             "Figure 2c: a decode step with a KV cache, and with the whole text run again; "
             f"{first['model']} in {first['dtype']} stands in for {paper['workload']['model']}, batch {first['batch']} (the "
-            f"paper's is not given), prompt of {s} tokens, on {base.device(records)}. Times: medians over the steps of a "
+            f"paper's is not given), prompt of {s} tokens, on {device(records)}. Times: medians over the steps of a "
             "bucket, of which every one ran with a cache and some without. Memory: live arrays (weights, cache) and XLA's "
             "temporaries of the program that runs; growth: over step 0, ours / the paper's."
         )
@@ -204,7 +205,7 @@ def draw(setup: Setup, records: Sequence[dict], path: Path) -> str:
             for quantity, curve in published
         }
     one = records[0]
-    title = f"{one['model']}, batch {one['batch']}, prompt of {one['prompt_tokens']} tokens, on {base.device(records)}"
+    title = f"{one['model']}, batch {one['batch']}, prompt of {one['prompt_tokens']} tokens, on {device(records)}"
     return costs.caching(ours, theirs, f"{title}; paper: Figure 2c, {paper['workload']['model']}", path)
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from eval import sparsity
 from eval.drawing import attention
 from eval.figures import base
-from eval.figures.base import Found, Setup, Table, Versus
 from eval.script import common
+from eval.script.resume import Found, Setup
+from eval.script.tables import Table, Versus
 from eval.sparsity import RHOS, Sizes
 
 TITLE = "Rank correlation of accumulated attention scores with dense"

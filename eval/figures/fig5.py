@@ -7,8 +7,9 @@ import numpy as np
 
 from eval import sparsity
 from eval.drawing import attention
-from eval.figures.base import Found, Setup, Table, Versus
 from eval.script import common
+from eval.script.resume import Found, Setup
+from eval.script.tables import Table, Versus
 from eval.sparsity import FIRST_TOKENS, Sizes
 
 TITLE = "Attention maps of dense attention, and its sink"

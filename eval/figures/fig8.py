@@ -19,10 +19,11 @@ from types import MappingProxyType
 from eval import accuracy
 from eval.drawing import plots
 from eval.figures import base
-from eval.figures.base import Found, Setup, Table, Versus
 from eval.quality import paired
-from eval.script import common, inputs
+from eval.script import common, inputs, resume
 from eval.script.common import UserError
+from eval.script.resume import Found, Setup
+from eval.script.tables import Table, Versus
 from eval.text import episodes, tasks, windows
 
 TITLE = "Quality against KV sparsity"
@@ -112,7 +113,7 @@ def _tasks(setup: Setup, config: dict, card: inputs.Card, model, named: dict) ->
         )
         return values, how
 
-    return base.collect(setup, cells, run, "tasks")
+    return resume.collect(setup, cells, run, "tasks")
 
 
 def tables_of(records: Sequence[dict]) -> tuple[dict, dict[str, dict]]:

@@ -13,12 +13,13 @@ from types import MappingProxyType
 
 from eval.drawing import plots
 from eval.figures import modelled, stand_in
-from eval.figures.base import Found, Setup, Table, Versus
 from eval.modelled import paper_cells, sizes
 from eval.modelled.paper_cells import pick
 from eval.modelled.paper_system import MODELS, SYSTEMS
 from eval.modelled.paper_trends import trends
 from eval.script import common
+from eval.script.resume import Found, Setup
+from eval.script.tables import Table, Versus
 
 TITLE = "Throughput by batch size"
 RUN = MappingProxyType(

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from types import MappingProxyType
 
 from eval.figures import base
-from eval.figures.base import Found, Setup, Table, Versus
 from eval.modelled import paper_cells, paper_fits
 from eval.modelled.paper_system import MODELS, Fits, step_s
 from eval.modelled.paper_trends import Trend
-from eval.script import common, tables
+from eval.script import common, resume, tables
+from eval.script.resume import Found, Setup
+from eval.script.tables import Table, Versus
 
 PAPER = "alisa_throughput"
 NOTE = "paper / ours (our error in %; =: fitted on, no prediction)"
@@ -49,7 +50,7 @@ def collect(
     cells = [{"script": "eval.reproduce", "figure": figure, "part": f"modelled {part}", **told} for part in parts]
     names = dict(zip((cell["part"] for cell in cells), parts, strict=True))
     made = lambda cell: ({"cells": list(run(names[cell["part"]]))}, {"measured": False})
-    return base.collect(setup, cells, made, f"{figure}, modelled")
+    return resume.collect(setup, cells, made, f"{figure}, modelled")
 
 
 def cells(records: Iterable[dict]) -> list[dict]:

@@ -13,11 +13,10 @@ import numpy as np
 
 from alisa_jax import placement
 from alisa_jax.placement import mover
-from eval.figures import base
-from eval.figures.base import Found, Setup
 from eval.modelled import sizes
-from eval.script import inputs
+from eval.script import inputs, tables
 from eval.script.common import UserError
+from eval.script.resume import Found, Setup
 from eval.speed import systems, timing, traces
 from eval.speed.systems import System, Work
 from eval.text import windows
@@ -105,7 +104,7 @@ def caption(records: Sequence[dict]) -> str:
     data = one["prompts"] if one["data"] is None else one["data"]
     runs = "one run" if one["repeats"] == 1 else f"medians of {one['repeats']} runs"
     return (
-        f"Measured: {one['model']} in {one['dtype']} ({data}{trace}) on {base.device(records)}, {runs} after a warm-up; "
+        f"Measured: {one['model']} in {one['dtype']} ({data}{trace}) on {tables.device(records)}, {runs} after a warm-up; "
         f"tokens/s = {timing.FORMULA['tokens_per_s_formula']}."
     )
 

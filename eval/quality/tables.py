@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from eval.figures.base import Table
 from eval.quality import sample as compare_sample
 from eval.quality.paired import Difference, show
 from eval.quality.rows import Entry
 from eval.script import common, tables
 from eval.script.common import number
+from eval.script.tables import Table
 
 Rows = Mapping[float, Mapping[Entry, dict]]  # of each share, dense attention first
 

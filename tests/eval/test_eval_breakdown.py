@@ -17,9 +17,9 @@ from alisa_jax.kv.codec import Raw
 from alisa_jax.models import Decoder
 from alisa_jax.models.config import ModelConfig
 from eval.figures import fig2c, fig11
-from eval.figures.base import Setup
 from eval.script import tables
 from eval.script.common import UserError
+from eval.script.resume import Setup
 from eval.speed import breakdown
 from eval.speed.breakdown import Amount, Past, Shape
 from eval.text import windows

@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_be_made_is_told_and_stops_only_who_named_it(config
 def test_a_second_process_finds_the_programs_of_the_first(tmp_path):
     code = """
 import sys, jax, jax.numpy as jnp
-from eval import common
+from eval.script import common
 hits = []
 jax.monitoring.register_event_listener(lambda event, **kwargs: hits.append(event) if "cache_hit" in event else None)
 common.keep_programs(sys.argv[1])

@@ -10,10 +10,10 @@ import pytest
 
 from alisa_jax.engine.placed import Run
 from eval.figures import base, fig1, fig9, fig12a, fig12b, fig12c, modelled
-from eval.figures.base import Setup
 from eval.modelled import paper_fits, paper_system
 from eval.script import common, inputs, tables
 from eval.script.common import UserError
+from eval.script.resume import Setup
 from eval.speed import timing
 from eval.text import windows
 

@@ -11,9 +11,9 @@ import pytest
 
 from eval import reproduce
 from eval.figures import base, fig8
-from eval.figures.base import Table, Versus
 from eval.quality import paired
-from eval.script import common, inputs, tables
+from eval.script import common, inputs, resume, tables
+from eval.script.tables import Table, Versus
 from eval.text import recall, windows
 from tests import induction
 
@@ -313,7 +313,7 @@ def test_a_panel_is_that_of_the_model_with_the_same_name():
 
 
 def test_full_has_every_sparsity_of_the_paper_and_quick_a_part_of_it():
-    config = {size: base.Setup("m", "t", size, 0, 1, False, None).config("fig8") for size in ("quick", "full")}
+    config = {size: resume.Setup("m", "t", size, 0, 1, False, None).config("fig8") for size in ("quick", "full")}
     cells = {size: fig8.grid(config[size]) for size in config}
     assert cells["full"][0] == ("dense", 0.0, "dense", "raw") and len(cells["full"]) == 1 + 2 * 6 + 2 * 7
     assert {s for _, s, _, _ in cells["full"]} == {0.0, *base.paper("alisa_fig8")["kv_sparsity"]}
@@ -345,7 +345,7 @@ class Fake:
             self.ran.append(cell["number"])
             return {"value": 1.5 * cell["number"]}, {"measured": cell["number"] == 1}
 
-        return base.collect(setup, [{"figure": "fake", "number": n} for n in (1, 2)], run, "fake")
+        return resume.collect(setup, [{"figure": "fake", "number": n} for n in (1, 2)], run, "fake")
 
     def tables(self, setup, records):
         rows = [(str(r["number"]), tables.value(r["value"], ".1f", r["basis"]), "-") for r in records]

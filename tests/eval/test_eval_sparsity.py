@@ -19,7 +19,7 @@ from eval import sparsity
 from eval.drawing import attention
 from eval.figures import base, fig3, fig4, fig5, fig10
 from eval.quality import attention_measures
-from eval.script import common, inputs, measure, tables
+from eval.script import common, inputs, measure, resume, tables
 
 pytestmark = pytest.mark.slow
 
@@ -236,7 +236,7 @@ def test_the_figure_and_the_table_are_there_and_the_perplexity_is_that_of_score(
         assert (measured.home / "plot.png").read_bytes()[:4] == b"\x89PNG"
     text = sparsity.report(measured.records)
     assert all(policy in text for policy in POLICIES) and "missed mass, %, per layer, local(kv_sparsity=0.8)" in text
-    setup = base.Setup(str(folder / "model"), str(folder / "text.txt"), "quick", 0, 1, False, None)
+    setup = resume.Setup(str(folder / "model"), str(folder / "text.txt"), "quick", 0, 1, False, None)
     sample = sparsity.draw(setup, sparsity.windows.read(setup.text), sparsity.Sizes(CONTEXT, WINDOWS, SKIP))
     assert np.array_equal(measured.arrays["tokens"], sample.batch)
     score = inputs.make_engine(sample.model, POLICIES[2], "raw").score(sample.batch, protocol="prefill_mask")
@@ -299,7 +299,7 @@ def drawn(folder, tmp_path_factory):
     home = tmp_path_factory.mktemp("figures")
     sizes = dict(context_tokens=CONTEXT, windows=WINDOWS, skip_tokens=SKIP, kv_sparsity=0.8, sparsities=(0.4, 0.8))
     results = Results(home / "out.jsonl")
-    setup = base.Setup(str(folder / "model"), str(folder / "text.txt"), "quick", 0, 1, False, results, sizes=sizes)
+    setup = resume.Setup(str(folder / "model"), str(folder / "text.txt"), "quick", 0, 1, False, results, sizes=sizes)
     found = {}
     for module in FIGURES:
         name = module.__name__.rpartition(".")[2]
@@ -376,7 +376,7 @@ def test_every_picture_is_a_png(drawn):
 
 @pytest.mark.parametrize("size", ["quick", "full"])
 def test_the_configs_of_the_figures_share_one_sample_that_the_papers_steps_fit_in(size):
-    setup = base.Setup("bundled", "bundled:heldout", size, 0, 1, False, None)
+    setup = resume.Setup("bundled", "bundled:heldout", size, 0, 1, False, None)
     samples = {sparsity.Sizes.of(setup.config(name)) for name in ("fig3", "fig4", "fig5", "fig10")}
     assert len(samples) == 1
     sizes = samples.pop()
@@ -386,6 +386,6 @@ def test_the_configs_of_the_figures_share_one_sample_that_the_papers_steps_fit_i
 
 @pytest.mark.parametrize("module", FIGURES)
 def test_a_figure_refuses_a_model_without_tokenizer(module, folder):
-    setup = base.Setup("random:opt_125m", str(folder / "text.txt"), "quick", 0, 1, False, None)
+    setup = resume.Setup("random:opt_125m", str(folder / "text.txt"), "quick", 0, 1, False, None)
     with pytest.raises(common.UserError, match="has no tokenizer.json, which a text needs"):
         module.check(setup)
