@@ -21,7 +21,7 @@ from pathlib import Path
 
 from absl import flags
 
-from eval.drawing import plots
+from eval.drawing import quality
 from eval.perplexity import PROTOCOLS
 from eval.quality import paired
 from eval.script import common, inputs
@@ -134,7 +134,7 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     if interrupted:
         raise KeyboardInterrupt
     figure = Path(setup.figure) if setup.figure else Path(setup.out).with_suffix(".png")
-    common.say(plots.ablations(panels(records, table), records["dense", "raw", 0.0], figure))
+    common.say(quality.ablations(panels(records, table), records["dense", "raw", 0.0], figure))
 
 
 def panels(records: Mapping[tuple[str, str, float], dict], table: Table) -> dict[float, list]:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from alisa_jax import policies
 from alisa_jax.kv.buckets import bucket
 from alisa_jax.models import Decoder, Model
-from eval.modelled import sizes
+from eval.modelled import shapes
 from eval.script import common, inputs
 from eval.script.common import UserError
 from eval.text import windows
@@ -50,7 +50,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_multi_string("also", None, "A policy that reads prompts whole (repeatable; default: snapkv).", **where)
     flags.DEFINE_integer("batch", 1, "Prompts that are read together.", **one)
     flags.DEFINE_integer("repeats", 5, "Timed runs of each, of which the median is told.", lower_bound=5, **where)
-    flags.DEFINE_enum("dtype", "float32", tuple(sizes.ELEMENT_BYTES), "Type of the weights.", **where)
+    flags.DEFINE_enum("dtype", "float32", tuple(shapes.ELEMENT_BYTES), "Type of the weights.", **where)
     common.impl_flag(values)
     common.parse(values, argv, __doc__)
     if not values.model.startswith("random:"):
@@ -82,7 +82,7 @@ def main(argv: Sequence[str], make: Callable | None = None) -> None:
     """flags -> policies -> runs in turn -> records. make(policy) gives what runs it; for tests."""
     values = config(argv)
     inputs.check_impl(values.attention_impl)
-    card, shape = inputs.card(values.model), sizes.model(values.model)
+    card, shape = inputs.card(values.model), shapes.config(values.model)
     shape = dataclasses.replace(shape, max_positions=max(shape.max_positions, max(values.lengths) + 1))
     chosen = systems(values, shape)
     results = inputs.results(values.out)

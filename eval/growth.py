@@ -44,7 +44,7 @@ from absl import flags
 from alisa_jax import policies
 from alisa_jax.placement.plan import PAGE_TOKENS
 from eval.drawing import growth
-from eval.modelled import sizes
+from eval.modelled import machines, shapes
 from eval.script import common, inputs
 from eval.script.common import UserError
 from eval.speed import filled, fits, systems
@@ -62,7 +62,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_integer("layers", 8, "Layers of the model.", **one)
     flags.DEFINE_integer("vocab_size", 512, "Tokens that the model's head knows.", **one)
     flags.DEFINE_integer("batch", 1, "Sequences.", **one)
-    flags.DEFINE_enum("dtype", "float32", tuple(sizes.ELEMENT_BYTES), "Type of the weights.", **where)
+    flags.DEFINE_enum("dtype", "float32", tuple(shapes.ELEMENT_BYTES), "Type of the weights.", **where)
     flags.DEFINE_string("policy", "swa(kv_sparsity=0.8,window=64)", "The sparse policy, an swa.", **where)
     flags.DEFINE_string("codec", "raw", "How K and V are stored.", **where)
     flags.DEFINE_string("offload_dense", "flexgen", "The controller that offloads dense attention.", **where)
@@ -142,11 +142,11 @@ def main(argv: Sequence[str], measure: Callable = filled.steps, record: Callable
     values = config(argv)
     inputs.check_impl(values.attention_impl)
     card, chosen = inputs.card(values.model), cast(values)
-    shape = dataclasses.replace(sizes.model(values.model), n_layers=values.layers, vocab_size=values.vocab_size)
+    shape = dataclasses.replace(shapes.config(values.model), n_layers=values.layers, vocab_size=values.vocab_size)
     shape = dataclasses.replace(shape, max_positions=max(values.contexts) + 1)
     traced = None if values.trace == "none" else inputs.card(values.trace)
     source = None if traced is None else windows.read(values.text)
-    sizes.hardware(values.hardware)
+    machines.hardware(values.hardware)
     works = {n: _work(values, shape, n) for n in (_base(values), *values.contexts)}
     for system in chosen:  # what no budget could make possible
         systems.refusal(system, filled.unlimited(works[max(works)]))
@@ -255,7 +255,7 @@ def report(records: Sequence[dict], chosen: Cast) -> str:
                 whys.append(f"{name} at {tokens}: {r['note']}")
                 continue
             entering = common.number(r.get("trace_loaded_tokens"), ".2f")
-            numbers = [f"{r['loaded_rows_per_step']:.1f}", sizes.bytes_text(r["load_bytes_per_step"])]
+            numbers = [f"{r['loaded_rows_per_step']:.1f}", machines.bytes_text(r["load_bytes_per_step"])]
             numbers += [f"{1e6 * r['decide_s_per_step']:.0f}", str(r["compiles"]), f"{r['agrees']:.2f}"]
             details.append([name, str(tokens), entering, *numbers, r["trace"] or "-"])
     growths = []

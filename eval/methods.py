@@ -21,7 +21,7 @@ from alisa_jax.calibration import Calibration
 from alisa_jax.kv import codec as codecs
 from alisa_jax.models import checkpoint
 from alisa_jax.policies.base import Policy
-from eval.modelled import sizes
+from eval.modelled import shapes
 from eval.script import common
 from eval.script.common import UserError
 from eval.speed import systems
@@ -69,7 +69,7 @@ def methods() -> list[dict]:
 
 def pairs() -> list[dict]:
     """Every policy with every codec, and every policy with every controller; `refused` is None or a sentence."""
-    config = sizes.model("bundled")
+    config = shapes.config("bundled")
     calibration = Calibration.load(checkpoint.BUNDLED / checkpoint.CALIBRATION)
     work = systems.Work(config, DTYPE, (TOKENS,) * 2, TOKENS, calibration=calibration)
     others = [("codec", name, f"resident | {{}} | {example(kind)}") for name, kind in codecs.CODECS.items()]

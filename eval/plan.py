@@ -21,6 +21,7 @@ sparsity loses.
 --profile measures this machine (copies both ways, a product of matrices, a read) and writes what --hardware reads.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -33,7 +34,7 @@ from alisa_jax import placement
 from alisa_jax.placement import planner
 from alisa_jax.placement.cost import Cost, kv_bytes
 from alisa_jax.placement.simulate import ENTERING_TOKENS, Simulated, Trace, simulate, swa_trace
-from eval.modelled import hardware_profile, sizes
+from eval.modelled import hardware_profile, machines, shapes, workload
 from eval.script import common, inputs
 from eval.script.common import UserError
 
@@ -67,7 +68,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_float("kv_sparsity", 0.8, "Share of the context that SWA leaves out.", **where)
     flags.DEFINE_string("window", "k", "SWA's window: k, 2k or a number of rows; it decides the statistics.", **where)
     flags.DEFINE_string("codec", "raw", "How K and V are stored.", **where)
-    flags.DEFINE_enum("dtype", "float16", tuple(sizes.ELEMENT_BYTES), "Type of weights and of raw K and V.", **where)
+    flags.DEFINE_enum("dtype", "float16", tuple(shapes.ELEMENT_BYTES), "Type of weights and of raw K and V.", **where)
     flags.DEFINE_string("device_kv_bytes", None, "Device budget of the cache. Default: what is left.", **where)
     flags.DEFINE_string("host_kv_bytes", None, "Host budget of the cache. Default: the host's memory.", **where)
     flags.DEFINE_multi_string("placement", [], "Further controllers to price under SWA, such as alisa(lag=1).", **where)
@@ -79,7 +80,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_float("read_efficiency", 0.8, "Reached share of the published memory rate.", **share)
     flags.DEFINE_bool("profile", False, "Measure this machine and write --out.", **where)
     flags.DEFINE_string(
-        "out", None, f"Records (JSON lines); with --profile the file, default {sizes.THIS_MACHINE}.", **where
+        "out", None, f"Records (JSON lines); with --profile the file, default {machines.THIS_MACHINE}.", **where
     )
     flags.DEFINE_bool("json", False, "The record on stdout, one JSON line; the table on stderr.", **where)
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", **where)
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     """flags -> numbers -> plan -> record."""
     values = config(argv)
     if values.profile:
-        return _profile(values.out or sizes.THIS_MACHINE)
+        return _profile(values.out or machines.THIS_MACHINE)
     start = time.perf_counter()
     make = _maker(values)
     run, cell, totals = make(values.batch)
@@ -122,8 +123,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _maker(values):
     """make(batch) -> (Run, the record's cell, bytes): everything that depends on the batch."""
-    machine, shaped = sizes.hardware(values.hardware), sizes.model(values.model)
-    stored, chosen = sizes.codec(values.codec, values.dtype), sizes.policy(values.kv_sparsity, values.window)
+    machine, shaped = machines.hardware(values.hardware), shapes.config(values.model)
+    stored, chosen = shapes.codec(values.codec, values.dtype), workload.policy(values.kv_sparsity, values.window)
     context = values.prompt_tokens + values.new_tokens
     if context > shaped.max_positions:
         raise UserError(f"--new_tokens: the model has {shaped.max_positions} positions, and {context} are asked for")
@@ -132,7 +133,7 @@ def _maker(values):
     except ValueError as error:
         raise UserError(f"--kv_sparsity: {error}") from None
     inputs.check_codec(inputs.codec(values.codec), values.prompt_tokens, "prompts")
-    model = sizes.shape(shaped, stored, values.dtype)
+    model = shapes.shape(shaped, stored, values.dtype)
     cost = Cost(
         machine, model, values.matmul_efficiency, values.read_efficiency, selection_s=values.selection_us * 1e-6
     )
@@ -146,22 +147,20 @@ def _maker(values):
 
     def make(batch: int):
         sparse, dense = (
-            sizes.setting(shaped, stored, policy, batch, values.prompt_tokens, values.new_tokens)
-            for policy in (chosen, sizes.policy(0.0))
+            workload.setting(shaped, stored, policy, batch, values.prompt_tokens, values.new_tokens)
+            for policy in (chosen, workload.policy(0.0))
         )
         activations = model.activation_bytes(batch, values.prompt_tokens)
         whole = kv_bytes(dense)
         asked = whole / batch * values.batch  # a share is of the dense KV of --batch, whatever batch is tried
         left = machine.device_bytes - model.weight_bytes - activations
         if values.device_kv_bytes is not None:
-            left = sizes.read_bytes(values.device_kv_bytes, asked, "--device_kv_bytes")
+            left = machines.read_bytes(values.device_kv_bytes, asked, "--device_kv_bytes")
         host = machine.host_bytes
         if values.host_kv_bytes is not None:
-            host = sizes.read_bytes(values.host_kv_bytes, asked, "--host_kv_bytes")
-        gather = dict(gather=values.read == "rows")
-        sparse, dense = (
-            sizes.dataclasses.replace(sizes.budgeted(one, left, host), **gather) for one in (sparse, dense)
-        )
+            host = machines.read_bytes(values.host_kv_bytes, asked, "--host_kv_bytes")
+        limits = dict(device_kv_bytes=left, host_kv_bytes=host, gather=values.read == "rows")
+        sparse, dense = (dataclasses.replace(one, **limits) for one in (sparse, dense))
         cell = {
             "script": "eval.plan",
             "model": values.model,
@@ -194,15 +193,15 @@ def _check(run: Run, totals: dict, specs: Sequence[str]) -> dict:
     if totals["device_kv_bytes"] <= 0:
         need = totals["weight_bytes"] + totals["activation_bytes"]
         raise UserError(
-            f"--hardware: weights and activations need {sizes.bytes_text(need)}, and the device has "
-            f"{sizes.bytes_text(totals['device_bytes'])}"
+            f"--hardware: weights and activations need {machines.bytes_text(need)}, and the device has "
+            f"{machines.bytes_text(totals['device_bytes'])}"
         )
     least = placement.alisa.least_device_bytes(run.sparse)
     try:
         placement.Alisa().check(run.sparse)
     except ValueError as error:
         flag = "--host_kv_bytes" if "host_kv_bytes" in str(error) else "--device_kv_bytes"
-        working, statistics = (sizes.bytes_text(totals[f"{name}_bytes"]) for name in ("working_set", "statistics"))
+        working, statistics = (machines.bytes_text(totals[f"{name}_bytes"]) for name in ("working_set", "statistics"))
         part = f"working set {working}, statistics {statistics}"
         raise UserError(f"{flag}: {error} ({part}; a smaller --window has smaller statistics)") from None
     for text in specs:
@@ -292,7 +291,7 @@ def _table(record: dict, rows: dict[str, Simulated | str]) -> str:
     """What is needed, the phases, and a line for each controller."""
     n = record["new_tokens"]
     names = "weight activation kv working_set statistics device_kv host_kv least_device_kv".split()
-    parts = [f"{name.replace('_', ' ')} {sizes.bytes_text(record[f'{name}_bytes'])}" for name in names]
+    parts = [f"{name.replace('_', ' ')} {machines.bytes_text(record[f'{name}_bytes'])}" for name in names]
     phases = "everything stays on the device"
     if record["p1"] < n:
         phases = f"p1 {record['p1']}, p2 {record['p2']} of {n}, alpha {record['alpha']:.2f}, beta {record['beta']:.2f}"
@@ -308,7 +307,7 @@ def _table(record: dict, rows: dict[str, Simulated | str]) -> str:
             times = (run.prefill_s, run.compute_s, run.load_s, run.store_s, run.recompute_s)
             peaks = (run.device_peak_bytes, run.host_peak_bytes)
             lines.append(
-                (label, f"{run.tokens_per_s:.1f}", *(f"{t:.2f}" for t in times), *map(sizes.bytes_text, peaks))
+                (label, f"{run.tokens_per_s:.1f}", *(f"{t:.2f}" for t in times), *map(machines.bytes_text, peaks))
             )
     wins = record["offload_wins_from_batch"]
     notes = sorted({note for run in rows.values() if not isinstance(run, str) for note in run.notes})

@@ -40,8 +40,8 @@ import alisa_jax
 from alisa_jax import placement, policies
 from alisa_jax.placement import mover
 from alisa_jax.placement.cost import Cost
-from eval.drawing import plots
-from eval.modelled import sizes
+from eval.drawing import systems as drawing
+from eval.modelled import machines, shapes
 from eval.script import common, inputs
 from eval.script.common import UserError
 from eval.speed import systems, timing, traces
@@ -59,7 +59,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_integer("prompt_tokens", 128, "Tokens of each prompt; the most, with --ragged.", **one)
     flags.DEFINE_integer("new_tokens", 128, "New tokens of each sequence.", **one)
     flags.DEFINE_bool("ragged", False, "Prompts of half of --prompt_tokens to all of it.", **where)
-    flags.DEFINE_enum("dtype", None, tuple(sizes.ELEMENT_BYTES), "Type of the weights. Default: the model's.", **where)
+    flags.DEFINE_enum("dtype", None, tuple(shapes.ELEMENT_BYTES), "Type of the weights. Default: the model's.", **where)
     flags.DEFINE_string("device_kv_bytes", None, "Device budget of the cache. Default: none.", **where)
     flags.DEFINE_string("host_kv_bytes", None, "Host budget of the cache. Default: none.", **where)
     flags.DEFINE_multi_string("system", systems.DEFAULTS, "controller | policy | codec; may be repeated.", **where)
@@ -89,8 +89,8 @@ def main(argv: Sequence[str], load: Callable = alisa_jax.load, build: Callable =
     values = config(argv)
     inputs.check_impl(values.attention_impl)
     chosen = tuple(dict.fromkeys(systems.parse(text) for text in values.system))
-    shaped, card = sizes.model(values.model), inputs.card(values.model)
-    machine = sizes.hardware(values.hardware) if values.simulate else None
+    shaped, card = shapes.config(values.model), inputs.card(values.model)
+    machine = machines.hardware(values.hardware) if values.simulate else None
     work = _work(values, shaped, machine)
     traced = None if values.trace is None else traces.card(values.trace, chosen, work)
     read = traced is not None or (systems.has_tokenizer(values.model) and not values.simulate)
@@ -136,7 +136,7 @@ def main(argv: Sequence[str], load: Callable = alisa_jax.load, build: Callable =
     found = list(records.values())
     common.emit(found, report(found), values.json)
     if values.plot:
-        common.say(plots.systems(found, Path(values.plot)))
+        common.say(drawing.rates(found, Path(values.plot)))
 
 
 def _work(values, shaped, machine) -> Work:
@@ -153,19 +153,19 @@ def _work(values, shaped, machine) -> Work:
         lengths = np.random.default_rng(values.seed).integers(half, values.prompt_tokens, batch, endpoint=True).tolist()
     device = host = math.inf
     if machine is not None:
-        shape = sizes.shape(shaped, sizes.codec("raw", dtype), dtype)
+        shape = shapes.shape(shaped, shapes.codec("raw", dtype), dtype)
         taken = shape.weight_bytes + shape.activation_bytes(batch, values.prompt_tokens)
         device, host = machine.device_bytes - taken, machine.host_bytes
         if device <= 0:
             raise UserError(
-                f"--hardware: weights and activations need {sizes.bytes_text(taken)}, and the device has "
-                f"{sizes.bytes_text(machine.device_bytes)}"
+                f"--hardware: weights and activations need {machines.bytes_text(taken)}, and the device has "
+                f"{machines.bytes_text(machine.device_bytes)}"
             )
     whole = systems.dense_kv_bytes(shaped, dtype, batch, values.prompt_tokens + values.new_tokens - 1)
     if values.device_kv_bytes is not None:
-        device = sizes.read_bytes(values.device_kv_bytes, whole, "--device_kv_bytes")
+        device = machines.read_bytes(values.device_kv_bytes, whole, "--device_kv_bytes")
     if values.host_kv_bytes is not None:
-        host = sizes.read_bytes(values.host_kv_bytes, whole, "--host_kv_bytes")
+        host = machines.read_bytes(values.host_kv_bytes, whole, "--host_kv_bytes")
     return Work(shaped, dtype, tuple(lengths), values.new_tokens, device, host, values.read == "rows")
 
 
@@ -208,7 +208,7 @@ def _cell(values, system: System, card, work: Work, machine, traced, source) -> 
 
 
 def _cost(machine, system: System, work: Work) -> Cost:
-    shape = sizes.shape(work.config, sizes.codec(system.codec, work.dtype), work.dtype)
+    shape = shapes.shape(work.config, shapes.codec(system.codec, work.dtype), work.dtype)
     return Cost(machine, shape, selection_s=SELECTION_US * 1e-6)
 
 
@@ -247,7 +247,7 @@ def report(records: Sequence[dict]) -> str:
             rows.append([name, "OOM", *["-"] * (len(head) - 2)])
             continue
         phases = ["-" if r[p] == r["new_tokens"] else str(r[p]) for p in ("p1", "p2")]
-        amounts = [sizes.bytes_text(r[f"{key}_bytes"]) for key in ("device_peak", "host_peak", "load", "store")]
+        amounts = [machines.bytes_text(r[f"{key}_bytes"]) for key in ("device_peak", "host_peak", "load", "store")]
         rows.append(
             [
                 name,
@@ -262,7 +262,7 @@ def report(records: Sequence[dict]) -> str:
                 *phases,
             ]
         )
-    limits = ", ".join(f"{side} {sizes.bytes_text(float(first[f'{side}_kv_bytes']))}" for side in ("device", "host"))
+    limits = ", ".join(f"{side} {machines.bytes_text(float(first[f'{side}_kv_bytes']))}" for side in ("device", "host"))
     shape = f"prompts of {first['prompt_tokens']} tokens" + (" at most" if first["ragged"] else "")
     how = f"modelled on {first['hardware']}"
     if first["hardware"] is None:

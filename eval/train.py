@@ -35,7 +35,7 @@ from tqdm import tqdm
 from alisa_jax.models import checkpoint
 from alisa_jax.models.decoder import Decoder
 from alisa_jax.records import environment
-from eval.drawing import plots
+from eval.drawing import training
 from eval.script import common
 from eval.text import episodes
 from eval.training import curriculum, learning
@@ -170,7 +170,7 @@ def _draw(out: str | None, figure: str) -> None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise common.UserError(f"--out: no training record at {str(path)!r}: {error}") from None
-    common.say(plots.training(record, Path(figure)))
+    common.say(training.plot(record, Path(figure)))
 
 
 def _tokenizer(path: Path, files: episodes.Corpus, vocab_size: int) -> tokenizers.Tokenizer:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from eval.drawing import plots
+from eval.drawing import style
 from eval.quality import sample
 from eval.quality.rows import Entry
 
@@ -16,9 +16,9 @@ def plot(rows: Mapping[float, Mapping[Entry, dict]], dense: Mapping, path: Path)
 
     Bars are one standard error of the paired difference from dense attention. Dotted: a policy with a codec.
     """
-    pyplot = plots._pyplot()
+    pyplot = style.pyplot()
     if pyplot is None:
-        return plots.WITHOUT
+        return style.WITHOUT
     lines: dict[tuple[str, str], list[dict]] = {}
     for mine in rows.values():
         for entry, record in mine.items():
@@ -26,7 +26,7 @@ def plot(rows: Mapping[float, Mapping[Entry, dict]], dense: Mapping, path: Path)
             if record is not dense and record not in line:
                 line.append(record)
     names = ["text", *dense["told_apart"]]
-    with pyplot.rc_context(plots.RECIPE):
+    with pyplot.rc_context(style.RECIPE):
         colours = pyplot.get_cmap("tab10").colors
         methods = list(dict.fromkeys(key if key[0] == "dense" else key[0] for key in lines))
         size = (2.9 * len(names) + 1.6, 3.6)
@@ -63,4 +63,4 @@ def plot(rows: Mapping[float, Mapping[Entry, dict]], dense: Mapping, path: Path)
             "\nDashed: dense; bars: one standard error of the paired difference from it",
             fontsize=8,
         )
-        return plots._save(figure, path)
+        return style.save(figure, path)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from eval.drawing.plots import RECIPE, SERIES, WITHOUT, _pyplot, _save
+from eval.drawing import style
 
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7")  # Okabe and Ito's
 OWN = "#000000"
@@ -16,10 +16,10 @@ def breakdown(panels: Mapping[str, tuple[Mapping, Mapping]], names: Mapping[str,
     panels: {shape: (records by KV sparsity, published bars by KV sparsity)}; names: of the operations, in their order.
     Raises UserError where `path` cannot be written.
     """
-    pyplot = _pyplot()
+    pyplot = style.pyplot()
     if pyplot is None:
-        return WITHOUT
-    with pyplot.rc_context(RECIPE):
+        return style.WITHOUT
+    with pyplot.rc_context(style.RECIPE):
         figure, axes = pyplot.subplots(
             1, len(panels), figsize=(3.6 * len(panels) + 1.2, 3.8), layout="constrained", squeeze=False
         )
@@ -46,7 +46,7 @@ def breakdown(panels: Mapping[str, tuple[Mapping, Mapping]], names: Mapping[str,
             ncols=3 * min(2, len(panels)),
             frameon=False,
         )
-        return _save(figure, path)
+        return style.save(figure, path)
 
 
 def caching(ours: Mapping[str, Mapping], paper: Mapping[str, Mapping], title: str, path: Path) -> str:
@@ -55,25 +55,25 @@ def caching(ours: Mapping[str, Mapping], paper: Mapping[str, Mapping], title: st
     ours, paper: {series: {"time": (steps, values), "memory": (steps, values)}}, values over those of step 0. Raises
     UserError where `path` cannot be written.
     """
-    pyplot = _pyplot()
+    pyplot = style.pyplot()
     if pyplot is None:
-        return WITHOUT
-    with pyplot.rc_context(RECIPE):
+        return style.WITHOUT
+    with pyplot.rc_context(style.RECIPE):
         figure, axes = pyplot.subplots(1, 2, figsize=(7.2, 3.4), layout="constrained")
         for axis, quantity in zip(axes, ("time", "memory"), strict=True):
-            for (colour, marker), name in zip(SERIES, ours, strict=False):
+            for (colour, marker), name in zip(style.SERIES, ours, strict=False):
                 steps, values = ours[name][quantity]
                 axis.plot(steps, values, color=colour, linewidth=1.2, label=f"{name}, here")
                 steps, values = paper[name][quantity]
-                style = dict(color=colour, marker=marker, markersize=4, linestyle="--", linewidth=0.8)
-                axis.plot(steps, values, label=f"{name}, paper", **style)
+                points = dict(color=colour, marker=marker, markersize=4, linestyle="--", linewidth=0.8)
+                axis.plot(steps, values, label=f"{name}, paper", **points)
             axis.set_xlabel("decode step")
             axis.set_ylim(bottom=0)
         axes[0].set_ylabel("seconds per step / those of step 0")
         axes[1].set_ylabel("memory / memory at step 0")
         axes[0].legend(frameon=False, fontsize=7)
         figure.suptitle(title, fontsize=8)
-        return _save(figure, path)
+        return style.save(figure, path)
 
 
 def _stack(axis, at: float, parts, hatch: str | None = None) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.drawing import plots
+from eval.drawing import style
 from eval.speed import fits
 
 STYLES = (("#000000", "o"), ("#D55E00", "s"), ("#0072B2", "^"), ("#CC79A7", "D"), ("#009E73", "v"))
@@ -14,9 +14,9 @@ def plot(records: Sequence[dict], chosen, path: Path) -> str:
 
     Dotted: a + b n as fitted. Raises UserError where `path` cannot be written.
     """
-    pyplot = plots._pyplot()
+    pyplot = style.pyplot()
     if pyplot is None:
-        return plots.WITHOUT
+        return style.WITHOUT
     found, weights_s = fits.series(records)
     first = records[0]
     names = [f"{s.controller} | {s.policy}" for s in chosen.steps]
@@ -25,7 +25,7 @@ def plot(records: Sequence[dict], chosen, path: Path) -> str:
         (f"offloaded, {first['device_kv_frac']:g} of the dense KV on the device", names[2:]),
         ("decisions and searches", [one.name for one in found.values() if one.part != "step"]),
     )
-    with pyplot.rc_context(plots.RECIPE | {"lines.markersize": 4}):
+    with pyplot.rc_context(style.RECIPE | {"lines.markersize": 4}):
         figure, axes = pyplot.subplots(1, 4, figsize=(14.4, 3.8), layout="constrained")
         for axis, (title, members) in zip(axes, panels):
             for (colour, marker), name in zip(STYLES, members):
@@ -58,7 +58,7 @@ def plot(records: Sequence[dict], chosen, path: Path) -> str:
             f"sparse: {chosen.sparse.policy}. Dotted: a + b n",
             fontsize=8,
         )
-        return plots._save(figure, path)
+        return style.save(figure, path)
 
 
 def _shares(axis, found, names: Sequence[str], weights_s: float, records: Sequence[dict]) -> None:

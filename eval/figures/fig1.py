@@ -14,7 +14,7 @@ from alisa_jax import placement
 from alisa_jax.placement.simulate import simulate
 from eval.drawing import systems
 from eval.figures import base, modelled, stand_in
-from eval.modelled import paper_system, sizes
+from eval.modelled import machines, paper_system
 from eval.modelled.paper_cells import GIB, cell, pick
 from eval.modelled.paper_fits import FIGURE_1, MANY
 from eval.script import common
@@ -184,7 +184,7 @@ def _measured(records: Sequence[dict]) -> Table:
             published = None if theirs["gpu_only"]["oom"] else theirs[where]["total_s"] / theirs["gpu_only"]["total_s"]
             shown = "OOM" if one is not None and ours is None else ours
             moved = [
-                sizes.bytes_text(one[key]) if one and key in one else None
+                machines.bytes_text(one[key]) if one and key in one else None
                 for key in ("load_bytes", "device_peak_bytes")
             ]
             published_s = "OOM" if theirs[where]["oom"] else theirs[where]["total_s"]
@@ -201,7 +201,7 @@ def _measured(records: Sequence[dict]) -> Table:
     caption = (
         f"Figure 1 in small: batch {first['batch']}, prompts of {first['prompt_tokens']} tokens. "
         f"{stand_in.caption(records)} Systems: {runs}. The "
-        f"cache may take {sizes.bytes_text(float(first['device_kv_bytes']))} of the device, the same share of W2's as "
+        f"cache may take {machines.bytes_text(float(first['device_kv_bytes']))} of the device, the same share of W2's as "
         "on the figure's GPU; "
         f"-: not run at this size. {stand_in.COPIES}"
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from eval.drawing import costs
 from eval.figures import base
-from eval.modelled import sizes
+from eval.modelled import shapes
 from eval.script import common, inputs, resume
 from eval.script.common import UserError
 from eval.script.resume import Found, Setup
@@ -29,7 +29,7 @@ def check(setup: Setup) -> None:
     config, paper = setup.config("fig11"), base.paper(PUBLISHED)
     if setup.model.startswith("random:"):
         raise UserError("--model: Figure 11 takes its queries and keys from a trained model, got random weights")
-    model, _ = sizes.model(setup.model), inputs.card(setup.model)
+    model, _ = shapes.config(setup.model), inputs.card(setup.model)
     if not systems.has_tokenizer(setup.model):
         raise UserError(f"--model: {setup.model} has no tokenizer.json, which a text needs")
     for name in config["shapes"]:

@@ -23,7 +23,7 @@ from alisa_jax.kv.buckets import bucket
 from alisa_jax.kv.state import tree_bytes
 from eval.drawing import costs
 from eval.figures import base
-from eval.modelled import sizes
+from eval.modelled import shapes
 from eval.script import common, inputs, resume
 from eval.script.common import UserError
 from eval.script.resume import Found, Setup
@@ -39,7 +39,7 @@ WARM_UP = 1
 def check(setup: Setup) -> None:
     """Raise UserError for a model that is not there or reads too few tokens."""
     config, name = setup.config("fig2c"), _model(setup)
-    model, _ = sizes.model(name), inputs.card(name)
+    model, _ = shapes.config(name), inputs.card(name)
     needed = config["prompt_tokens"] + config["new_tokens"]
     if needed > model.max_positions:
         raise UserError(f"--model: {name} reads {model.max_positions} tokens at most, and {needed} are needed")

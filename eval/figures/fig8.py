@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from eval import accuracy
-from eval.drawing import plots
+from eval.drawing import quality
 from eval.figures import base
 from eval.quality import paired
 from eval.script import common, inputs, resume
@@ -273,4 +273,4 @@ def _task(name: str, records: Mapping[tuple[str, float], dict]) -> Table:
 def draw(setup: Setup, records: Sequence[dict], path: Path) -> str:
     """Perplexity, recall and tasks against sparsity."""
     sample, by_task = tables_of(records)
-    return plots.quality(sample, tuple(METHODS), path, by_task)
+    return quality.quality(sample, tuple(METHODS), path, by_task)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from eval.drawing import plots
+from eval.drawing import systems
 from eval.figures import modelled, stand_in
-from eval.modelled import paper_cells, sizes
+from eval.modelled import machines, paper_cells
 from eval.modelled.paper_cells import pick
 from eval.modelled.paper_system import MODELS, SYSTEMS
 from eval.modelled.paper_trends import trends
@@ -61,7 +61,7 @@ def tables(setup: Setup, records: Sequence[dict]) -> list[Table]:
 
 def draw(setup: Setup, records: Sequence[dict], path: Path) -> str:
     """Modelled beside published tokens per second, a panel a model."""
-    return plots.throughput(pick(modelled.cells(records), quantity="tokens_per_s"), path)
+    return systems.throughput(pick(modelled.cells(records), quantity="tokens_per_s"), path)
 
 
 def _config(setup: Setup) -> dict:
@@ -131,7 +131,7 @@ def _measured(records: Sequence[dict]) -> Table:
         theirs = _paper_ratios(name, batch)
         mean = math.prod(theirs) ** (1 / len(theirs)) if theirs else None
         span = f"{min(theirs):.2f} - {max(theirs):.2f}" if theirs else "-"
-        moved = [sizes.bytes_text(r[key]) if key in r else None for key in MOVED]
+        moved = [machines.bytes_text(r[key]) if key in r else None for key in MOVED]
         late = None if r.get("p1") == r["new_tokens"] else r.get("p1")
         rows.append(
             (
@@ -173,7 +173,7 @@ def _measured(records: Sequence[dict]) -> Table:
     caption = (
         f"Figure 9 in small, {first['prompt_tokens']} + {first['new_tokens']} tokens. {stand_in.caption(records)} "
         f"Systems: {runs}. One KV budget of the device for all batches, "
-        f"{sizes.bytes_text(float(first['device_kv_bytes']))}; "
+        f"{machines.bytes_text(float(first['device_kv_bytes']))}; "
         "to FlexGen: tokens/s over those of flexgen at the same batch; paper's: the same over its six models and "
         "their geometric "
         f"mean; to device, to host: bytes moved in a run. {stand_in.COPIES}"

@@ -33,7 +33,7 @@ from alisa_jax import placement
 from alisa_jax.placement.cost import Cost, paper_objective_s, paper_traffic_s
 from alisa_jax.placement.plan import Setting
 from alisa_jax.placement.simulate import Simulated, simulate, swa_trace
-from eval.modelled import sizes
+from eval.modelled import machines, shapes, workload
 
 RAW, INT8 = "raw", "int8(axis=token)"
 
@@ -116,7 +116,7 @@ class Schedule:
 
 def step_s(place: Place, fits: Fits) -> tuple[float, float]:
     """(a, c) of a model on its GPU."""
-    shape = sizes.shape(sizes.model(place.shape), sizes.codec(RAW, "float16"), "float16")
+    shape = shapes.shape(shapes.config(place.shape), shapes.codec(RAW, "float16"), "float16")
     return fits.layer_s[place.family] * shape.layers, shape.weight_flops / fits.flops_per_s[place.gpu]
 
 
@@ -127,12 +127,12 @@ def run(
 
     Without fits neither steps nor copies have a price yet.
     """
-    config, stored, work = sizes.model(place.shape), sizes.codec(codec, "float16"), published["workload"]
-    shape, machine = sizes.shape(config, stored, "float16"), sizes.hardware(place.machine)
-    policy = sizes.policy(kv_sparsity)
-    setting = sizes.setting(config, stored, policy, batch, work["prompt_tokens"], work["new_tokens"])
+    config, stored, work = shapes.config(place.shape), shapes.codec(codec, "float16"), published["workload"]
+    shape, machine = shapes.shape(config, stored, "float16"), machines.hardware(place.machine)
+    policy = workload.policy(kv_sparsity)
+    setting = workload.setting(config, stored, policy, batch, work["prompt_tokens"], work["new_tokens"])
     left = machine.device_bytes - shape.weight_bytes - shape.activation_bytes(batch, work["prompt_tokens"])
-    setting = sizes.budgeted(setting, left, machine.host_bytes)
+    setting = dataclasses.replace(setting, device_kv_bytes=left, host_kv_bytes=machine.host_bytes)
     if fits is None:
         return setting, Cost(machine, shape, step_s=(0.0, 0.0))
     link = fits.link_bytes_per_s[place.gpu]

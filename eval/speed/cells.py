@@ -11,7 +11,7 @@ from types import MappingProxyType
 import numpy as np
 
 from alisa_jax.models.config import ModelConfig
-from eval.modelled import sizes
+from eval.modelled import shapes
 from eval.script import inputs
 from eval.script.common import UserError
 
@@ -130,7 +130,7 @@ def asked(text: str) -> tuple[int, int]:
 
 def shape(name: str, context: int) -> ModelConfig:
     """The configuration of a model that reads `context` tokens: random weights get as many positions as they need."""
-    config = sizes.model(name)
+    config = shapes.config(name)
     if name.startswith("random:"):
         return dataclasses.replace(config, max_positions=max(config.max_positions, context))
     if context > config.max_positions:

@@ -29,7 +29,7 @@ from alisa_jax.placement import mover, planner
 from alisa_jax.placement.cost import Cost
 from alisa_jax.placement.plan import PAGE_TOKENS
 from alisa_jax.placement.simulate import swa_trace, walk
-from eval.modelled import sizes
+from eval.modelled import machines, shapes
 from eval.script import inputs
 from eval.script.common import UserError
 from eval.speed import systems, timing, traces
@@ -296,7 +296,7 @@ def search(work: Work, policy: str, hardware: str, repeats: int) -> dict:
     """Seconds of the planner's search for `work` under an swa, and what it found; the machine only sets prices."""
     system = System("alisa", policy, "raw")
     setting = systems.setting(system, work)
-    cost = Cost(sizes.hardware(hardware), sizes.shape(work.config, sizes.codec("raw", work.dtype), work.dtype))
+    cost = Cost(machines.hardware(hardware), shapes.shape(work.config, shapes.codec("raw", work.dtype), work.dtype))
     problem = planner.problem(setting, cost, policies.parse(policy).kv_sparsity)
     seconds = []
     for _ in range(repeats):

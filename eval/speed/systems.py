@@ -16,7 +16,7 @@ from alisa_jax.kv import codec as codecs
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder
 from alisa_jax.placement.plan import Setting
-from eval.modelled import sizes
+from eval.modelled import shapes
 from eval.script import inputs
 from eval.script.common import UserError
 
@@ -88,8 +88,8 @@ def dtype(model: str, asked: str | None) -> str:
         return "float32"
     raw = json.loads((inputs.locate(model)[0] / "config.json").read_text())
     stated = raw.get("dtype") or raw.get("torch_dtype")
-    if stated not in sizes.ELEMENT_BYTES:
-        known = ", ".join(sizes.ELEMENT_BYTES)
+    if stated not in shapes.ELEMENT_BYTES:
+        known = ", ".join(shapes.ELEMENT_BYTES)
         raise UserError(f"--model: the config.json of {model!r} states the type {stated}; give --dtype, one of {known}")
     return stated
 

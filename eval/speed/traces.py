@@ -31,7 +31,7 @@ from alisa_jax.engine import step
 from alisa_jax.kv.buckets import bucket
 from alisa_jax.placement.plan import ALL, Positions
 from alisa_jax.policies import Dense, Policy, Swa
-from eval.modelled import sizes
+from eval.modelled import shapes
 from eval.script import inputs
 from eval.script.common import UserError
 from eval.speed import systems
@@ -221,7 +221,7 @@ def card(name: str, chosen: Sequence[systems.System], work: systems.Work) -> inp
     if name.startswith("random:"):
         raise UserError(f"--trace: the weights of {name} are random; give bundled or the folder of a trained model")
     try:
-        config, found = sizes.model(name), inputs.card(name)
+        config, found = shapes.config(name), inputs.card(name)
     except UserError as error:
         raise UserError(str(error).replace("--model", "--trace", 1)) from None
     if not systems.has_tokenizer(name):

@@ -31,7 +31,7 @@ FLAGS = ["bench", "--suite=decode", "--model=random:small", "--cell=2x64", "--st
 @pytest.fixture
 def small(monkeypatch):
     """random:small is a model of two layers with narrow heads, and nothing has to be measured of the machine."""
-    monkeypatch.setattr(cells.sizes, "model", lambda name: OPT)
+    monkeypatch.setattr(cells.shapes, "config", lambda name: OPT)
     monkeypatch.setattr(cells.inputs, "card", lambda name: cells.inputs.Card(name, None, 96))
 
 

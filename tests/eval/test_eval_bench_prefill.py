@@ -31,7 +31,7 @@ class MadeUp:
 @pytest.fixture
 def bench(capsys, monkeypatch):
     """`call(*flags)` -> (exit code, records, stderr); `times[policy][length]` are the seconds of its runs."""
-    monkeypatch.setattr(bench_prefill.sizes, "model", lambda name: SHAPE)
+    monkeypatch.setattr(bench_prefill.shapes, "config", lambda name: SHAPE)
     setup = SimpleNamespace(calls=[], times={}, made=[])
 
     def make(policy):
@@ -122,7 +122,7 @@ def test_layers_that_are_not_given_are_gemfilters_own(bench, capsys):
 
 @pytest.mark.slow
 def test_engines_of_random_weights_are_measured(capsys, monkeypatch):
-    monkeypatch.setattr(bench_prefill.sizes, "model", lambda name: SHAPE)
+    monkeypatch.setattr(bench_prefill.shapes, "config", lambda name: SHAPE)
     argv = ["bench_prefill", "--tokens=8", "--lengths=40", "--layers=1", "--also=dense", "--json"]
     assert common.run(bench_prefill.main, argv) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

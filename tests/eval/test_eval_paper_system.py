@@ -225,12 +225,12 @@ def test_trends_are_read_off_the_cells(cells):
 
 def test_the_plot_has_modelled_and_published_lines(cells, tmp_path):
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    from eval.drawing import plots
+    from eval.drawing import systems
 
     drawn, path = [], tmp_path / "figure.png"
     close, pyplot.close = pyplot.close, drawn.append
     try:
-        assert plots.throughput(pick(cells, figure="9", quantity="tokens_per_s"), path) == f"figure: {path}"
+        assert systems.throughput(pick(cells, figure="9", quantity="tokens_per_s"), path) == f"figure: {path}"
     finally:
         pyplot.close = close
     axes = drawn[0].axes

@@ -7,7 +7,7 @@ import pytest
 from alisa_jax import placement
 from alisa_jax.placement.simulate import simulate
 from eval import plan
-from eval.modelled import hardware_profile, sizes
+from eval.modelled import hardware_profile, machines
 from eval.script import common
 
 pytestmark = pytest.mark.slow
@@ -102,13 +102,13 @@ def test_dense_attention_can_be_planned_too(capsys):
     ("text", "number"), [("2GB", 2e9), ("512MiB", 2**29), ("0.5x", 500.0), ("1000", 1000.0), (".5 KiB", 512.0)]
 )
 def test_bytes_are_read_as_people_write_them(text, number):
-    assert sizes.read_bytes(text, 1000.0, "--flag") == number
+    assert machines.read_bytes(text, 1000.0, "--flag") == number
 
 
 @pytest.mark.parametrize("text", ["", "GB", "2gb", "-1GB", "1e9", "x"])
 def test_other_spellings_of_bytes_are_refused(text):
     with pytest.raises(common.UserError, match="--flag: .* is no size; write 2GB"):
-        sizes.read_bytes(text, 1000.0, "--flag")
+        machines.read_bytes(text, 1000.0, "--flag")
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_a_profile_of_this_machine_is_hardware(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(hardware_profile, "profile", lambda: measured)
     plan.main(["plan", "--profile"])
     assert "matmul_flops_per_s" in capsys.readouterr().out
-    machine = sizes.hardware("this_machine")
-    assert machine.measured and machine == sizes.hardware(str(tmp_path / sizes.THIS_MACHINE))
+    machine = machines.hardware("this_machine")
+    assert machine.measured and machine == machines.hardware(str(tmp_path / machines.THIS_MACHINE))
     assert min(machine.to_device_bytes_per_s, machine.to_host_bytes_per_s, machine.read_bytes_per_s) > 0
     found = record(capsys, "--hardware=this_machine", "--device_kv_bytes=1GB")
     assert found["hardware"].startswith("this_machine: ")

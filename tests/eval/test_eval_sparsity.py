@@ -16,7 +16,7 @@ from alisa_jax import models as checkpoints
 from alisa_jax.models import Decoder, ModelConfig
 from alisa_jax.records import Results
 from eval import sparsity
-from eval.drawing import attention
+from eval.drawing import style
 from eval.figures import base, fig3, fig4, fig5, fig10
 from eval.quality import attention_measures
 from eval.script import common, inputs, measure, resume, tables
@@ -232,7 +232,7 @@ def test_padding_is_left_out_of_a_batch():
 
 
 def test_the_figure_and_the_table_are_there_and_the_perplexity_is_that_of_score(measured, folder):
-    if attention._pyplot() is not None:
+    if style.pyplot() is not None:
         assert (measured.home / "plot.png").read_bytes()[:4] == b"\x89PNG"
     text = sparsity.report(measured.records)
     assert all(policy in text for policy in POLICIES) and "missed mass, %, per layer, local(kv_sparsity=0.8)" in text
@@ -366,7 +366,7 @@ def test_which_sparsities_are_below_dense_is_read_off_the_records(drawn):
 
 
 def test_every_picture_is_a_png(drawn):
-    if attention._pyplot() is None:
+    if style.pyplot() is None:
         pytest.skip("matplotlib is not installed")
     for module in FIGURES:
         name = module.__name__.rpartition(".")[2]

@@ -19,7 +19,7 @@ from alisa_jax.engine.placed import Run
 from alisa_jax.models import Decoder, checkpoint, hub
 from alisa_jax.placement import mover
 from eval import throughput
-from eval.modelled import sizes
+from eval.modelled import machines, shapes
 from eval.script import common, inputs
 from eval.speed import systems, timing, traces
 from eval.text import windows
@@ -345,8 +345,8 @@ def test_modelled_records_say_so_and_make_no_weights(bench):
 
 def test_without_budgets_a_modelled_run_has_what_weights_and_activations_leave(bench):
     (record,) = bench.call("--simulate", "--hardware=t4_16gb", TWO[0])[1]
-    machine = sizes.hardware("t4_16gb")
-    weights = 4 * Decoder(sizes.model("opt_125m")).count_params()
+    machine = machines.hardware("t4_16gb")
+    weights = 4 * Decoder(shapes.config("opt_125m")).count_params()
     activations = 2 * 40 * (6 * 768 + 2 * 3072) * 4 + 4 * 2 * 50272
     assert record["device_kv_bytes"] == machine.device_bytes - weights - activations
     assert record["host_kv_bytes"] == machine.host_bytes
@@ -502,7 +502,7 @@ def test_ranks_order_the_tokens_that_are_not_attended_by_their_sums():
 def stranger():
     """A random model of another family and shape: three layers, five heads."""
     config = dataclasses.replace(
-        sizes.model("opt_125m"), vocab_size=50, d_model=40, n_layers=3, n_heads=5, n_kv_heads=5, head_dim=8, d_ff=48
+        shapes.config("opt_125m"), vocab_size=50, d_model=40, n_layers=3, n_heads=5, n_kv_heads=5, head_dim=8, d_ff=48
     )
     decoder = Decoder(config)
     params = decoder.init(jax.random.key(0), jnp.float32)
@@ -586,6 +586,6 @@ def test_a_traced_run_says_whose_selections_it_replays(trained, trace, bench, mo
 def test_a_name_of_the_hub_is_sized_like_its_folder(trained, monkeypatch):
     folder, _, _ = trained
     monkeypatch.setattr(hub, "locate", lambda name: (folder, name) if name == "owner/name" else (Path(name), name))
-    assert sizes.model("owner/name") == sizes.model(str(folder))
+    assert shapes.config("owner/name") == shapes.config(str(folder))
     assert systems.has_tokenizer("owner/name") and systems.dtype("owner/name", None) == "float32"
     assert inputs.card("owner/name").name == "owner/name"
