@@ -16,7 +16,6 @@ each a ratio of medians over all steps of all layers. `limit` is the bandwidth b
 that the policy attends. Writes one summary record; expected on CPU: at least 2.5 and 3.5 at 80 % sparsity.
 """
 
-import dataclasses
 import functools
 import sys
 import time
@@ -101,16 +100,11 @@ def record_trace(model, policy: str, tokens: np.ndarray, steps: int, heads: int)
 
     from alisa_jax import attention, policies
     from alisa_jax.kv.codec import Raw
-    from alisa_jax.models.decoder import Decoder, RopeScaling
+    from eval.speed import models
 
-    c = model.decoder.config
     B, T = tokens.shape
-    if c.max_positions < T:
-        if c.arch != "llama":
-            raise UserError(f"--context must be at most {c.max_positions}, the context of {model.name}, got {T}")
-        scaling = RopeScaling(kind="linear", factor=float(-(-T // c.max_positions)))
-        c = dataclasses.replace(c, max_positions=T, rope_scaling=scaling)
-    decoder, chosen, prompt = Decoder(c), policies.parse(policy), T - steps
+    decoder = models.stretched(model, T, "--context").decoder
+    c, chosen, prompt = decoder.config, policies.parse(policy), T - steps
 
     def blocks(params, tokens, at, attend):
         x, seen = decoder.embed(params, tokens, at), []

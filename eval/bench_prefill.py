@@ -22,17 +22,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from alisa_jax import policies
 from alisa_jax.kv.buckets import bucket
-from alisa_jax.models import Decoder, Model
 from eval.modelled import shapes
 from eval.script import common, inputs
 from eval.script.common import UserError
+from eval.speed import models
 from eval.text import windows
 
 DENSE, SHORT = "dense", "dense on --tokens tokens"
@@ -109,9 +108,7 @@ def main(argv: Sequence[str], make: Callable | None = None) -> None:
 
 def _maker(values, shape) -> Callable:
     """make(policy): an engine of that policy; all have one model."""
-    decoder = Decoder(shape)
-    params = decoder.init(jax.random.key(values.seed), values.dtype)
-    model = Model(decoder, params, None, values.model, None, (), values.model)
+    model = models.random_weights(shape, values.dtype, values.seed, values.model)
     return lambda policy: inputs.engine(inputs.make_engine, model, policy, "raw", values.attention_impl)
 
 

@@ -47,7 +47,7 @@ from eval.drawing import growth
 from eval.modelled import machines, shapes
 from eval.script import common, inputs
 from eval.script.common import UserError
-from eval.speed import filled, fits, systems
+from eval.speed import filled, fits, models, systems
 from eval.speed.systems import System, Work
 from eval.text import windows
 
@@ -164,7 +164,7 @@ def main(argv: Sequence[str], measure: Callable = filled.steps, record: Callable
                 f"{tokens} tokens: {len(cells)} systems, {values.repeats} rounds of {values.steps} steps in turn"
             )
             began = time.perf_counter()
-            model = model or filled.random_model(shape, values.dtype, values.seed, values.model)
+            model = model or models.random_weights(shape, values.dtype, values.seed, values.model)
             replays = next(iter(cells.values()))["trace"] is not None
             trace = record(values.trace, chosen.sparse.policy, work, source) if replays else None
             impl = common.impl_field(values.attention_impl)

@@ -1,9 +1,5 @@
-"""From what `Engine.score` gives to the values of a record: perplexities, footprint, and how they were got.
-
-With nll the sum of -ln p over the n scored tokens of all windows:
-
-    token_perplexity = exp(nll / n)                    word_perplexity = exp(nll / words of the scored text)
-    bits_per_byte    = nll / (ln 2 * UTF-8 bytes of the scored text)
+"""Turns what `Engine.score` returns into the values of a record: perplexities as `eval.perplexity` defines them, the
+footprint, and what ran.
 """
 
 import math
@@ -59,7 +55,7 @@ def per_window(plan, logprobs) -> tuple[list[float], list[int]]:
 
 
 def perplexities(text: windows.Text, plan, logprobs) -> dict:
-    """The values above, with standard errors over windows; `logprobs` as in `per_window`."""
+    """Perplexities and bits per byte, with standard errors over windows; `logprobs` as in `per_window`."""
     totals, counts = per_window(plan, logprobs)
     n_bytes = sum(int(text.byte_count[window.score : window.stop].sum()) for window in plan)
     n_words = sum(int(text.word_count[window.score : window.stop].sum()) for window in plan)

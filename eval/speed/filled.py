@@ -24,7 +24,7 @@ from alisa_jax import parts, placement, policies
 from alisa_jax.engine.runs import Base
 from alisa_jax.engine.selecting import Selecting
 from alisa_jax.engine.streaming import Streaming
-from alisa_jax.models import Decoder, Model, RopeScaling
+from alisa_jax.models import Model
 from alisa_jax.placement import mover, planner
 from alisa_jax.placement.cost import Cost
 from alisa_jax.placement.plan import PAGE_TOKENS
@@ -32,39 +32,20 @@ from alisa_jax.placement.simulate import swa_trace, walk
 from eval.modelled import machines, shapes
 from eval.script import inputs
 from eval.script.common import UserError
-from eval.speed import systems, timing, traces
+from eval.speed import limits, models, systems, timing, traces
 from eval.speed.systems import System, Work
 from eval.text import windows
 
 PASSES = 2  # over the same tokens: the first compiles, the second is timed
 
 
-# ---- the model, and what it selects
-
-
-def random_model(config, dtype: str, seed: int, name: str) -> Model:
-    """Random weights of the shape `config`."""
-    decoder = Decoder(config)
-    return Model(decoder, decoder.init(jax.random.key(seed), dtype), None, name, None, (), name)
-
-
-def interpolated(model: Model, tokens: int) -> Model:
-    """`model` for sequences of `tokens` tokens: positions beyond its own are reached by linear interpolation."""
-    c = model.decoder.config
-    if tokens <= c.max_positions:
-        return model
-    if c.arch != "llama" or c.rope_scaling is not None:
-        raise UserError(f"--trace: {model.name} reads {c.max_positions} tokens, and its positions are not interpolated")
-    scaling = RopeScaling(kind="linear", factor=float(-(-tokens // c.max_positions)))
-    return dataclasses.replace(
-        model, decoder=Decoder(dataclasses.replace(c, max_positions=tokens, rope_scaling=scaling))
-    )
+# ---- what a trained model selects
 
 
 def recorded(name: str, policy: str, work: Work, source: windows.Source, load: Callable = inputs.load) -> traces.Trace:
     """What the trained model `name` selects under `policy` in the steps of `work`."""
     tokens = work.prompt_tokens[0] + work.new_tokens - 1
-    model = interpolated(inputs.model(load, name), tokens)
+    model = models.stretched(inputs.model(load, name), tokens)
     sequences = traces.cut(source, model, tokens, len(work.prompt_tokens))
     if not sequences or len(sequences[0]) < tokens:
         raise UserError(f"--text: {source.name} has no {tokens} tokens in a row, which --trace needs")
@@ -258,11 +239,7 @@ def unlimited(work: Work) -> Work:
 
 def attended_frac(policy: str, tokens: int) -> float:
     """The share of `tokens` cached tokens that a query attends besides itself."""
-    parsed = policies.parse(policy)
-    if not isinstance(parsed, policies.Swa):
-        return 1.0
-    counts = parsed.counts(tokens)
-    return float(counts.local[tokens] + counts.top[tokens]) / tokens
+    return (limits.attended_tokens([policies.parse(policy)], [tokens]) - 1) / tokens
 
 
 # ---- controllers and planner: plain Python, no arrays

@@ -11,13 +11,15 @@ and caches that fit the processor's own caches are read faster than memory, so s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from alisa_jax.models.decoder import Decoder
+from alisa_jax.policies import Policy
 
 REPEATS = 7
 READ_BYTES, SIDE = 2**29, 2048  # beyond any processor's caches; a product that no overhead shows in
@@ -87,6 +89,15 @@ def kv_read_bytes(layers, batch: int, attended: float, K: int, H: int) -> float:
     return batch * sum(layer.codec.token_bytes(K, H) * attended + layer.codec.sequence_bytes(K, H) for layer in layers)
 
 
+def attended_tokens(layers: Iterable[Policy], at: Sequence[int]) -> float:
+    """Tokens that a query attends, itself included: the mean over `layers`, a policy each, and the positions `at`."""
+    at, found = np.asarray(at), []
+    for policy in layers:
+        counts = policy.counts(int(at.max())) if policy.selects else None
+        found.append(at + 1 if counts is None else counts.local[at] + counts.top[at] + 1)
+    return float(np.mean(found))
+
+
 def decode(decoder: Decoder, layers, batch: int, attended: float, machine: Rates) -> Limit:
     """Of one step of `batch` sequences that attend `attended` tokens each, the mean over layers and steps."""
     c = decoder.config
@@ -107,13 +118,11 @@ def prefill(decoder: Decoder, batch: int, tokens: int, machine: Rates) -> Limit:
     return _of(0.0, batch * (tokens * each + head), machine)
 
 
-def scoring(decoder: Decoder, layers, group, stepwise: bool, machine: Rates, attended: Callable) -> float:
-    """Seconds of a group of sequences whose tokens but the last are fed: step by step, or in one pass (`stepwise` False).
-
-    attended(positions): tokens that a query attends, the mean over layers and positions.
-    """
+def scoring(decoder: Decoder, layers, group, stepwise: bool, machine: Rates) -> float:
+    """Seconds of a group of sequences whose tokens but the last are fed: step by step, or in one pass (`stepwise` False)."""
     steps = max(map(len, group)) - 1
-    one = decode(decoder, layers, len(group), attended(range(steps)), machine)
+    attended = attended_tokens([layer.policy for layer in layers], range(steps))
+    one = decode(decoder, layers, len(group), attended, machine)
     return steps * (one.seconds if stepwise else one.flops / machine.matmul_flops_per_s)
 
 

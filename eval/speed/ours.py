@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,47 +9,25 @@ import numpy as np
 from alisa_jax import Engine, attention, policies
 from alisa_jax.kv.buckets import bucket, prompt_bucket
 from alisa_jax.kv.state import bytes_of
-from alisa_jax.models.decoder import Decoder, RopeScaling
-from alisa_jax.models.pages import on_large_pages
 from eval.script import inputs
-from eval.script.common import UserError
-from eval.speed import cells, traces
+from eval.speed import cells, models, traces
 from eval.speed.cells import Cell, System
 from eval.text import windows
 
 
 def model(name: str, context: int, seed: int):
     """The model of a cell in float32: random weights for as many positions as `context` needs, or a checkpoint."""
-    from alisa_jax.models import Model
-
     config = cells.shape(name, context)
     if not name.startswith("random:"):
         import alisa_jax
 
         return inputs.model(lambda folder: alisa_jax.load(folder, dtype="float32"), name)
-    decoder = Decoder(config)
-    params = on_large_pages(decoder.init(jax.random.key(seed), "float32"))  # as `load` does
-    return Model(decoder, params, None, name, None, (), name)
-
-
-def stretched(model, context: int):
-    """`model` for a context of `context` tokens, by linear interpolation of rotary positions where it is longer."""
-    config = model.decoder.config
-    if config.max_positions >= context:
-        return model
-    if config.arch == "opt" or config.rope_scaling is not None:
-        raise UserError(
-            f"--trace: {model.name} reads {config.max_positions} tokens at most, and {context} are asked for"
-        )
-    scaling = RopeScaling("linear", float(-(-context // config.max_positions)))
-    return dataclasses.replace(
-        model, decoder=Decoder(dataclasses.replace(config, max_positions=context, rope_scaling=scaling))
-    )
+    return models.random_weights(config, "float32", seed, name)
 
 
 def trace(name: str, cell: Cell, start: int, text: str) -> traces.Trace:
     """What SWA selects in `cell` when the model `name` reads a text: prompts of `start` tokens, then up to the context."""
-    reader = stretched(inputs.model(inputs.load, name), cell.context)
+    reader = models.stretched(inputs.model(inputs.load, name), cell.context)
     sequences = traces.cut(windows.read(text), reader, cell.context, cell.batch)
     return traces.record(reader, policies.parse(cells.SWA), sequences, start)
 
@@ -64,18 +39,6 @@ def engine(model, system: System, trace: traces.Trace | None, impl: str = "auto"
     else:
         policy = traces.policy(system.policy, trace, model.decoder.config.n_layers)
     return inputs.engine(inputs.make_engine, model, policy, system.codec, impl)
-
-
-def attended(engine: Engine, at: Sequence[int]) -> float:
-    """Tokens that a query attends, itself included, the mean over layers and the positions `at`."""
-    found = []
-    for layer in engine.layers:
-        if not layer.policy.selects:
-            found += [n + 1 for n in at]
-            continue
-        counts = layer.policy.counts(max(at))
-        found += [int(counts.local[n] + counts.top[n]) + 1 for n in at]
-    return float(np.mean(found))
 
 
 class Decoding:

@@ -85,7 +85,7 @@ def decode(cell: Cell, systems: Mapping[str, System], values, machine: Rates) ->
     found = {}
     for name, system in systems.items():
         engine = engines.get(name, reference)
-        attended = ours.attended(engine, at)
+        attended = limits.attended_tokens([layer.policy for layer in engine.layers], at)
         limit = limits.decode(model.decoder, engine.layers, cell.batch, attended, machine)
         more = {"start_tokens": start, "attended_tokens": attended}
         if trace is not None and system.policy == cells.SWA:
@@ -140,14 +140,7 @@ def perplexity(cell: Cell, systems: Mapping[str, System], values, machine: Rates
             continue
         engine, system = engines.get(name, reference), systems[name]
         limit_s = sum(
-            limits.scoring(
-                model.decoder,
-                engine.layers,
-                group,
-                system.protocol == "decode",
-                machine,
-                lambda at, engine=engine: ours.attended(engine, at),
-            )
+            limits.scoring(model.decoder, engine.layers, group, system.protocol == "decode", machine)
             for group in groups
         )
         total, nll = sum(one.seconds), sum(one.outcomes[len(first) :]) / count

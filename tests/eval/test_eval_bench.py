@@ -13,7 +13,7 @@ from alisa_jax.models.shapes import SHAPES
 from alisa_jax.policies import Swa
 from eval import bench
 from eval.script import common
-from eval.speed import cells, gates, limits, rounds, traces
+from eval.speed import cells, gates, limits, models, rounds, traces
 from eval.speed import ours as bench_ours
 from eval.speed import peers as bench_peers
 from eval.speed.cells import Cell, System
@@ -133,7 +133,7 @@ def test_swa_attends_what_the_trace_says():
             for b, row in enumerate(active):
                 assert tuple(sorted(row[row >= 0].tolist())) == trace.positions(0, b, fed)
     want = np.mean([counts.local[n] + counts.top[n] + 1 for n in range(43, 46)])
-    assert bench_ours.attended(side.engine, range(43, 46)) == want
+    assert limits.attended_tokens([layer.policy for layer in side.engine.layers], range(43, 46)) == want
 
 
 def test_prompts_and_windows_are_read_as_transformers_reads_them(torch):
@@ -324,11 +324,11 @@ def test_gates_are_met_and_missed_by_their_numbers():
 
 def test_a_trace_reaches_longer_contexts_by_slower_rotations_alone():
     model = tiny(LLAMA)
-    longer = bench_ours.stretched(model, 200)
-    assert longer.decoder.config.max_positions == 200 and bench_ours.stretched(model, 96) is model
+    longer = models.stretched(model, 200)
+    assert longer.decoder.config.max_positions == 200 and models.stretched(model, 96) is model
     assert longer.decoder.rotary_angles == pytest.approx([angle / 3 for angle in model.decoder.rotary_angles])
     with pytest.raises(common.UserError, match="--trace: tiny reads 96 tokens at most, and 200 are asked for"):
-        bench_ours.stretched(tiny(OPT), 200)
+        models.stretched(tiny(OPT), 200)
 
 
 def test_a_whole_cell_is_measured(small, capsys, torch, monkeypatch):

@@ -14,7 +14,7 @@ from alisa_jax.kv.codec import Raw
 from alisa_jax.models import ModelConfig
 from eval import growth
 from eval.script import common
-from eval.speed import filled, fits
+from eval.speed import filled, fits, models
 from eval.speed.systems import Work
 from eval.text import windows
 
@@ -91,7 +91,7 @@ def bench(capsys, monkeypatch):
         setup.traced.append((name, policy, work.prompt_tokens, work.new_tokens))
 
     def call(*flags, contexts=CONTEXTS):
-        monkeypatch.setattr(filled, "random_model", lambda *_: None)
+        monkeypatch.setattr(models, "random_weights", lambda *_: None)
         monkeypatch.setattr(filled, "decisions", lambda *_: {"decide_s": 1e-5, "note": None})
         monkeypatch.setattr(filled, "search", lambda *_: {"search_s": 0.1})
         argv = ["growth", "--json", *(f"--contexts={n}" for n in contexts), *flags]
@@ -228,7 +228,7 @@ def test_what_is_offloaded_makes_the_tokens_of_what_is_resident():
     sparse = "swa(kv_sparsity=0.8,window=4,spare_slots=2)"
     pairs = (("resident", "dense"), ("resident", sparse), ("flexgen", "dense"), ("alisa", sparse))
     systems = [filled.System(*pair, "raw") for pair in pairs]
-    model = filled.random_model(config, "float32", 0, "tiny")
+    model = models.random_weights(config, "float32", 0, "tiny")
     found = filled.steps(model, systems, work, 16, 0, None, {})
     dense, sparse, away_dense, away_sparse = steps = [found[system] for system in systems]
     assert [r["agrees"] for r in steps] == [1.0] * 4 and [r["compiles"] for r in steps] == [0] * 4
