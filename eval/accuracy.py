@@ -32,7 +32,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from absl import flags
@@ -46,34 +45,11 @@ PROTOCOLS = ("decode", "prefill_mask", "prompt")
 QUESTIONS = ("prompt", "after")
 
 
-@dataclass(frozen=True)
-class Config:
-    """The command line, checked as far as it can be without model and files."""
+def config(argv: Sequence[str]) -> flags.FlagValues:
+    """The flags, checked as far as they can be without model and files; raises UserError.
 
-    model: str
-    text: str
-    tasks: tuple[str, ...]
-    files: dict[str, str]  # of the tasks that are read from one
-    shots: int
-    limit: int | None
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    items: int
-    policies: tuple[str, ...]
-    codec: str
-    protocol: str
-    question: str
-    batch: int
-    seed: int
-    out: str | None
-    samples: str | None
-    rerun: bool
-    json: bool
-    attention_impl: str
-
-
-def config(argv: Sequence[str]) -> Config:
-    """Flags to a Config; raises UserError."""
+    task_file: {task: file}. limit: None for all.
+    """
     values = common.shared_flags(model="bundled", text=windows.BUNDLED, out=None)
     where = {"flag_values": values}
     flags.DEFINE_multi_string("task", ["needle"], f"Of {', '.join(tasks.NAMES + planted.NAMES)}; repeatable.", **where)
@@ -107,28 +83,14 @@ def config(argv: Sequence[str]) -> Config:
         raise UserError(f"--seed must be in 0..{2**32 - 1}, got {values.seed}")
     if values.model.startswith("random:"):
         raise UserError(f"--model: {values.model} has no tokenizer, which a task needs")
-    return Config(
-        model=values.model,
-        text=values.text,
-        tasks=names,
-        files=dict(zip(read, values.task_file, strict=False)),
-        shots=values.shots,
-        limit=values.limit or None,
-        lengths=_numbers("--lengths", values.lengths, int),
-        depths=_numbers("--depths", values.depths, float),
-        items=values.items,
-        policies=tuple(dict.fromkeys(inputs.policy(text) for text in values.policy)),
-        codec=inputs.codec(values.codec),
-        protocol=values.protocol,
-        question=values.question,
-        batch=values.batch,
-        seed=values.seed,
-        out=values.out,
-        samples=values.samples,
-        rerun=values.rerun,
-        json=values.json,
-        attention_impl=values.attention_impl,
-    )
+    values.task = names
+    values.task_file = dict(zip(read, values.task_file, strict=False))
+    values.limit = values.limit or None
+    values.lengths = _numbers("--lengths", values.lengths, int)
+    values.depths = _numbers("--depths", values.depths, float)
+    values.policy = tuple(dict.fromkeys(inputs.policy(text) for text in values.policy))
+    values.codec = inputs.codec(values.codec)
+    return values
 
 
 def _numbers(flag: str, given: Sequence[str], kind: type) -> tuple:
@@ -143,60 +105,60 @@ def _numbers(flag: str, given: Sequence[str], kind: type) -> tuple:
 
 def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callable = inputs.make_engine) -> None:
     """flags -> config -> load -> loop -> records. The arguments beside `argv` are for tests."""
-    setup = config(argv)
-    inputs.check_impl(setup.attention_impl)
-    card = inputs.card(setup.model)
-    if set(setup.tasks) & set(planted.NAMES):
-        planted.check_lengths(setup.lengths, setup.depths, card.max_positions, card.name)
-    source = windows.read(setup.text) if "needle" in setup.tasks else None
-    read = {name: _read(name, setup) for name in setup.tasks if name in tasks.NAMES}
-    results, samples = inputs.results(setup.out), Samples(setup.samples)
-    model = inputs.model(load, setup.model)
+    values = config(argv)
+    inputs.check_impl(values.attention_impl)
+    card = inputs.card(values.model)
+    if set(values.task) & set(planted.NAMES):
+        planted.check_lengths(values.lengths, values.depths, card.max_positions, card.name)
+    source = windows.read(values.text) if "needle" in values.task else None
+    read = {name: _read(name, values) for name in values.task if name in tasks.NAMES}
+    results, samples = inputs.results(values.out), Samples(values.samples)
+    model = inputs.model(load, values.model)
     inputs.tokenizer(model)
-    made = [_made(name, setup, read, source, model) for name in setup.tasks]
+    made = [_made(name, values, read, source, model) for name in values.task]
     for task in made:
-        check(task, setup, card)
+        check(task, values, card)
 
     @functools.cache
     def engine(policy: str):
-        return inputs.engine(make_engine, model, policy, setup.codec, setup.attention_impl)
+        return inputs.engine(make_engine, model, policy, values.codec, values.attention_impl)
 
-    cells = [(task, cell(task, policy, setup, card)) for task in made for policy in setup.policies]
+    cells = [(task, cell(task, policy, values, card)) for task in made for policy in values.policy]
     records, reused = [], 0
     for task, fields in tqdm(cells, desc="cells", disable=None, leave=False):
-        found = None if results is None or setup.rerun or not samples.has(fields) else results.find(fields)
+        found = None if results is None or values.rerun or not samples.has(fields) else results.find(fields)
         reused += found is not None
         if found is None:
             began = time.perf_counter()
             one = engine(fields["policy"])
-            values, ran, lines = evaluate(one, task, setup.batch, setup.protocol, setup.question)
+            got, ran, lines = evaluate(one, task, values.batch, values.protocol, values.question)
             samples.put(fields, lines)
-            found = inputs.record(results, fields, values, time.perf_counter() - began, ran)
+            found = inputs.record(results, fields, got, time.perf_counter() - began, ran)
         records.append(found)
 
     if reused:
-        common.say(f"{reused} of {len(records)} cells were already in {setup.out}; --rerun measures them again")
-    common.emit(records, report(records), setup.json)
+        common.say(f"{reused} of {len(records)} cells were already in {values.out}; --rerun measures them again")
+    common.emit(records, report(records), values.json)
 
 
-def _read(name: str, setup: Config) -> tasks.Task:
-    task = tasks.read(name, setup.files[name]) if name in setup.files else tasks.from_hub(name)
-    tasks.check_shots(task, setup.shots)
+def _read(name: str, values) -> tasks.Task:
+    task = tasks.read(name, values.task_file[name]) if name in values.task_file else tasks.from_hub(name)
+    tasks.check_shots(task, values.shots)
     return task
 
 
-def _made(name: str, setup: Config, read, source, model):
+def _made(name: str, values, read, source, model):
     """The task `name` as sequences of tokens: `Choices` or `Planted`."""
     if name in read:
-        return tasks.Choices(read[name], model, setup.shots, setup.seed, setup.limit)
+        return tasks.Choices(read[name], model, values.shots, values.seed, values.limit)
     if name == "needle":
-        return planted.needles(model, source, setup.lengths, setup.depths, setup.items, setup.seed)
-    return planted.draw(name, model, setup.lengths, setup.items, setup.seed)
+        return planted.needles(model, source, values.lengths, values.depths, values.items, values.seed)
+    return planted.draw(name, model, values.lengths, values.items, values.seed)
 
 
-def check(task, setup: Config, card: inputs.Card) -> None:
+def check(task, values, card: inputs.Card) -> None:
     """Raise UserError, which names the item, where a sequence fits neither the model's context nor codec nor policies."""
-    needed = inputs.calibration_tokens(setup.codec)
+    needed = inputs.calibration_tokens(values.codec)
     sizes = [len(ids) for ids in task.sequences]
     for name, size in zip(task.names, sizes, strict=True):
         if size > card.max_positions:
@@ -206,27 +168,27 @@ def check(task, setup: Config, card: inputs.Card) -> None:
             )
         if size <= needed:
             raise UserError(
-                f"--codec: {setup.codec} takes its range from the first {needed} tokens of a sequence, and {name} has"
+                f"--codec: {values.codec} takes its range from the first {needed} tokens of a sequence, and {name} has"
                 f" {size}: give fewer calibration_tokens, or axis=token"
             )
-    for policy in setup.policies:
+    for policy in values.policy:
         inputs.check_policy(policy, max(sizes))
 
 
-def cell(task, policy: str, setup: Config, card: inputs.Card) -> dict:
+def cell(task, policy: str, values, card: inputs.Card) -> dict:
     """The fields that identify a record."""
     return {
         "script": "eval.accuracy",
         **card.fields(),
         **task.fields,
         "policy": policy,
-        "codec": setup.codec,
+        "codec": values.codec,
         "placement": "resident",
-        "protocol": setup.protocol,
-        **({"question": setup.question} if setup.protocol == "prompt" else {}),
-        "batch": setup.batch,
-        "seed": setup.seed,
-        **common.impl_field(setup.attention_impl),
+        "protocol": values.protocol,
+        **({"question": values.question} if values.protocol == "prompt" else {}),
+        "batch": values.batch,
+        "seed": values.seed,
+        **common.impl_field(values.attention_impl),
     }
 
 

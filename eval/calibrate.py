@@ -18,7 +18,6 @@ the median channel of a head the widest has, for keys and values; means over hea
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,24 +32,8 @@ TOKENS, BLOCK_TOKENS = 131072, 512
 PIECE_CHARACTERS, PIECES_AT_ONCE = 16384, 64
 
 
-@dataclass(frozen=True)
-class Config:
-    """The command line, checked as far as it can be without the model; tokens: None for up to `TOKENS`."""
-
-    model: str
-    text: str
-    tokens: int | None
-    block_tokens: int
-    order: str
-    batch: int
-    digits: int
-    seed: int
-    out: Path
-    json: bool
-
-
-def config(argv: Sequence[str]) -> tuple[Config, inputs.Card]:
-    """Flags to a Config, and what the model is; raises UserError."""
+def config(argv: Sequence[str]) -> tuple[flags.FlagValues, inputs.Card]:
+    """The flags, checked as far as they can be without the model, and what the model is; raises UserError."""
     values = common.shared_flags(model="bundled", text="", out=None)
     del values.text, values.out, values.rerun  # they mean other things here
     where, one = {"flag_values": values}, {"lower_bound": 1, "flag_values": values}
@@ -81,8 +64,8 @@ def config(argv: Sequence[str]) -> tuple[Config, inputs.Card]:
         raise UserError(f"--block_tokens must be in 2..{card.max_positions}, the context of {card.name}, got {block}")
     if values.tokens is not None and values.tokens < block:
         raise UserError(f"--tokens must be at least the {block} of one block, got {values.tokens}")
-    names = "model text tokens order batch digits seed json"
-    return Config(**{name: values[name].value for name in names.split()}, block_tokens=block, out=out), card
+    values.block_tokens = block
+    return values, card
 
 
 def read(path: str) -> windows.Source:
@@ -94,16 +77,16 @@ def read(path: str) -> windows.Source:
     return windows.Source("stdlib-train", corpus.train_sha256, joined)
 
 
-def blocks(source: windows.Source, model, setup: Config) -> np.ndarray:
+def blocks(source: windows.Source, model, values) -> np.ndarray:
     """Token ids [n, block_tokens]; raises UserError where the text is too short."""
     documents = (document.strip() for document in source.characters.split(windows.DOCUMENT_END))
     size, tokenizer = PIECE_CHARACTERS, inputs.tokenizer(model)
     pieces = [document[i : i + size] for document in documents for i in range(0, len(document), size)]
-    if setup.order == "random":
-        np.random.default_rng(setup.seed).shuffle(pieces)
+    if values.order == "random":
+        np.random.default_rng(values.seed).shuffle(pieces)
     head = [] if model.bos_id is None else [model.bos_id]
-    body = setup.block_tokens - len(head)
-    wanted = (TOKENS if setup.tokens is None else setup.tokens) // setup.block_tokens
+    body = values.block_tokens - len(head)
+    wanted = (TOKENS if values.tokens is None else values.tokens) // values.block_tokens
     ids: list[int] = []
     for i in range(0, len(pieces), PIECES_AT_ONCE):
         encoded = tokenizer.encode_batch(pieces[i : i + PIECES_AT_ONCE], add_special_tokens=False)
@@ -111,9 +94,9 @@ def blocks(source: windows.Source, model, setup: Config) -> np.ndarray:
         if len(ids) >= wanted * body:
             break
     n = min(wanted, len(ids) // body)
-    if n < (1 if setup.tokens is None else wanted):
+    if n < (1 if values.tokens is None else wanted):
         raise UserError(
-            f"--tokens: {wanted} blocks of {setup.block_tokens} tokens are asked for, and {source.name} has"
+            f"--tokens: {wanted} blocks of {values.block_tokens} tokens are asked for, and {source.name} has"
             f" {len(ids)} tokens, which make {n}"
         )
     found = np.array(ids[: n * body], np.int32).reshape(n, body)
@@ -138,26 +121,27 @@ def measure(calibration) -> dict:
 
 def main(argv: Sequence[str], load: Callable = inputs.load) -> None:
     """flags -> config -> load -> dense pass -> file and record. The argument beside `argv` is for tests."""
-    setup, card = config(argv)
-    source = read(setup.text)
-    model = inputs.model(load, setup.model)
+    values, card = config(argv)
+    source = read(values.text)
+    model = inputs.model(load, values.model)
     start = time.perf_counter()
-    tokens = blocks(source, model, setup)
+    tokens = blocks(source, model, values)
     from alisa_jax.engine.calibrating import calibrate
 
-    data = f"{len(tokens)} {setup.order} blocks of {setup.block_tokens} tokens of {source.name}, seed {setup.seed}"
+    data = f"{len(tokens)} {values.order} blocks of {values.block_tokens} tokens of {source.name}, seed {values.seed}"
     try:
-        calibration = calibrate(model, tokens, setup.batch, data, progress=True)
+        calibration = calibrate(model, tokens, values.batch, data, progress=True)
     except ValueError as error:
         raise UserError(f"--model: {error}") from None
-    common.write(setup.out, calibration.to_json(setup.digits))
+    out = Path(values.out)
+    common.write(out, calibration.to_json(values.digits))
     names = "block_tokens order seed digits"
     cell = {"script": "eval.calibrate", **card.fields(), "data": source.name, "data_sha256": source.sha256}
-    cell |= {name: getattr(setup, name) for name in names.split()}
-    values = {**measure(calibration), "blocks": len(tokens), "n": calibration.n_tokens, "out": setup.out.name}
-    how = {"implementation": "xla:dense", "warmup": 0, "repeats": 1, "batch": setup.batch}
-    record = inputs.record(None, cell, values, time.perf_counter() - start, how)
-    common.emit([record], report(record), setup.json)
+    cell |= {name: getattr(values, name) for name in names.split()}
+    found = {**measure(calibration), "blocks": len(tokens), "n": calibration.n_tokens, "out": out.name}
+    how = {"implementation": "xla:dense", "warmup": 0, "repeats": 1, "batch": values.batch}
+    record = inputs.record(None, cell, found, time.perf_counter() - start, how)
+    common.emit([record], report(record), values.json)
 
 
 def report(record: dict) -> str:

@@ -40,43 +40,11 @@ class Prompt:
     text: str
 
 
-@dataclass(frozen=True)
-class Config:
-    """The command line, checked as far as it can be without the model."""
+def config(argv: Sequence[str]) -> tuple[flags.FlagValues, tuple[Prompt, ...], object]:
+    """The flags, checked as far as they can be without the model, the prompts, and an `alisa_jax.Sampling`.
 
-    model: str
-    prompts: tuple[Prompt, ...]
-    policy: str
-    codec: str
-    max_new_tokens: int
-    sampling: object  # alisa_jax.Sampling
-    stop: tuple[str, ...]
-    batch: int
-    stream: bool
-    seed: int
-    out: str | None
-    rerun: bool
-    json: bool
-    attention_impl: str
-
-    def settings(self) -> dict:
-        """The fields of a record that say how its completion is made."""
-        s = self.sampling
-        return {
-            "policy": self.policy,
-            "codec": self.codec,
-            "placement": "resident",
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": s.temperature,
-            "top_k": s.top_k,
-            "top_p": s.top_p,
-            "stop": list(self.stop),
-            "seed": self.seed,
-        }
-
-
-def config(argv: Sequence[str]) -> Config:
-    """Flags to a Config, the prompts read; raises UserError."""
+    Raises UserError.
+    """
     values = common.shared_flags(model="bundled", text="", out=None)
     del values.text  # prompts take its place
     where = {"flag_values": values}
@@ -105,22 +73,24 @@ def config(argv: Sequence[str]) -> Config:
         prompts = (Prompt(0, None, _utf8(values.prompt, "--prompt")),)
     else:
         prompts = read(values.prompts_file)
-    return Config(
-        model=values.model,
-        prompts=prompts,
-        policy=inputs.policy(values.policy),
-        codec=inputs.codec(values.codec),
-        max_new_tokens=values.max_new_tokens,
-        sampling=_sampling(values.temperature, values.top_k, values.top_p),
-        stop=_stops(values.stop),
-        batch=values.batch,
-        stream=values.stream,
-        seed=values.seed,
-        out=values.out,
-        rerun=values.rerun,
-        json=values.json,
-        attention_impl=values.attention_impl,
-    )
+    values.policy = inputs.policy(values.policy)
+    values.codec = inputs.codec(values.codec)
+    values.stop = _stops(values.stop)
+    sampling = _sampling(values.temperature, values.top_k, values.top_p)
+    return values, prompts, sampling
+
+
+def settings(values) -> dict:
+    """The fields of a record that say how its completion is made."""
+    names = "max_new_tokens temperature top_k top_p".split()
+    return {
+        "policy": values.policy,
+        "codec": values.codec,
+        "placement": "resident",
+        **{name: getattr(values, name) for name in names},
+        "stop": list(values.stop),
+        "seed": values.seed,
+    }
 
 
 def read(path: str) -> tuple[Prompt, ...]:
@@ -183,47 +153,49 @@ def _stops(given):
 
 def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callable = inputs.make_engine) -> None:
     """flags -> config -> load -> loop -> records. The arguments beside `argv` are for tests."""
-    setup = config(argv)
-    inputs.check_impl(setup.attention_impl)
-    card = inputs.card(setup.model)
-    if setup.max_new_tokens >= card.max_positions:
+    values, prompts, sampling = config(argv)
+    inputs.check_impl(values.attention_impl)
+    card = inputs.card(values.model)
+    if values.max_new_tokens >= card.max_positions:
         raise UserError(
-            f"--max_new_tokens must be below {card.max_positions}, the context of {card.name}, got {setup.max_new_tokens}"
+            f"--max_new_tokens must be below {card.max_positions}, the context of {card.name}, got {values.max_new_tokens}"
         )
-    inputs.check_policy(setup.policy, setup.max_new_tokens + 1)
-    results = inputs.results(setup.out)
+    inputs.check_policy(values.policy, values.max_new_tokens + 1)
+    results = inputs.results(values.out)
     cells = [
         {
             "script": "eval.generate",
             **card.fields(),
-            **setup.settings(),
+            **settings(values),
             "prompt_index": p.index,
             "prompt_id": p.id,
             "prompt": p.text,
-            **common.impl_field(setup.attention_impl),
+            **common.impl_field(values.attention_impl),
         }
-        for p in setup.prompts
+        for p in prompts
     ]
-    records = [None if results is None or setup.rerun else results.find(cell) for cell in cells]
+    records = [None if results is None or values.rerun else results.find(cell) for cell in cells]
     waiting = [i for i, found in enumerate(records) if found is None]
     reused = len(cells) - len(waiting)
 
     if waiting:
-        model = inputs.model(load, setup.model)
+        model = inputs.model(load, values.model)
         inputs.tokenizer(model)
-        engine = inputs.engine(make_engine, model, setup.policy, setup.codec, setup.attention_impl)
-        encoded = {i: model.encode(setup.prompts[i].text) for i in waiting}
-        check(engine, encoded, setup.max_new_tokens)
-        groups = [waiting[i : i + setup.batch] for i in range(0, len(waiting), setup.batch)]
-        for group in tqdm(groups, desc="batches", disable=True if setup.stream else None, leave=False):
-            made, wall_s, how = generate(engine, [encoded[i] for i in group], group, setup, model.eos_ids)
-            for i, values in zip(group, made, strict=True):
-                records[i] = inputs.record(results, cells[i], values, wall_s, how)
+        engine = inputs.engine(make_engine, model, values.policy, values.codec, values.attention_impl)
+        encoded = {i: model.encode(prompts[i].text) for i in waiting}
+        check(engine, encoded, values.max_new_tokens)
+        groups = [waiting[i : i + values.batch] for i in range(0, len(waiting), values.batch)]
+        if values.stream:
+            print(HEAD_PROMPT, prompts[0].text, HEAD_COMPLETION, sep="\n", flush=True)
+        for group in tqdm(groups, desc="batches", disable=True if values.stream else None, leave=False):
+            made, wall_s, how = generate(engine, {i: encoded[i] for i in group}, values, sampling, model.eos_ids)
+            for i, found in zip(group, made, strict=True):
+                records[i] = inputs.record(results, cells[i], found, wall_s, how)
 
     if reused:
-        common.say(f"{reused} of {len(cells)} prompts were already in {setup.out}; --rerun runs them again")
-    shown_already = setup.stream and bool(waiting)
-    common.emit(records, summary(records) if shown_already else report(records), setup.json)
+        common.say(f"{reused} of {len(cells)} prompts were already in {values.out}; --rerun runs them again")
+    shown_already = values.stream and bool(waiting)
+    common.emit(records, summary(records) if shown_already else report(records), values.json)
 
 
 def check(engine, encoded: dict[int, list[int]], new: int) -> None:
@@ -236,33 +208,31 @@ def check(engine, encoded: dict[int, list[int]], new: int) -> None:
             raise UserError(f"prompt {i} of {len(ids)} tokens with --max_new_tokens={new}: {error}") from None
 
 
-def generate(engine, prompts: list[list[int]], indices: Sequence[int], setup: Config, eos_ids):
-    """Run one batch; returns the values of each prompt's record, the seconds it took, and how they were got."""
+def generate(engine, prompts: dict[int, list[int]], values, sampling, eos_ids):
+    """Run one batch of prompts by index; returns the values of each one's record, the seconds, and how they were got."""
     from alisa_jax.engine import sequence_keys
 
     def show(_, piece: str) -> None:
         print(piece, end="", flush=True)
 
-    if setup.stream:
-        print(HEAD_PROMPT, setup.prompts[indices[0]].text, HEAD_COMPLETION, sep="\n", flush=True)
     try:
         made = engine.generate(
-            prompts,
-            setup.max_new_tokens,
+            list(prompts.values()),
+            values.max_new_tokens,
             eos_ids=eos_ids,
-            progress=not setup.stream,
-            sampling=setup.sampling,
-            key=sequence_keys(setup.seed, indices),
-            stop=setup.stop,
-            on_text=show if setup.stream else None,
+            progress=not values.stream,
+            sampling=sampling,
+            key=sequence_keys(values.seed, list(prompts)),
+            stop=values.stop,
+            on_text=show if values.stream else None,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    if setup.stream:
+    if values.stream:
         print(flush=True)
     counts = [len(tokens) for tokens in made.tokens]
     rate = sum(counts) / (made.prefill_s + made.decode_s)
-    values = [
+    found = [
         {
             "completion": completion,
             "tokens": tokens,
@@ -275,12 +245,12 @@ def generate(engine, prompts: list[list[int]], indices: Sequence[int], setup: Co
             "batch_tokens_per_s": rate,
         }
         for prompt, completion, tokens, reason, logprobs in zip(
-            prompts, made.completions, made.tokens, made.finish_reasons, made.logprobs, strict=True
+            prompts.values(), made.completions, made.tokens, made.finish_reasons, made.logprobs, strict=True
         )
     ]
     ran = {"implementation": engine.implementation, "implementation_reason": engine.implementation_reason}
     how = {**ran, "compiles": made.compiles, "warmup": 0, "repeats": 1}
-    return values, made.wall_s, {**how, "batch": len(prompts)}
+    return found, made.wall_s, {**how, "batch": len(prompts)}
 
 
 def report(records: Sequence[dict]) -> str:

@@ -22,7 +22,6 @@ mask row by row. Nothing here is drawn at random: `--seed` is recorded only.
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from absl import flags
 from tqdm import tqdm
@@ -35,28 +34,8 @@ PROTOCOLS = ("decode", "prefill_mask")
 DEFAULT_CONTEXT = 1024  # at most; less where the model's own context is shorter
 
 
-@dataclass(frozen=True)
-class Config:
-    """The command line, checked as far as it can be without model and text; None: derived from the model."""
-
-    model: str
-    text: str
-    policies: tuple[str, ...]
-    codec: str
-    protocol: str
-    context: int | None
-    stride: int | None
-    max_tokens: int | None
-    batch: int
-    seed: int
-    out: str | None
-    rerun: bool
-    json: bool
-    attention_impl: str
-
-
-def config(argv: Sequence[str]) -> Config:
-    """Flags to a Config; raises UserError."""
+def config(argv: Sequence[str]) -> flags.FlagValues:
+    """The flags, checked as far as they can be without model and text; raises UserError. max_tokens: None for all."""
     values = common.shared_flags(model="bundled", text=windows.BUNDLED, out=None)
     at_least = {"lower_bound": 1, "flag_values": values}
     flags.DEFINE_multi_string("policy", ["dense"], "Policy spec; may be given several times.", flag_values=values)
@@ -72,70 +51,58 @@ def config(argv: Sequence[str]) -> Config:
     common.parse(values, argv, __doc__)
     if values.context is not None and values.stride is not None and values.stride > values.context:
         raise UserError(f"--stride must be in 1..context, got stride={values.stride} with context={values.context}")
-    return Config(
-        model=values.model,
-        text=values.text,
-        policies=tuple(dict.fromkeys(inputs.policy(text) for text in values.policy)),
-        codec=inputs.codec(values.codec),
-        protocol=values.protocol,
-        context=values.context,
-        stride=values.stride,
-        max_tokens=values.max_tokens or None,
-        batch=values.batch,
-        seed=values.seed,
-        out=values.out,
-        rerun=values.rerun,
-        json=values.json,
-        attention_impl=values.attention_impl,
-    )
+    values.policy = tuple(dict.fromkeys(inputs.policy(text) for text in values.policy))
+    values.codec = inputs.codec(values.codec)
+    values.max_tokens = values.max_tokens or None
+    return values
 
 
 def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callable = inputs.make_engine) -> None:
     """flags -> config -> load -> loop -> records. The arguments beside `argv` are for tests."""
-    setup = config(argv)
-    inputs.check_impl(setup.attention_impl)
-    source = windows.read(setup.text)
-    card = inputs.card(setup.model)
-    context, stride = inputs.window(setup.context, setup.stride, card, DEFAULT_CONTEXT)
-    for policy in setup.policies:
+    values = config(argv)
+    inputs.check_impl(values.attention_impl)
+    source = windows.read(values.text)
+    card = inputs.card(values.model)
+    context, stride = inputs.window(values.context, values.stride, card, DEFAULT_CONTEXT)
+    for policy in values.policy:
         inputs.check_policy(policy, context)
-    inputs.check_codec(setup.codec, context, "windows")
-    results = inputs.results(setup.out)
-    model = inputs.model(load, setup.model)
-    text = windows.tokenize(source.characters, inputs.tokenizer(model), setup.max_tokens)
+    inputs.check_codec(values.codec, context, "windows")
+    results = inputs.results(values.out)
+    model = inputs.model(load, values.model)
+    text = windows.tokenize(source.characters, inputs.tokenizer(model), values.max_tokens)
     plan = windows.plan(len(text.tokens), context, stride, model.bos_id is not None)
-    plan = long_enough(plan, setup.codec, model.bos_id)
+    plan = long_enough(plan, values.codec, model.bos_id)
 
     records, reused = [], 0
-    for policy in tqdm(setup.policies, desc="policies", disable=None, leave=False):
+    for policy in tqdm(values.policy, desc="policies", disable=None, leave=False):
         cell = {
             "script": "eval.perplexity",
             **card.fields(),
             "data": source.name,
             "data_sha256": source.sha256,
             "policy": policy,
-            "codec": setup.codec,
+            "codec": values.codec,
             "placement": "resident",
-            "protocol": setup.protocol,
+            "protocol": values.protocol,
             "window_tokens": context,
             "stride_tokens": stride,
-            "max_tokens": setup.max_tokens,
-            "batch": setup.batch,
-            "seed": setup.seed,
-            **common.impl_field(setup.attention_impl),
+            "max_tokens": values.max_tokens,
+            "batch": values.batch,
+            "seed": values.seed,
+            **common.impl_field(values.attention_impl),
         }
-        record = None if results is None or setup.rerun else results.find(cell)
+        record = None if results is None or values.rerun else results.find(cell)
         reused += record is not None
         if record is None:
             began = time.perf_counter()
-            engine = inputs.engine(make_engine, model, policy, setup.codec, setup.attention_impl)
-            values, ran = evaluate(engine, text, plan, model.bos_id, setup.batch, setup.protocol)
-            record = inputs.record(results, cell, values, time.perf_counter() - began, ran)
+            engine = inputs.engine(make_engine, model, policy, values.codec, values.attention_impl)
+            found, ran = evaluate(engine, text, plan, model.bos_id, values.batch, values.protocol)
+            record = inputs.record(results, cell, found, time.perf_counter() - began, ran)
         records.append(record)
 
     if reused:
-        common.say(f"{reused} of {len(records)} cells were already in {setup.out}; --rerun measures them again")
-    common.emit(records, report(records), setup.json)
+        common.say(f"{reused} of {len(records)} cells were already in {values.out}; --rerun measures them again")
+    common.emit(records, report(records), values.json)
 
 
 def long_enough(plan: Sequence[windows.Window], codec: str, bos_id: int | None) -> list[windows.Window]:
