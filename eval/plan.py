@@ -4,21 +4,22 @@
     python -m eval.plan --model=opt_6.7b --hardware=v100_16gb --batch=16 --codec='int8(axis=token)' --json
     python -m eval.plan --model=FOLDER --hardware=this_machine --device_kv_bytes=0.33x --host_kv_bytes=2GB
     python -m eval.plan --profile --out=this_machine.json
+    python -m eval.plan --models > configs/models.md
 
 Nothing is loaded and nothing runs: all numbers are modelled (`alisa_jax/placement/cost.py`) from the shape of the model and
-the rates of `configs/hardware`, of which the shares --matmul_efficiency and --read_efficiency are reached, or from a profile
-of this machine. Tokens per second are b n / time, prefill included. Byte flags take 2GB, 512MiB, or a multiple of the
-dense KV such as 0.33x; the device's budget is by default what weights and activations leave, the host's its memory.
+the rates of a page of `configs/hardware`, times --matmul_efficiency and --read_efficiency, or of a profile of this machine.
+Tokens per second are b n / time, prefill included. Byte flags take 2GB, 512MiB, or a multiple of the dense KV such as 0.33x;
+the default device budget is what weights and activations leave, the default host budget is the host's memory.
 
-p1, p2, alpha and beta are those of the greedy search over the cost model (a share is 0 where its phase never begins).
-`alisa` is the controller whose phases follow from the budgets, `alisa searched` the one with the searched phases, `alisa
-paper` the one with the traffic of the paper's model, which loads the selected tokens at every step. The others attend
-densely. Layers select alike, except where tokens are deleted and only what enters travels: there each layer has a selection
-of its own, because a deleted token is recomputed as soon as one layer wants it. `offload_wins_from_batch` is the smallest
-batch, up to --batch * 8 and 512, at which `alisa` is at least as fast as `waves`, the device alone; below it offloaded
-sparsity loses.
+The greedy search over the cost model finds p1, p2, alpha and beta (a share is 0 if its phase never begins). `alisa` derives
+its phases from the budgets, `alisa searched` takes the searched phases, and `alisa paper` has the traffic of the paper's
+model, which loads the selected tokens at every step. The others attend densely. All layers share one selection, except
+where tokens are deleted and only entering tokens are copied: there each layer has its own, because a deleted token is
+recomputed as soon as one layer wants it. `offload_wins_from_batch` is the smallest batch, up to --batch * 8 and 512, at
+which `alisa` is at least as fast as `waves`, the device alone; below it offloaded sparsity loses.
 
---profile measures this machine (copies both ways, a product of matrices, a read) and writes what --hardware reads.
+--profile measures this machine (copies both ways, a product of matrices, a read) and writes what --hardware reads. --models
+prints the named shapes with their parameters, weights and KV as Markdown; `configs/models.md` is that page.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from alisa_jax.placement import planner
 from alisa_jax.placement.cost import Cost, kv_bytes
 from alisa_jax.placement.simulate import ENTERING_TOKENS, Simulated, Trace, simulate, swa_trace
 from eval.modelled import hardware_profile, machines, shapes, workload
-from eval.script import common, inputs
+from eval.script import common, inputs, tables
 from eval.script.common import UserError
 
 DENSE = ("resident", "waves", "accelerate", "flexgen")
@@ -78,6 +79,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_float("selection_us", 50.0, "Microseconds that selecting adds to each layer and step.", 0.0, **where)
     flags.DEFINE_float("matmul_efficiency", 0.6, "Reached share of the published operations per second.", **share)
     flags.DEFINE_float("read_efficiency", 0.8, "Reached share of the published memory rate.", **share)
+    flags.DEFINE_bool("models", False, "Print the page of the named shapes.", **where)
     flags.DEFINE_bool("profile", False, "Measure this machine and write --out.", **where)
     flags.DEFINE_string(
         "out", None, f"Records (JSON lines); with --profile the file, default {machines.THIS_MACHINE}.", **where
@@ -90,6 +92,8 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
 def main(argv: Sequence[str]) -> None:
     """flags -> numbers -> plan -> record."""
     values = config(argv)
+    if values.models:
+        return print(models(), end="")
     if values.profile:
         return _profile(values.out or machines.THIS_MACHINE)
     start = time.perf_counter()
@@ -119,6 +123,11 @@ def main(argv: Sequence[str]) -> None:
         {"measured": False},
     )
     common.emit([record], _table(record, rows), values.json)
+
+
+def models() -> str:
+    """The page `configs/models.md`."""
+    return f"# Shapes of models\n\n{tables.markdown(shapes.named())}\n"
 
 
 def _maker(values):

@@ -1,6 +1,7 @@
 """eval.plan: one record before any run, its bytes, its budgets, its refusals."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,12 @@ def test_the_record_holds_bytes_phases_and_a_throughput_for_each_controller(caps
     assert found["accelerate_load_bytes"] > found["flexgen_load_bytes"] > found["alisa_paper_load_bytes"]
     assert found["alisa_paper_load_bytes"] > found["alisa_load_bytes"] > 0
     assert found["alisa_tokens_per_s"] >= found["alisa_searched_tokens_per_s"] * 0.98
+
+
+def test_the_page_of_the_shapes_is_what_the_command_prints(capsys):
+    assert common.run(plan.main, ["plan", "--models"]) == 0
+    page = (Path(plan.__file__).parents[1] / "configs" / "models.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == page, "python -m eval.plan --models > configs/models.md"
 
 
 def test_everything_stays_on_a_device_that_holds_it(capsys):
