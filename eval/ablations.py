@@ -6,11 +6,11 @@
 
 Every cell scores the same batch (`eval/quality/paired.py`): windows of held-out standard library text (perplexity) and
 generated recall episodes (accuracy). Differences are from the default SWA at the same sparsity, window by window and
-episode by episode. The protocol is `decode`, token by token through the working set, which is also the quicker one: at 80 %
-sparsity `prefill_mask` pays for every past token under its mask and takes 3 times as long.
+episode by episode. The protocol is `decode`, token by token through the working set. It is also the faster one: at 80 %
+sparsity `prefill_mask` computes every past token under its mask and takes 3 times as long.
 
 Writes eval/results/swa_ablations.jsonl, one record per cell, and eval/results/swa_ablations.png (needs matplotlib). An
-interrupted run goes on where it stopped.
+interrupted run continues where it stopped.
 """
 
 import runpy

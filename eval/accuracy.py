@@ -5,25 +5,25 @@
         --policy=dense --policy='swa(kv_sparsity=0.8)' --out=accuracy.jsonl --samples=samples.jsonl
 
 It prints a row for each task and policy, and for `needle` a grid of lengths and depths for each policy; the bundled model
-finds nearly all needles under `dense`. `piqa`, `copa`, `openbookqa` and `winogrande` are read from one `--task_file` each,
-in the order of the tasks, or, where none is given, by the `datasets` library (the extra `tasks`). They use `--shots` and
-`--limit`; forms, prompts and the draw of examples are told in `eval/text/tasks.py`. `recall`, `copy`, `needle` and
-`shift` are generated and use `--lengths`, `--items` and `--depths` (`eval/text/planted.py`).
+finds nearly all needles under `dense`. `piqa`, `copa`, `openbookqa` and `winogrande` come from one `--task_file` each, in
+the order of the tasks, or from the `datasets` library (the extra `tasks`). They use `--shots` and `--limit`;
+`eval/text/tasks.py` defines their forms, prompts and worked examples. `recall`, `copy`, `needle` and `shift` are generated
+and use `--lengths`, `--items` and `--depths` (`eval/text/planted.py`).
 
     acc         choices: items whose right choice has the largest log-likelihood; generated tasks: right answer tokens
     acc_norm    choices: as acc, with the log-likelihood over the bytes of the choice
     exact       generated tasks: items of which every answer token is right
 
-Every choice is a sequence of its own, scored from an empty cache. Under `decode` the choices of an item share the steps of
-their context, unless that differs from choice to choice (winogrande). `attended` and bytes per token are over all tokens
-that were decoded. ± is one standard error over items, needles over draws; `chance` is what guessing gives. Nothing is ever
-cut: a sequence longer than the model's context is an error before anything is scored.
+Every choice is scored as its own sequence, from an empty cache. Under `decode` the choices of an item share the steps of
+their context, unless that differs from choice to choice (winogrande). `attended` and bytes per token average over all
+decoded tokens. ± is one standard error over items, for needles over draws; `chance` is the accuracy of guessing. Nothing is
+ever cut: a sequence longer than the model's context is an error before anything is scored.
 
-Protocols: `decode` goes token by token through the decode path; `prefill_mask` is one pass with the causal selection mask
-row by row; `prompt` reads what comes before the answers as a dense prompt, from which the policy takes what it keeps, and
-decodes the answers: what `generate` does, and what methods that compress a prompt are for. With --question=after the prompt
-of a generated task ends before the question, so that the policy chooses without knowing it. `--samples` holds one line for
-each item of each cell; a cell that is finished in `--out` runs again where the file of samples lacks it.
+Protocols: `decode` goes token by token through the decode path. `prefill_mask` is one pass with the causal selection mask
+row by row. `prompt` does what `generate` does: it reads the tokens before the answers as a dense prompt, the policy takes
+what it keeps from it, and the answers are decoded; it is the protocol for methods that compress a prompt. With
+--question=after the prompt of a generated task ends before the question, so the policy chooses without knowing it.
+`--samples` writes one line per item of each cell; a cell that is finished in `--out` runs again if that file lacks it.
 """
 
 import functools

@@ -5,23 +5,23 @@
     python -m eval.bench --suite=perplexity --full           100k tokens instead of 20k
     python -m eval.bench --suite=decode --cell=1x128 --systems=dense,static --profile=FOLDER
 
-decode      Caches hold `context - rounds x steps` tokens when the first round begins, which is not timed, and `context` when
-            the last one ends: all systems decode `steps` greedy tokens of every sequence, one system after the other, round
-            by round, so they are at the same lengths at the same time. Caches are not made by prompts: K and V (and q, for
-            policies that are seeded by attention) are normal numbers drawn once per cell, the same for all. So dense and
-            the peers give the same tokens, and `agrees` is the share that is equal. SWA attends what it selects when the
-            model of --trace reads a text at this context (`eval/speed/traces.py`), as random weights select nothing lasting.
-prefill     The same random prompt is read again and again, in turn; the first time is not timed. Ours is padded as the
-            engine pads prompts.
-perplexity  Every group of windows of the text is scored by one system after the other. `decode` and `prefill_mask` are the
-            protocols of `eval.perplexity`; the peer does one forward. Mean nll of dense must be the peer's to 1e-3.
+decode      A round decodes `steps` greedy tokens of every sequence. The systems run each round in turn, so all are at the
+            same length at the same time. The first round is not timed. Caches hold `context - rounds x steps` tokens before
+            it and `context` after the last. No prompt fills them: K and V (and q, for policies that attention seeds) are
+            normal numbers, drawn once per cell, the same for all systems. Dense and the peers therefore give the same
+            tokens; `agrees` is the share that is equal. Random weights select nothing lasting, so SWA attends what it
+            selects when the model of --trace reads a text at this context (`eval/speed/traces.py`).
+prefill     The systems read the same random prompt in turn, several times; the first time is not timed. Our engine pads it
+            as it pads all prompts.
+perplexity  The systems score each group of windows of the text in turn. `decode` and `prefill_mask` are the protocols of
+            `eval.perplexity`; the peer does one forward. The mean nll of dense must equal the peer's to 1e-3.
 
-Decode and prefill tell medians over the rounds, perplexity the whole text; all tell quartiles. `x peer` is tokens/s over
-those of the best peer of the same cell, `x dense` over those of our dense, raw row. `limit` is what the bytes and FLOPs of
-the row would take at the read bandwidth and the matmul peak that were measured before (`eval/speed/limits.py`). `compiles`
-counts what the timed rounds compiled: it has to be 0. Below the tables stand the gates, each with its number
-(`eval/speed/gates.py`). The machine has to be idle: threads of torch that wait for one another lose most by other programs,
-which `load_before` of a record tells. Peers need the extra `parity`. A cell is measured, and found in --out, as a whole.
+Decode and prefill report medians over the rounds, perplexity the whole text; all report quartiles. `x peer` is tokens/s over
+those of the best peer in the cell, `x dense` over those of our dense, raw row. `limit` is the time that the bytes and FLOPs
+of the row take at the read bandwidth and the matmul peak of this machine (`eval/speed/limits.py`). `compiles` counts the
+programs that the timed rounds compiled; it must be 0. The gates stand below the tables (`eval/speed/gates.py`). Run on an
+idle machine (torch suffers most from other load); `load_before` records the load. Peers need the extra `parity`. A cell is
+measured as a whole, and taken from --out as a whole.
 """
 
 import os

@@ -3,11 +3,10 @@
     python -m eval.bench_attention                          about 3 minutes on 2 CPU cores
     python -m eval.bench_attention --layers=0 --steps=200
 
-The model decodes text of a long context under the policy, and the queries, keys and values of its layers are recorded: a
-dense prompt, then `--steps` steps with the policy's own attention in the loop. Positions beyond the model's context are
-reached by linear position interpolation. Heads are repeated until there are `--heads`, each with its own keys and values.
-Then each layer's trace is replayed through `alisa_jax.attention.decode` with donated states, the policy and dense taking
-turns step by step in this process:
+The model reads a dense prompt of a long text, then decodes `--steps` steps under the policy; the queries, keys and values of
+all layers are recorded. Positions beyond the model's context are interpolated linearly. Heads are repeated until there are
+`--heads`, each with its own keys and values. `alisa_jax.attention.decode` then replays each layer's trace with donated
+states; the policy and dense take turns step by step in this process:
 
     speedup_whole_step   dense (append, attend) / policy (append, attend, observe, window update, exchange)
     speedup_attend       dense (attend) / policy (attend, exchange)

@@ -3,17 +3,17 @@
     python -m eval.bench_prefill --layers=1 --layers=3 --layers=5 --layers=8 --out=bench_prefill.jsonl
     python -m eval.bench_prefill --model=random:pythia_70m --lengths=3776 --layers=1 --layers=2
 
-What this costs depends on shapes alone, so weights and tokens are random, and the model gets as many positions as the
-longest prompt needs. `Engine.generate` reads a prompt for one new token; its `prefill_s` ends when that token is known, so
-the choice of what is fed and the way of its ids through the host count. For each length all policies run once untimed,
-which compiles, then --repeats times in turn; dense on a prompt of --tokens tokens takes part.
+The cost depends on shapes alone, so weights and tokens are random, and the model gets as many positions as the longest
+prompt needs. `Engine.generate` reads a prompt and returns one new token; `prefill_s` ends when that token is known, so it
+includes the choice of the prompt's tokens and the way of their ids through the host. For each length all policies run once
+untimed, which compiles, then --repeats times in turn; dense on a prompt of --tokens tokens takes part.
 
     expected    (layer + 1) / L x dense + dense on --tokens tokens        what the method's authors compute
-    least       layer / L x dense + dense on --tokens tokens              of `layer` only queries and keys are computed here
+    least       layer / L x dense + dense on --tokens tokens              `layer` computes only queries and keys here
 
-with medians of the same turns; of a policy that reads the whole prompt (`--also`) dense itself is expected. `dense x` is the
-median of dense over that of the policy. Prompts are padded to context buckets, so lengths and --tokens that are buckets
-(224, 480, 960, 1920, 3776, ...) waste nothing.
+Both take the medians of the same turns. A policy that reads the whole prompt (`--also`) is expected to take as long as
+dense. `dense x` is the median of dense over that of the policy. Prompts are padded to context buckets, so lengths and
+--tokens that are buckets (224, 480, 960, 1920, 3776, ...) waste nothing.
 """
 
 import dataclasses

@@ -3,16 +3,16 @@
     python -m eval.calibrate --model=FOLDER --text=FILE --out=FOLDER/calibration.json
     python -m eval.calibrate --model=bundled --digits=5 --out=alisa_jax/bundled/pylib_1m/calibration.json
 
-The model reads `--tokens` tokens densely, in blocks of `--block_tokens` that begin with its BOS token where it has one; the
+The model reads `--tokens` tokens densely, in blocks of `--block_tokens` that begin with its BOS token where it has one. The
 second command made the file of the bundled model from its training text, in half a minute on two cores. `--order=random`
-draws from the whole text: its documents, in pieces of at most 16384 characters, are shuffled by `--seed`, joined, and cut
-into blocks (Double Sparsity takes 256 texts of at most 512 tokens in this way); `running` takes the text as it stands. What
-is written, and why, is in `alisa_jax/calibration.py`: least and greatest k and v, means of |q|, |k| and |q k|, of every
-channel, over all tokens.
+shuffles the documents of the whole text by `--seed`, in pieces of at most 16384 characters, joins them, and cuts them into
+blocks (so Double Sparsity takes 256 texts of at most 512 tokens); `running` reads the text in its order. The file holds, for
+every channel over all tokens, the least and greatest k and v and the means of |q|, |k| and |q k|; `alisa_jax/calibration.py`
+says why.
 
-An engine finds the file under the name calibration.json in the model's folder. The table shows the share of sum |q k| in the
-quarter of the channels that come first by |q k|, |q| and |k| (0.25 if channels were alike), and how many times the range of
-the median channel of a head the widest has, for keys and values; means over heads.
+An engine reads the file calibration.json of the model's folder. The table shows the share of sum |q k| in the top quarter of
+the channels by |q k|, |q| and |k| (0.25 if channels were equal), and the range of a head's widest channel over that of its
+median channel, for keys and values; means over heads.
 """
 
 import sys

@@ -4,22 +4,22 @@
     python -m eval.compare --share=0.25 --codec=raw --codec=int4 --methods=swa,h2o --out=compare.jsonl --figure=compare.png
     python -m eval.compare --model=FOLDER --text=FILE --prompt_tokens=448
 
-A `--share` is of the bytes of K and V that dense attention, uncompressed, holds at the end: P prompt tokens and N new ones.
-What a codec stores of each sequence is taken off, and the rest is room for tokens in that codec's bytes. A method that keeps
-all that comes after the prompt has N tokens less of the prompt. A method that holds every token and reads a few gets the
-share for what a step reads, the labels that it searches included.
+`--share` is a share of the bytes of K and V that dense, uncompressed attention holds at the end, of P prompt tokens and N
+new ones. What a codec stores per sequence is subtracted; the rest is room for tokens in that codec's bytes. A method that
+keeps all new tokens keeps N fewer of the prompt. A method that holds every token and reads a few spends the share on what a
+step reads, including the labels that it searches.
 
-    held      bytes of K and V that are resident at the end, of the arrays: context buckets and spare slots included
-    read      bytes of K and V that a decode step reads, of the tokens that were attended; labels included
-    stats     bytes of scores, labels, positions and the like, for each token of the context; not in `held`
+    held      bytes of the arrays of K and V at the end, including context buckets and spare slots
+    read      bytes of K and V of the tokens that a decode step attends, including labels
+    stats     bytes of scores, labels, positions and the like per token of the context; not in `held`
 
-Rows are every policy of the registry that has a size (`Policy.sized`) with every `--codec`, and every codec alone, with
-dense attention, where its own bytes fit. All is scored by the protocol `prompt` (`Engine.score`): a dense prompt, from which
-the method takes what it keeps, and N decoded tokens. `eval/quality/sample.py` says what the tasks are. Differences are from
-dense attention on the same windows and draws, ± one standard error of the paired difference, * above two. Below each table
-stand the parts of the sample that a method loses by more than two while it holds others at the same bytes.
+Rows are every policy of the registry that has a size (`Policy.sized`) with every `--codec`, and dense attention with every
+codec whose own bytes fit. The protocol is `prompt` (`Engine.score`): the model reads a dense prompt, the method takes what
+it keeps from it, and N tokens are decoded. `eval/quality/sample.py` defines the tasks. Differences are from dense attention
+on the same windows and draws, ± one standard error of the paired difference, * above two. Below each table: the parts of
+the sample (text, tasks, depths) where a method is worse than dense by more than two standard errors, and those where not.
 
-Times are of warm runs of `generate` on the prompts of the text, one `--batch` of them, the median of `--repeats`.
+Times are medians of `--repeats` warm runs of `generate` on one `--batch` of the text's prompts.
 """
 
 import statistics

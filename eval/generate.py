@@ -10,8 +10,8 @@ tokens, with a `--stop` string (which is not part of the completion), or after `
 from its own key, made of `--seed` and i: neither the batch nor a resumed run changes what it gets.
 
 Each finished prompt is one record: `completion`, its `tokens`, `finish_reason` and the settings. `prefill_s`, `decode_s` and
-`batch_tokens_per_s` (new tokens of all sequences / (prefill_s + decode_s)) are those of the batch that it ran in, which had
-`batch` sequences; compilation is part of them where `compiles` is not 0.
+`batch_tokens_per_s` (new tokens of all sequences / (prefill_s + decode_s)) are those of its batch of `batch` sequences; they
+include compilation where `compiles` is not 0.
 """
 
 import json

@@ -3,32 +3,32 @@
     python -m eval.growth --out=growth.jsonl --plot=growth.png
     python -m eval.growth --contexts=512 --contexts=1024 --contexts=2048 --trace=none --offload_dense=alisa
 
-Four systems step from a context of --contexts tokens less --repeats rounds of --steps steps to that context: dense and
---policy with everything on the device, and both under a controller with --device_kv_frac of the dense KV there. What this
-costs depends on shapes alone, so weights are random, and so are K and V: no prompt is read (`eval/speed/filled.py`). What an
-SWA selects does depend on weights, so --trace lets it attend what it attends in a trained model (`eval/speed/traces.py`),
-whose positions are interpolated where the context is beyond its own; above --trace_tokens, and with --trace=none, it
-selects by the random model itself, under which rows hardly move: the columns `entering` and `rows/step` tell.
+Four systems run: dense and --policy with the whole cache on the device, and both under a controller that keeps
+--device_kv_frac of the dense KV there. Each decodes --repeats rounds of --steps steps and ends at a context of --contexts
+tokens. The cost depends on shapes alone, so weights, K and V are random and no prompt is read (`eval/speed/filled.py`). What
+an SWA selects depends on weights, so --trace makes it attend what it attends in a trained model (`eval/speed/traces.py`);
+positions beyond that model's context are interpolated. Above --trace_tokens, and with --trace=none, the random model
+selects, and its rows hardly move: see the columns `entering` and `rows/step`.
 
-The model is --model with --layers layers and a head of --vocab_size tokens, because neither changes how a step grows. As it
-is by default, K and V of a token are 8 layers x 2 x 768 x 4 = 49,152 bytes: 1.6 GB for one sequence of 32,768 tokens, and
-at most 9 GB with all four systems, their pages and staging, beside 0.3 GB of weights, of which a step reads 0.23 GB. With
-fewer than six layers half of the KV has no room for the three layers that a dense stream has in flight.
+The model is --model with --layers layers and a vocabulary of --vocab_size tokens, because neither changes how a step grows.
+By default K and V of a token take 8 layers x 2 x 768 x 4 = 49,152 bytes: 1.6 GB for one sequence of 32,768 tokens, at most
+9 GB for all four systems with pages and staging, beside 0.3 GB of weights, of which a step reads 0.23 GB. With fewer than
+six layers half of the KV has no room for the three layers that a dense stream has in flight.
 
-All systems run each context once untimed, which compiles, then once timed, their rounds in turn: seconds per step are
-medians of rounds over --steps, 16 by default, in which a page fills and that of the round before leaves. `weights only` is
-the dense step of the shortest context that the rounds allow. `decide` is the median time of `Controller.decide` alone,
-`search` that of the planner, for --search_new_tokens and for half of the context as new tokens; both touch no array. Growth
-is told thrice:
+All systems run each context twice, their rounds in turn; the first run compiles and is not timed. Seconds per step are
+medians over rounds of --steps steps, 16 by default, in which one page fills and the page before leaves. `weights only` is
+the dense step at the shortest context that the rounds allow. `decide` is the median time of `Controller.decide` alone,
+`search` that of the planner, for --search_new_tokens new tokens and for half of the context; neither touches an array.
+Growth is measured in three ways:
 
     slope       of log seconds over log context, over all contexts
-    last slope  the same over the three longest, of seconds less `weights only`: what grows, where it is most of the step
-    a + b n     least squares of relative errors: a is what a context of 0 tokens would take, b the price of a token
+    last slope  the same over the three longest contexts, of seconds less `weights only`
+    a + b n     least squares of relative errors: a is the time at a context of 0 tokens, b the price of a token
 
-`as designed` says whether dense steps are linear (a last slope of 0.8 to 1.2), SWA's price of a token is 0.75 to 1.5 times
-the attended share of dense's on the device and, where rows that stay are not fetched again, at most 1.5 times the share of
-offloaded dense's, and controllers are flat (a slope of at most 0.1).
-`traffic=paper` lists what it fetches, which is r n rows, so its decisions are linear by design.
+`as designed` checks three things. Dense steps are linear: a last slope of 0.8 to 1.2. SWA's price of a token is 0.75 to 1.5
+times the attended share of dense's on the device; offloaded, at most 1.5 times that share, where rows that stay are not
+fetched again. Controllers are flat: a slope of at most 0.1. `traffic=paper` lists the r n rows that it fetches, so its
+decisions are linear by design.
 """
 
 import dataclasses

@@ -3,10 +3,10 @@
     python -m eval.methods
     python -m eval.methods --json
 
-What a method does and after which paper is the first line of its module. `scores`: it looks at the attention that was paid;
-`query`: it looks at the next query; `evicts`: what it leaves out is gone. Pairs are tried on the configuration of the
-bundled model with a prompt of 128 tokens and 128 new ones, without budgets; no weights are read. A pair that does not run
-shows the sentence that says so.
+The first line of a method's module says what it does and names its paper. `scores`: it reads the attention weights of past
+queries; `query`: it reads the next query; `evicts`: it deletes what it leaves out. Pairs are tried on the configuration of
+the bundled model with a prompt of 128 tokens and 128 new ones, without budgets; no weights are read. For a pair that does
+not run the table shows the reason.
 """
 
 import re

@@ -10,10 +10,10 @@ the n scored tokens:
     token_perplexity = exp(nll / n)                    word_perplexity = exp(nll / words of the scored text)
     bits_per_byte    = nll / (ln 2 * UTF-8 bytes of the scored text)
 
-`stderr` is the standard error of token_perplexity over windows; `*_stderr` those of the values they are named
-after. `attended_frac` is attended tokens over past tokens, and `clipped_frac` the share of the elements of K and V
-that lay outside the codec's range, both averaged over layers; bytes per token are over all layers. A codec that
-takes its range from the first tokens of a sequence needs windows that are longer.
+`stderr` is the standard error of token_perplexity over windows; `x_stderr` is that of `x`. `attended_frac` is attended
+tokens over past tokens. `clipped_frac` is the share of the elements of K and V outside the codec's range. Both are means
+over layers; bytes per token are sums over layers. A codec that takes its range from the first tokens of a sequence needs
+windows that are longer.
 
 Protocols: `decode` goes token by token through the decode path; `prefill_mask` is one pass with the causal selection
 mask row by row. Nothing here is drawn at random: `--seed` is recorded only.

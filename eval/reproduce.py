@@ -15,14 +15,13 @@
     fig11   one attention module, operation by operation                            measured
     fig12a, fig12b, fig12c    phases, recomputation, ablation                       modelled
 
-Figures 6 and 7 are worked examples and are tests. What is measured runs on this device with the model given, and the caption
-says which model stood in for the paper's; what is modelled is marked so, cell by cell. `configs/tables/` says how much
-each figure runs under --quick and --full.
+Figures 6 and 7 are worked examples and are tests. Measured cells run on this device with the given model, and the caption
+names the model that stands in for the paper's; modelled cells are marked. Figure 9's page holds the fitted numbers of the
+modelled figures. `configs/tables/` sets how much each figure runs under --quick and --full.
 
---out is a folder: `records.jsonl`, for each figure a page of tables and a PNG (needs matplotlib), `manifest.json`
-and MANIFEST.md: what was reproduced, how far it is from the paper, and why where it differs. A cell that is finished in
-`records.jsonl` is not run again, so an interrupted run goes on where it stopped; a page is written when its figure is
-whole.
+The folder --out gets `records.jsonl`, a page of tables and a PNG for each figure (needs matplotlib), `manifest.json` and
+MANIFEST.md, which lists what was reproduced, how far it is from the paper, and why it differs. A cell that is finished in
+`records.jsonl` is not run again, so an interrupted run continues; a page is written when its figure is complete.
 """
 
 import importlib

@@ -4,13 +4,13 @@
     python -m eval.sparsity --model=FOLDER --text=FILE --windows=8 --context=378 --skip=128 --out=FILE --json
     python -m eval.sparsity --policy='swa(kv_sparsity=0.8)' --windows=1 --context=64 --npz=maps.npz --maps
 
-Windows of `--context` tokens are spread evenly over the text; each runs alone from an empty cache, row i under the
-selection that its own earlier rows lead to (protocol `prefill_mask`, the numbers of decoding token by token). Dense is
-always measured, as the reference. Defined in `eval/quality/attention_measures.py`: the share of weights below 1 % of the
-row's maximum, over all entries, over the kept ones, and in rows averaged over heads; the dense attention mass that a policy
-misses; tokens that enter the selection; the weight on the first token; accumulated scores and their Spearman correlation
-with dense, mean over layers. ± is one standard error over windows. The first `--skip` rows of a window are left out of all
-but the accumulated scores: step 1 is row `--skip`.
+Windows of `--context` tokens are spread evenly over the text; each runs alone from an empty cache. Row i attends what the
+policy selects after the rows before it (protocol `prefill_mask`, which gives the numbers of decoding token by token). Dense
+is always measured, as the reference. `eval/quality/attention_measures.py` defines the measures: the share of weights below
+1 % of the row's maximum, over all entries, over the kept ones, and in rows averaged over heads; the dense attention mass
+that a policy misses; tokens that enter the selection; the weight on the first token; accumulated scores and their Spearman
+correlation with dense, mean over layers. ± is one standard error over windows. Accumulated scores count all rows; the other
+measures leave out the first `--skip` rows of a window, so step 1 is row `--skip`.
 
 `--npz` writes the arrays, so it measures every policy again. Policy number p of `policies` [n] has, over `tokens` [B, T],
 

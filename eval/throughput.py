@@ -5,25 +5,25 @@
     python -m eval.throughput --system='flexgen | dense' --system='alisa | swa(kv_sparsity=0.8) | int8' --device_kv_bytes=8MB
     python -m eval.throughput --model=random:opt_30b --dtype=float16 --batch=64 --simulate --hardware=h100_80gb
 
-A system is 'controller | policy | codec', so that each baseline runs as its authors run it; without a policy it attends
-densely, without a codec it stores raw. Byte flags take 2GB, 512MiB, or a multiple of the dense KV such as 0.33x (raw, of
---batch sequences of --prompt_tokens + --new_tokens - 1 tokens); they limit all that a cache keeps, statistics and staging
-included. What they refuse is OOM, with the reason below the table.
+A system is 'controller | policy | codec', so each baseline runs as its authors run it; the default policy is dense, the
+default codec raw. Byte flags take 2GB, 512MiB, or a multiple of the dense KV such as 0.33x (raw, of --batch sequences of
+--prompt_tokens + --new_tokens - 1 tokens); they limit everything that a cache keeps, including statistics and staging. A
+system that does not fit is OOM, with the reason below the table.
 
 Every system runs once untimed, which compiles, then --repeats times; the systems take turns. Times and rates are medians,
 with `_min` and `_max` beside them; tokens_per_s = batch * new_tokens / (prefill_s + decode_s). Bytes are those of the arrays
-that live and travel, in one run. A row is a token of one layer and sequence: `loaded_rows` came to the device (under alisa
-those that the exchange asked for), `recomputed_rows` were computed anew, by prefills of `recomputed_tokens` tokens in all.
-p1 and p2 are the first steps that keep something off the device, and delete something; new_tokens where none does.
-`effective_batch` sequences run at once at most. `tokens_sha256` is of the new tokens: where only the controller differs it
-should not, unless a controller splits the batch under a --trace.
+that live and travel in one run. A row is a token of one layer and sequence: `loaded_rows` were copied to the device (under
+alisa, as the exchange asked), `recomputed_rows` were computed again, by prefills of `recomputed_tokens` tokens in all. p1 is
+the first step that keeps something off the device, p2 the first that deletes something; new_tokens means never. At most
+`effective_batch` sequences run at once. `tokens_sha256` hashes the new tokens: systems that differ only in the controller
+have the same hash, unless a controller splits the batch under a --trace.
 
-Prompts are cut from --text where the model has a tokenizer, else their ids are drawn; --ragged draws their lengths. Random
-weights hardly change what SWA selects, so --trace lets every SWA attend what it attends in a trained model that reads --text
-(`eval/speed/traces.py`). --simulate prices the same systems on a page of configs/hardware instead, and all its numbers are
-modelled (`alisa_jax/placement/cost.py`); budgets are then by default what weights and activations leave of the device, and
-the host's memory. The model knows no spare slots: what enters a set travels, though most of it returns soon after it left
-and would still be there. Without --trace it assumes as many tokens to enter a set per step as on trained models.
+Prompts are cut from --text where the model has a tokenizer, else their ids are drawn; --ragged draws their lengths. Under
+random weights SWA's selection hardly changes, so --trace makes every SWA attend what it attends in a trained model that
+reads --text (`eval/speed/traces.py`). --simulate prices the same systems on a page of configs/hardware instead, and all its
+numbers are modelled (`alisa_jax/placement/cost.py`); the default budgets are then what weights and activations leave of the
+device, and the host's memory. The model has no spare slots: a token that enters a set is copied, although most of them left
+it shortly before and would still be there. Without --trace it assumes the entering tokens per step of trained models.
 """
 
 import math

@@ -3,10 +3,10 @@
     python -m eval.train --config=configs/train/pylib_1m.py --workdir=runs/pylib_1m --out=alisa_jax/bundled/pylib_1m
 
 About half of the episodes are text windows, the others are recall (`eval.text.episodes`), whose loss counts the answers
-only. What a step sees is a function of the seed and the step's number, so a run that was stopped and started again ends with
-the same parameters, bit for bit, as one that was not. `--stop_at=N` trains up to step N at most and then exports: with 0,
-the newest checkpoint is exported as it is. A run goes on from its checkpoint under a changed config as long as the steps
-already done are the same in it.
+only. The data of a step is a function of the seed and the step's number, so a run that was stopped and started again ends
+with the same parameters, bit for bit, as one that was not. `--stop_at=N` trains up to step N at most and then exports; with
+0 it exports the newest checkpoint. A run continues from its checkpoint under a changed config if the finished steps are the
+same in both.
 
 Without `--json` a summary goes to stdout; with it, stdout holds one JSON line, the record without its loss curve. The
 whole record, loss curve and held-out list included, is `training.json` in the exported folder. `--figure=FILE.png` draws the

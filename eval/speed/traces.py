@@ -1,17 +1,16 @@
 """Selections recorded from a trained model, and replayed at another shape.
 
-Random weights attend all tokens about alike, so that what they select hardly ever changes, and what does not change is not
-moved. A `Trace` holds how Sparse Window Attention ranks the tokens of a text that a trained model reads; under `Replay`
-another model attends the same positions. `Replay` is `Swa` in its arrays and its work, sums included; only the ranking is
-that of the trace, which lies in the compiled programs and is no part of the cache. A rank is a byte:
+Random weights attend to all tokens about equally. Their selection hardly changes, so hardly any row moves. A `Trace` holds
+how Sparse Window Attention ranks the tokens of a text that a trained model reads; under `Replay` another model attends the
+same positions. `Replay` has the arrays and does the work of `Swa`, sums included; only the ranking comes from the trace,
+which is a constant of the compiled programs and no part of the cache. A rank is a byte:
 
     255            attended
-    254 and less   the others by their sums, the best first and equal ones alike: that decides which of them keep a spare
-                   slot, and with it which returns cost a copy
+    254 and less   the others by their sums, the best first, equal sums alike; the rank decides which of them keep a spare
+                   slot, and so which returns cost a copy
 
-A ranking depends on the number n of tokens before a query and is told by n. Layer i of L layers that select replays layer
-i l // L of the trace's l. Sequence b replays sequence b modulo the trace's, where b counts from the first sequence of a
-part: sequences that a controller places differently, or runs later, are counted anew.
+Rankings are indexed by the number n of tokens before the query. Layer i of L selecting layers maps to layer i * l // L of
+the trace's l. Sequence b of a part maps to sequence b modulo the trace's; each part of a batch counts from 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Generated tasks: something is planted in a sequence and asked for later in it. Nothing is read but a text to hide it in.
+"""Generated tasks: a sequence shows something and asks for it later. The only input is the haystack text.
 
     recall   key value key value ...  then keys again: their values            (`lookup` of `eval/text/episodes.py`)
     copy     a segment, and later the same segment again                       (`copy` of `eval/text/episodes.py`)
@@ -9,13 +9,13 @@
 the question. One haystack and one needle are drawn and moved through all depths, so depths are compared on equal terms.
 Keys and values are ids that their haystack does not hold.
 
-In `shift` what mattered for most of the sequence is not what matters at its end: a method that keeps what has been attended
-most so far lets the other half go. Only the answers of that half count.
+In `shift` the end of the sequence asks for the half that was not asked for before. A method that keeps the most attended
+tokens has evicted that half by then. Only the answers of that half count.
 
-Answers are judged by teacher forcing: a token is right where it is the model's first choice after all tokens before it,
-the right ones. `acc` is right answer tokens over answer tokens, and `exact_match` the share of items of which every answer
-token is right. Standard errors are over draws: a needle at all its depths is one. A policy that no longer attends to the
-planted place cannot know the answer; the model's own limit is its accuracy under `dense`.
+Answers are scored with teacher forcing: a token is right if it is the model's first choice after all correct tokens before
+it. `acc` is right answer tokens over answer tokens; `exact_match` is the share of items whose answer tokens are all right.
+Standard errors are over draws: a needle at all its depths is one draw. A policy that no longer attends to the planted place
+cannot know the answer; the model's own limit is its accuracy under `dense`.
 """
 
 import hashlib
