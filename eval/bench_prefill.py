@@ -48,7 +48,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_integer("tokens", 224, "Tokens that are chosen.", **one)
     flags.DEFINE_multi_string("also", None, "A policy that reads prompts whole (repeatable; default: snapkv).", **where)
     flags.DEFINE_integer("batch", 1, "Prompts that are read together.", **one)
-    flags.DEFINE_integer("repeats", 5, "Timed runs of each, of which the median is told.", lower_bound=5, **where)
+    flags.DEFINE_integer("repeats", 5, "Timed runs of each; the table shows medians.", lower_bound=5, **where)
     flags.DEFINE_enum("dtype", "float32", tuple(shapes.ELEMENT_BYTES), "Type of the weights.", **where)
     common.impl_flag(values)
     common.parse(values, argv, __doc__)

@@ -8,9 +8,9 @@ A figure is a module of `eval/figures/` with
     tables(setup, records)      -> list[Table]: our numbers beside the paper's
     draw(setup, records, path)  -> a sentence on the PNG that was written
 
-`records` are plain records (`alisa_jax/records.py`), in an order that does not depend on which were on file; their values
-hold all that tables and picture need. How much runs is told by `configs/tables/<name>.py`, which defines QUICK and FULL, and
-the published numbers lie in `eval/paper/`.
+`records` are plain records (`alisa_jax/records.py`), in an order that does not depend on which were on file; tables and
+picture need their values and the published numbers in `eval/paper/` alone. `configs/tables/<name>.py` sets how much runs:
+it defines QUICK and FULL.
 """
 
 import json

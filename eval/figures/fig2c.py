@@ -233,7 +233,7 @@ def _ends(tokens: int) -> bool:
 
 
 def _temporary(program) -> int:
-    """Bytes that a compiled program holds beside its arguments and results; 0 where that is not told."""
+    """Bytes that a compiled program holds beside its arguments and results; 0 where XLA does not say."""
     memory = program.memory_analysis()
     return 0 if memory is None else int(memory.temp_size_in_bytes)
 

@@ -117,7 +117,7 @@ def _tasks(setup: Setup, config: dict, card: inputs.Card, model, named: dict) ->
 
 
 def tables_of(records: Sequence[dict]) -> tuple[dict, dict[str, dict]]:
-    """Records of the sample by (method, sparsity), and those of each task likewise."""
+    """Records of the sample by (method, sparsity), and for each task its records by the same."""
     sample = {(r["method"], r["kv_sparsity"]): r for r in records if "task" not in r}
     by_task: dict[str, dict] = {}
     for r in records:

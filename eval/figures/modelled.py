@@ -46,8 +46,8 @@ def collect(
 ) -> Found:
     """A record for every part of a figure, with the cells that `run(part)` gives; `papers`: further files of eval/paper."""
     text = json.dumps([published(), *map(base.paper, papers)], sort_keys=True)
-    told = {"published_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    cells = [{"script": "eval.reproduce", "figure": figure, "part": f"modelled {part}", **told} for part in parts]
+    digest = {"published_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    cells = [{"script": "eval.reproduce", "figure": figure, "part": f"modelled {part}", **digest} for part in parts]
     names = dict(zip((cell["part"] for cell in cells), parts, strict=True))
     made = lambda cell: ({"cells": list(run(names[cell["part"]]))}, {"measured": False})
     return resume.collect(setup, cells, made, f"{figure}, modelled")

@@ -1,4 +1,4 @@
-"""Many policies and codecs on one sample: perplexity and recall of each, and differences in pairs.
+"""Many policies and codecs on one sample: perplexity and recall of each, and paired differences.
 
 The sample is one ragged batch: windows of a text, spread evenly over it, and generated recall episodes, each
 sequence alone from an empty cache. Every cell runs the same batch, so two cells differ only in what policy and
@@ -53,7 +53,7 @@ class Sample:
 
 
 def draw(load: Callable, name: str, card: inputs.Card, source: windows.Source, sizes: Sizes, seed: int) -> Sample:
-    """Load the model `name`, of which `card` tells, and draw the sample; raises UserError."""
+    """Load the model `name`, which `card` describes, and draw the sample; raises UserError."""
     context, stride = inputs.window(sizes.context_tokens, None, card, sizes.context_tokens)
     model = inputs.model(load, name)
     bos = model.bos_id is not None

@@ -4,7 +4,7 @@
     needle    `eval/text/planted.py`, at each depth; the question ends the prompt, of P tokens
     after     the same needles, and the question comes behind the prompt
     recall    `recall` of `eval/text/planted.py`, P + N tokens; the answers among the last N count
-    shift     `shift` of `eval/text/planted.py`, likewise
+    shift     `shift` of `eval/text/planted.py`, with the same lengths; the answers among the last N count
     steady    such sequences up to their change: what is asked for has been asked for again and again
 
 P and N are the same for all, so under any method a cache is as large in one as in another. A part of a record is a place

@@ -73,14 +73,14 @@ def _row(entry: Entry, r: Mapping, dense: Mapping) -> list[str]:
 
 
 def failures(rows: Mapping[Entry, dict], dense: Mapping) -> tuple[str, ...]:
-    """For each method: what it loses by more than two standard errors while it holds something else at the same bytes."""
+    """For each method: where it is worse than dense by more than two standard errors, and where it is not."""
     lines = []
     for entry, record in rows.items():
         found = None if record is dense else compare_sample.modes(record, dense)
         if found is not None:
             lost, held = found
-            told = {name: f" ({_change(name, d)})" for name, d in lost.items()}
-            lines.append(f"{entry} loses {_listed(told)}; it holds {_listed(dict.fromkeys(held, ''))}")
+            losses = {name: f" ({_change(name, d)})" for name, d in lost.items()}
+            lines.append(f"{entry} loses {_listed(losses)}; it holds {_listed(dict.fromkeys(held, ''))}")
     return tuple(lines)
 
 

@@ -1,4 +1,4 @@
-"""What every evaluation script shares: flags, mistakes told in one sentence, tables, and where output goes.
+"""What every evaluation script shares: flags, mistakes in one sentence, tables, and where output goes.
 
 With `--json`, stdout holds one JSON line per record and everything else goes to stderr; without it, the table
 goes to stdout. Exit codes: 0 done, 2 a mistake on the command line or in its files, 130 interrupted (the
@@ -153,7 +153,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
 
 
 def number(value, form: str = ".3f", scale: float = 1.0, stderr: float | None = None) -> str:
-    """A cell of a table; `-` for a missing number, `value ±stderr` where there is one, a text as it is."""
+    """A cell of a table; `-` for a missing number, `value ±stderr` where there is one, a text unchanged."""
     if value is None or isinstance(value, str):
         return "-" if value is None else value
     text = format(value * scale, form)

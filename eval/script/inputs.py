@@ -148,7 +148,7 @@ def load(name: str):
 
 
 def model(load: Callable, name: str):
-    """`load(name)`; a checkpoint that cannot be read is told in one sentence."""
+    """`load(name)`; raises UserError for a checkpoint that cannot be read."""
     try:
         return load(name)
     except (OSError, ValueError) as error:
@@ -181,7 +181,7 @@ def check_impl(impl: str) -> None:
 
 
 def engine(make: Callable, model, policy: str, codec: str, impl: str = "auto"):
-    """`make(model, policy, codec)`, with `attention_impl` where it is not auto; what cannot work is told in one sentence."""
+    """`make(model, policy, codec)`, with `attention_impl` where it is not auto; raises UserError for what cannot work."""
     try:
         return make(model, policy, codec, **common.impl_field(impl))
     except ValueError as error:

@@ -54,7 +54,7 @@ class Table:
 
 
 def value(number, form: str = ".3g", basis: str = "measured", scale: float = 1.0, stderr: float | None = None) -> str:
-    """A cell: `-` for None, a text such as OOM as it is, `MODELLED` behind a modelled number."""
+    """A cell: `-` for None, a text such as OOM unchanged, `MODELLED` behind a modelled number."""
     text = common.number(number, form, scale, stderr)
     return text + MODELLED if basis == "modelled" and text != "-" else text
 

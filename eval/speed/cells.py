@@ -1,4 +1,4 @@
-"""What `eval.bench` measures: suites, cells (a model at a batch and a context) and the systems that are rows of a cell."""
+"""The suites of `eval.bench`, their cells (a model at a batch and a context) and the systems, which are rows of a cell."""
 
 from __future__ import annotations
 

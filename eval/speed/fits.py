@@ -11,10 +11,10 @@ LAST = 3  # contexts of the last slope
 
 
 class Growth(NamedTuple):
-    """What `eval.growth` tells of a series; None where there are too few points, or none that can be told."""
+    """How a series grows; None where it has too few points."""
 
     slope: float | None  # of log seconds over log tokens
-    last_slope: float | None  # likewise, over the last contexts, of seconds less those of the weights
+    last_slope: float | None  # the same over the last contexts, of seconds less those of the weights
     base_s: float | None  # seconds of a context of 0 tokens
     token_s: float | None  # seconds that a token more takes
 
@@ -96,7 +96,7 @@ def _design(r: Mapping, share: Mapping[str, float], records: Sequence[Mapping]) 
 
 
 def as_designed(one: Series, found: Mapping[str, Series], weights_s: float) -> bool | None:
-    """Whether a series does what it should; None where it cannot be told."""
+    """Whether a series does what it should; None where it has too few points."""
     own = growth(one.seconds, weights_s if one.part == "step" else 0.0)
     if own.slope is None:
         return None

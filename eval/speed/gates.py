@@ -120,7 +120,7 @@ def _above(records: Sequence[dict]) -> str:
 
 
 def gates(rows: Sequence[dict]) -> list[Gate]:
-    """What the rows of one cell have to reach, as far as they are there."""
+    """The gates that the rows of one cell are checked against."""
     r = rows[0]
     where = f"{r['suite']} {r['model']} ({r['batch']}, {r['context_tokens']})"
     return [Gate(kind, where, *rest) for kind, *rest in (*_speed(rows), *_always(rows))]

@@ -1,4 +1,4 @@
-"""The engine's sides of `eval.bench`: the programs that `Engine.generate` and `Engine.score` call, on made-up caches."""
+"""The engine's sides of `eval.bench`: the programs that `Engine.generate` and `Engine.score` call, on drawn caches."""
 
 from __future__ import annotations
 

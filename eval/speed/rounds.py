@@ -1,4 +1,4 @@
-"""The rounds of `eval.bench`: what every suite sets up, lets run in turn and makes of the times."""
+"""The rounds of `eval.bench`: each suite sets up its systems, runs them in turn and turns the times into values."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -87,7 +87,7 @@ def oom(reason: str) -> dict:
 
 
 def measured(warm: Run, *runs: Run) -> dict:
-    """Values of the timed `runs`; counts and tokens are those of the first, and a note tells where others differ."""
+    """Values of the timed `runs`; counts and tokens are those of the first, and a note says where others differ."""
     one, values = runs[0], {}
     for name in TIMES:
         numbers = [getattr(run, name) for run in runs]

@@ -2,8 +2,8 @@
 
 Text is the source of the Python standard library as found on this machine. A file is held out when the first 8 bytes
 of the SHA-256 of its path (relative to the library's folder) are divisible by 20 as a big-endian number, so the split
-depends neither on the order of files nor on their contents; `Corpus.heldout_sha256` tells two machines whether they
-hold out the same bytes.
+depends neither on the order of files nor on their contents; two machines with the same
+`Corpus.heldout_sha256` hold out the same bytes.
 
 Recall episodes are token sequences in which some tokens are decided by an earlier part of the sequence:
 

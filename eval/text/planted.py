@@ -67,8 +67,7 @@ class Planted:
     last: ClassVar[None] = None  # every token is scored
 
     def ends(self, question: str) -> list[int]:
-        """Tokens of each sequence that come after its prompt, from the first answer on; question "after": what is asked
-        for is told behind the prompt, so `QUESTION_TOKENS` more."""
+        """Tokens of each sequence behind its prompt: from the first answer on, for "after" from the question on."""
         more = QUESTION_TOKENS if question == "after" else 0
         return [len(e.tokens) - int(np.argmax(e.answers)) + more for e in self.drawn]
 

@@ -68,7 +68,7 @@ class Item:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The texts that are told apart."""
+        """The texts that differ between the choices."""
         return self.contexts if self.partial else self.continuations
 
 
