@@ -1,5 +1,4 @@
-"""Figures of `eval.sparsity` and of the paper's Figures 3, 4, 5 and 10; matplotlib is an extra, as in
-`eval/drawing/style.py`.
+"""Figures of `eval.sparsity` and of the paper's Figures 3, 4, 5 and 10.
 
 Every function takes records of `eval.sparsity` and the path of a PNG, and returns a sentence on what was done; they raise
 UserError where the path cannot be written.

@@ -1,1 +1,1 @@
-"""Numbers without a run: sizes and machines, and the model that the paper's figures are held against."""
+"""Numbers without a run: shapes, machines, workloads, and the model of the paper's systems."""

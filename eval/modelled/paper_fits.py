@@ -1,5 +1,4 @@
-"""Which number of `eval.modelled.paper_system` is fitted on which published one. Nothing of ALISA's in Figure 9 is fitted
-on.
+"""Which number of `eval.modelled.paper_system` is fitted on which published one. No bar of ALISA in Figure 9 is used.
 
 link        the bytes that `flexgen` copies over FlexGen's memory time: H100, the last mark of Figure 12a (10 % of the
             cache on the GPU); V100, Figure 1 with the whole cache on the CPU

@@ -1,6 +1,4 @@
-"""What the published figures say beyond their numbers, checked on the cells of `eval.modelled.paper_cells`; nothing is
-assumed.
-"""
+"""What the published figures say beyond their numbers, checked on the cells of `eval.modelled.paper_cells`."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise

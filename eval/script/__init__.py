@@ -1,1 +1,1 @@
-"""What all scripts share: flags, checks before a run, values of a record, tables."""
+"""What all scripts share: flags, checks before a run, resuming, values of a record, tables."""

@@ -1,1 +1,1 @@
-"""Timed runs: cells and systems, our side and the peers', limits, contexts, traces."""
+"""Timed runs: cells, systems and models, our side and the peers', limits, growth, traces."""
