@@ -39,15 +39,14 @@ except ModuleNotFoundError as error:
         "alisa_jax.lm_eval needs the lm-evaluation-harness; install it with pip install 'alisa-jax[lm-eval]'"
     ) from None
 
+from alisa_jax import codecs, policies, spec
 from alisa_jax import placement as placements
-from alisa_jax import policies, spec
 from alisa_jax.engine.engine import PROTOCOLS, Engine
-from alisa_jax.engine.placed import Placed
 from alisa_jax.engine.sampling import Sampling, sequence_keys
-from alisa_jax.engine.serving import Serving
-from alisa_jax.kv import codec as codecs
 from alisa_jax.models.checkpoint import load
-from alisa_jax.placement import sizes
+from alisa_jax.offload.engine import Placed
+from alisa_jax.offload.serving import Serving
+from alisa_jax.placement import bytes_text
 
 ASKED = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")  # of a request to generate
 log = logging.getLogger(__name__)
@@ -141,7 +140,7 @@ class AlisaLM(TemplateLM):
                 raise UserError(f"max_length must be below {c.max_positions}, the model's context; got {max_length}")
             self.engine.validate(self.max_length + 1)
             dense = c.n_layers * stored.token_bytes(c.n_kv_heads, c.head_dim) * self.batch_size * self.max_length
-            limits = [sizes.read_bytes(str(value), dense, f"{key}: ") for key, value in budgets.items()]
+            limits = [bytes_text.read_bytes(str(value), dense, f"{key}: ") for key, value in budgets.items()]
             placed = Placed(self.engine, placement, *limits) if placement else None
             self.serving = Serving(self.engine, placed, protocol)
 

@@ -98,7 +98,7 @@ def record_trace(model, policy: str, tokens: np.ndarray, steps: int, heads: int)
     import jax.numpy as jnp
 
     from alisa_jax import attention, policies
-    from alisa_jax.kv.codec import Raw
+    from alisa_jax.codecs import Raw
     from eval.speed import models
 
     B, T = tokens.shape
@@ -152,9 +152,10 @@ def replay(policy: str, trace, steps: int) -> dict[str, np.ndarray]:
     import jax
     import jax.numpy as jnp
 
-    from alisa_jax import attention, exchanges, policies
-    from alisa_jax.attend import slots
-    from alisa_jax.kv.codec import Raw
+    from alisa_jax import attention, policies
+    from alisa_jax.attention import exchange
+    from alisa_jax.attention.compute import slots
+    from alisa_jax.codecs import Raw
 
     codec, (B, T, N, H) = Raw("float32"), trace[0].shape
     prompt = [
@@ -185,7 +186,9 @@ def replay(policy: str, trace, steps: int) -> dict[str, np.ndarray]:
 
     def change(state):
         s = state
-        stats, ws, _, _ = exchanges.exchange(s.policy, codec, s.store, s.stats, s.ws, s.length, s.context, s.ws.bias)
+        stats, ws, _, _ = exchange.exchange_layer(
+            s.policy, codec, s.store, s.stats, s.ws, s.length, s.context, s.ws.bias
+        )
         return s.replace(stats=stats, ws=ws)
 
     attend = jax.jit(attend)

@@ -126,7 +126,7 @@ def main(argv: Sequence[str], load: Callable = inputs.load) -> None:
     model = inputs.model(load, values.model)
     start = time.perf_counter()
     tokens = blocks(source, model, values)
-    from alisa_jax.engine.calibrating import calibrate
+    from alisa_jax.analysis.calibrate import calibrate
 
     data = f"{len(tokens)} {values.order} blocks of {values.block_tokens} tokens of {source.name}, seed {values.seed}"
     try:

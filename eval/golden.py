@@ -5,8 +5,8 @@
     python -m eval.golden --check=eval/results/golden.jsonl --stories=stories260K
     python -m eval.golden --check=eval/results/golden.jsonl --cells=10 --seed=3
 
-`eval/quality/golden_cells.py` says what is run; about 15 minutes on 2 CPU cores. A record holds tokens, log-probabilities, margins,
-selected sets, bytes of the cache, codes of single tokens and, of placed runs, what was moved.
+`eval/quality/golden_cells.py` says what is run; about 15 minutes on 2 CPU cores. A record holds tokens,
+log-probabilities, margins, selected sets, bytes of the cache, codes of single tokens and, of placed runs, what was moved.
 
 --check computes cells again. Where processor, settings and versions are those of the record, all must be equal to the bit.
 Elsewhere, and with --reordered, for a change that takes sums in another order, values may differ so far:

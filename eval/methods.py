@@ -16,9 +16,8 @@ from types import MappingProxyType
 
 from absl import flags
 
-from alisa_jax import placement, policies, spec
+from alisa_jax import codecs, placement, policies, spec
 from alisa_jax.calibration import Calibration
-from alisa_jax.kv import codec as codecs
 from alisa_jax.models import checkpoint
 from alisa_jax.policies.base import Policy
 from eval.modelled import shapes

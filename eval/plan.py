@@ -6,10 +6,11 @@
     python -m eval.plan --profile --out=this_machine.json
     python -m eval.plan --models > configs/models.md
 
-Nothing is loaded and nothing runs: all numbers are modelled (`alisa_jax/placement/cost.py`) from the shape of the model and
-the rates of a page of `configs/hardware`, times --matmul_efficiency and --read_efficiency, or of a profile of this machine.
-Tokens per second are b n / time, prefill included. Byte flags take 2GB, 512MiB, or a multiple of the dense KV such as 0.33x;
-the default device budget is what weights and activations leave, the default host budget is the host's memory.
+Nothing is loaded and nothing runs: all numbers are modelled (`alisa_jax/placement/modelled/cost.py`) from the shape of
+the model and the rates of a page of `configs/hardware`, times --matmul_efficiency and --read_efficiency, or of a profile
+of this machine. Tokens per second are b n / time, prefill included. Byte flags take 2GB, 512MiB, or a multiple of the
+dense KV such as 0.33x; the default device budget is what weights and activations leave, the default host budget is the
+host's memory.
 
 The greedy search over the cost model finds p1, p2, alpha and beta (a share is 0 if its phase never begins). `alisa` derives
 its phases from the budgets, `alisa searched` takes the searched phases, and `alisa paper` has the traffic of the paper's
@@ -32,9 +33,10 @@ from dataclasses import dataclass
 from absl import flags
 
 from alisa_jax import placement
-from alisa_jax.placement import planner
-from alisa_jax.placement.cost import Cost, kv_bytes
-from alisa_jax.placement.simulate import ENTERING_TOKENS, Simulated, Trace, simulate, swa_trace
+from alisa_jax.placement.controllers.alisa import least_device_bytes
+from alisa_jax.placement.modelled import planner
+from alisa_jax.placement.modelled.cost import Cost, kv_bytes
+from alisa_jax.placement.modelled.simulate import ENTERING_TOKENS, Simulated, Trace, simulate, swa_trace
 from eval.modelled import hardware_profile, machines, shapes, workload
 from eval.script import common, inputs, tables
 from eval.script.common import UserError
@@ -205,7 +207,7 @@ def _check(run: Run, totals: dict, specs: Sequence[str]) -> dict:
             f"--hardware: weights and activations need {machines.bytes_text(need)}, and the device has "
             f"{machines.bytes_text(totals['device_bytes'])}"
         )
-    least = placement.alisa.least_device_bytes(run.sparse)
+    least = least_device_bytes(run.sparse)
     try:
         placement.Alisa().check(run.sparse)
     except ValueError as error:

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from alisa_jax.engine.looking import attentions
+from alisa_jax.analysis.attention_maps import attentions
 from eval.drawing import attention
 from eval.quality import attention_measures
 from eval.script import common, inputs, measure, resume, tables

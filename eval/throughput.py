@@ -21,9 +21,10 @@ have the same hash, unless a controller splits the batch under a --trace.
 Prompts are cut from --text where the model has a tokenizer, else their ids are drawn; --ragged draws their lengths. Under
 random weights SWA's selection hardly changes, so --trace makes every SWA attend what it attends in a trained model that
 reads --text (`eval/speed/traces.py`). --simulate prices the same systems on a page of configs/hardware instead, and all its
-numbers are modelled (`alisa_jax/placement/cost.py`); the default budgets are then what weights and activations leave of the
-device, and the host's memory. The model has no spare slots: a token that enters a set is copied, although most of them left
-it shortly before and would still be there. Without --trace it assumes the entering tokens per step of trained models.
+numbers are modelled (`alisa_jax/placement/modelled/cost.py`); the default budgets are then what weights and activations
+leave of the device, and the host's memory. The model has no spare slots: a token that enters a set is copied, although
+most of them left it shortly before and would still be there. Without --trace it assumes the entering tokens per step of
+trained models.
 """
 
 import math
@@ -39,7 +40,7 @@ from tqdm import tqdm
 import alisa_jax
 from alisa_jax import placement, policies
 from alisa_jax.placement import mover
-from alisa_jax.placement.cost import Cost
+from alisa_jax.placement.modelled.cost import Cost
 from eval.drawing import systems as drawing
 from eval.modelled import machines, shapes
 from eval.script import common, inputs

@@ -32,7 +32,7 @@ from types import MappingProxyType
 
 import jax
 
-from pallas_kernels import backend, cases, rows, shapes, timing
+from pallas_kernels import backend, bench_rows, cases, shapes, timing
 
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 SHAPES = MappingProxyType(  # platform -> shapes for kernels of one token, and of prompts
@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         flags = parse(sys.argv[1:] if argv is None else argv)
         out = None if flags.out is None else appendable(flags.out)
-        how = rows.Settings(flags.dtype, flags.kv_sparsity, flags.impl, flags.repeats, flags.calls, flags.max_bytes)
+        how = bench_rows.Settings(
+            flags.dtype, flags.kv_sparsity, flags.impl, flags.repeats, flags.calls, flags.max_bytes
+        )
         rates = timing.ceilings(flags.dtype, flags.repeats, flags.max_bytes)
         here = where() | {
             "copy_gb_per_s": rates.copy_bytes_per_s / 1e9,
@@ -77,18 +79,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if records:
             print(table(records), file=sys.stderr if flags.json else sys.stdout, flush=True)
-    ran = {(r["kernel"], r["shape"]) for r in records if r["contender"] == rows.SELF and r["time_s"] is not None}
+    ran = {(r["kernel"], r["shape"]) for r in records if r["contender"] == bench_rows.SELF and r["time_s"] is not None}
     return 0 if ran == {(r["kernel"], r["shape"]) for r in records} else FAILED
 
 
-def _rows(flags, how: rows.Settings, rates: timing.Ceilings) -> Iterator[dict]:
+def _rows(flags, how: bench_rows.Settings, rates: timing.Ceilings) -> Iterator[dict]:
     """All records, as they come: shape by shape, so that what is dense is measured once."""
     for name, kernels in flags.pairs.items():
         known: dict = {}
         for kernel in kernels:
             if sys.stderr.isatty():
                 _say(f"timing {kernel} at {name}")
-            run = rows.tiled(kernel, name, how, rates) if flags.tilings else rows.group(kernel, name, how, rates, known)
+            run = (
+                bench_rows.tiled(kernel, name, how, rates)
+                if flags.tilings
+                else bench_rows.group(kernel, name, how, rates, known)
+            )
             yield from run
 
 
@@ -122,7 +128,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--kernel", action="append", metavar="NAME", help=f"repeatable; all of {', '.join(rows.KERNELS)}")
+    add("--kernel", action="append", metavar="NAME", help=f"repeatable; all of {', '.join(bench_rows.KERNELS)}")
     add("--shape", action="append", metavar="MODEL/bBATCH/cCONTEXT", help="repeatable; a few that suit the device")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU, else float32")
     add("--kv_sparsity", type=float, default=0.8, help="share of the context that is not attended (0.8)")
@@ -134,7 +140,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--json", action="store_true", help="one JSON line for each row on stdout, all else on stderr")
     add("--out", metavar="FILE", help="JSON lines are appended to it, whole lines only")
-    add("--tilings", action="store_true", help=f"time tilings instead, of {', '.join(rows.TILED)}")
+    add("--tilings", action="store_true", help=f"time tilings instead, of {', '.join(bench_rows.TILED)}")
     flags = parser.parse_args(argv)
     for name, good, allowed in (
         ("kv_sparsity", 0 <= flags.kv_sparsity < 1, "at least 0 and below 1"),
@@ -166,7 +172,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _pairs(flags, kind: str) -> dict[str, list[str]]:
     """Kernels by shape."""
-    allowed = rows.TILED if flags.tilings else rows.KERNELS
+    allowed = bench_rows.TILED if flags.tilings else bench_rows.KERNELS
     for kernel in flags.kernel or ():
         if kernel not in allowed:
             raise Mistake(f"--kernel must be one of {', '.join(allowed)}; got {kernel!r}")
@@ -240,7 +246,7 @@ def table(records: Sequence[dict]) -> str:
     )
     lines = [head]
     for r in records:
-        note = r["note"] or (r["impl_reason"] if r["impl"] == "xla" and r["contender"] == rows.SELF else "") or ""
+        note = r["note"] or (r["impl_reason"] if r["impl"] == "xla" and r["contender"] == bench_rows.SELF else "") or ""
         rates = (("gb_per_s", 1), ("fraction_of_copy", 1), ("tflop_per_s", 1), ("fraction_of_matmul", 1))
         numbers = [_number(r["time_s"], 1e3), *(_number(r.get(key), by) for key, by in rates)]
         more = [_number(r["ratio_to_best_peer"], 1), _number(r["max_error"], 1)]

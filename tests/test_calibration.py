@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from alisa_jax.analysis.calibrate import calibrate
 from alisa_jax.calibration import Calibration
-from alisa_jax.engine.calibrating import calibrate
 from alisa_jax.models.checkpoint import Model
 from alisa_jax.models.decoder import Decoder, ModelConfig
 

@@ -1,12 +1,12 @@
 """The import law: what each part of the code may import and do, read from the syntax trees.
 
-    0   axes, dots, spec, records, calibration and the leaf package pallas_kernels
-    1   kv, policies                           siblings: neither imports the other
-    2   attend, exchanges                      siblings; attend alone imports pallas_kernels
-    3   attention
-    4   models, parts, masked                  siblings; models is the only part that imports flax.linen
-    5   placement, maps                        siblings; placement knows no model, only its mover.py speaks of memory kinds
-    6   engine, parallel                       siblings too
+    0   axes, spec, records, calibration, ops and the leaf package pallas_kernels
+    1   kv
+    2   codecs, policies        siblings: neither imports the other
+    3   attention               its compute.py alone imports pallas_kernels
+    4   models, placement       siblings; models alone imports flax.linen, only placement/mover.py speaks of memory kinds
+    5   engine, parallel        siblings
+    6   offload, analysis       siblings
     top alisa_jax itself, lm_eval and testing
 
 A module imports from strictly lower layers or from its own package. Further:
@@ -30,13 +30,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TOP = 7
 LAYERS = {
-    **dict.fromkeys(["axes", "dots", "writes", "spec", "records", "calibration"], 0),
-    **dict.fromkeys(["kv", "policies"], 1),
-    **dict.fromkeys(["attend", "exchanges"], 2),
+    **dict.fromkeys(["axes", "spec", "records", "calibration", "ops"], 0),
+    "kv": 1,
+    **dict.fromkeys(["codecs", "policies"], 2),
     "attention": 3,
-    **dict.fromkeys(["models", "parts", "masked"], 4),
-    **dict.fromkeys(["placement", "maps"], 5),
-    **dict.fromkeys(["engine", "parallel"], 6),
+    **dict.fromkeys(["models", "placement"], 4),
+    **dict.fromkeys(["engine", "parallel"], 5),
+    **dict.fromkeys(["offload", "analysis"], 6),
     **dict.fromkeys(["", "lm_eval", "testing"], TOP),
 }
 LIBRARIES = {"numpy", "jax"}
@@ -101,8 +101,8 @@ def _import(path: str, target: str):
             yield f"{own} (layer {LAYERS[own]}) imports {target} (layer {LAYERS[other]})"
         if (own, other) == ("placement", "models"):
             yield f"placement knows no model, and imports {target}"
-    elif parts[0] == "pallas_kernels" and own != "attend":
-        yield "pallas_kernels is imported outside alisa_jax/attend.py"
+    elif parts[0] == "pallas_kernels" and path != "alisa_jax/attention/compute.py":
+        yield "pallas_kernels is imported outside alisa_jax/attention/compute.py"
     elif parts[0] not in DEPENDENCIES | sys.stdlib_module_names and not extra:
         yield f"alisa_jax imports {target}, which is not one of its dependencies"
 
@@ -212,16 +212,17 @@ def test_module_keeps_the_law(path):
             "axes (layer 0) imports alisa_jax.spec (layer 0)",
         ),
         ("alisa_jax/kv/store.py", "import alisa_jax.policies.swa", "kv (layer 1) imports"),
-        ("alisa_jax/policies/swa.py", "from alisa_jax.kv.store import Store", "policies (layer 1) imports"),
+        ("alisa_jax/kv/store.py", "from alisa_jax.codecs import base", "kv (layer 1) imports"),
+        ("alisa_jax/policies/swa.py", "from alisa_jax.codecs.raw import Raw", "policies (layer 2) imports"),
         (
             "alisa_jax/policies/swa.py",
-            "from ..kv import store",
-            "policies (layer 1) imports alisa_jax.kv.store",
+            "from ..codecs import raw",
+            "policies (layer 2) imports alisa_jax.codecs.raw",
         ),
         (
             "alisa_jax/policies/swa.py",
-            "from .. import kv",
-            "policies (layer 1) imports alisa_jax.kv (layer 1)",
+            "from .. import codecs",
+            "policies (layer 2) imports alisa_jax.codecs (layer 2)",
         ),
         ("alisa_jax/kv/store.py", "import alisa_jax", "kv (layer 1) imports alisa_jax (layer 7)"),
         (
@@ -230,13 +231,13 @@ def test_module_keeps_the_law(path):
             "kv (layer 1) imports alisa_jax.load (layer 7)",
         ),
         (
-            "alisa_jax/attention.py",
+            "alisa_jax/attention/layer.py",
             "def f():\n    from alisa_jax import models",
             "attention (layer 3) imports",
         ),
         ("alisa_jax/models/llama.py", "from alisa_jax.placement import plan", "models (layer 4) imports"),
         ("alisa_jax/placement/plan.py", "import alisa_jax.models.decoder", "placement knows no model"),
-        ("alisa_jax/parallel/tensor.py", "import alisa_jax.engine", "parallel (layer 6) imports"),
+        ("alisa_jax/parallel/tensor.py", "import alisa_jax.engine", "parallel (layer 5) imports"),
         (
             "alisa_jax/engine/loop.py",
             "import importlib\nimportlib.import_module('alisa_jax.lm_eval')",
@@ -253,8 +254,8 @@ def test_module_keeps_the_law(path):
         ("alisa_jax/lm_eval.py", "def f():\n    import torch", "imports torch"),
         ("alisa_jax/engine/loop.py", "def f():\n    from lm_eval.api import model", "imports lm_eval.api.model"),
         ("alisa_jax/__init__.py", "from alisa_jax.lm_eval import AlisaLM", "imports alisa_jax.lm_eval"),
-        ("alisa_jax/kv/store.py", "from pallas_kernels import bench", "outside alisa_jax/attend.py"),
-        ("alisa_jax/__init__.py", "import pallas_kernels", "outside alisa_jax/attend.py"),
+        ("alisa_jax/kv/store.py", "from pallas_kernels import bench", "outside alisa_jax/attention/compute.py"),
+        ("alisa_jax/__init__.py", "import pallas_kernels", "outside alisa_jax/attention/compute.py"),
         ("pallas_kernels/shapes.py", "from alisa_jax import axes", "pallas_kernels imports alisa_jax.axes"),
         ("pallas_kernels/shapes.py", "import flax", "pallas_kernels imports flax"),
         ("pallas_kernels/bench.py", "def f():\n    import torch", "pallas_kernels imports torch"),
@@ -270,7 +271,7 @@ def test_module_keeps_the_law(path):
             "outside pallas_kernels/backend",
         ),
         (
-            "alisa_jax/attention.py",
+            "alisa_jax/attention/layer.py",
             "from jax.experimental.pallas.triton import load",
             "outside pallas_kernels",
         ),
@@ -313,17 +314,18 @@ def test_the_law_sees_a_missing_docstring():
     [
         (
             "alisa_jax/kv/store.py",
-            "from alisa_jax import axes\nfrom alisa_jax.kv.codec import Raw\nfrom . import rows",
+            "from alisa_jax import axes\nfrom alisa_jax.ops.writes import put\nfrom . import rows",
         ),
-        ("alisa_jax/attend.py", "from alisa_jax import kv, policies\nimport pallas_kernels.sparse_decode"),
-        ("alisa_jax/attention.py", "from alisa_jax import attend, kv"),
+        ("alisa_jax/attention/compute.py", "from alisa_jax import codecs, kv\nimport pallas_kernels.sparse_decode"),
+        ("alisa_jax/attention/layer.py", "from alisa_jax import kv\nfrom alisa_jax.attention import compute"),
+        ("alisa_jax/offload/run.py", "from alisa_jax.engine import step\nfrom alisa_jax.placement import plan"),
         (
             "alisa_jax/models/llama.py",
             "import flax.linen as nn\nfrom flax import linen\nimport jax.numpy as jnp",
         ),
         (
             "alisa_jax/placement/plan.py",
-            "from alisa_jax.kv import state\nfrom alisa_jax.attend import merge",
+            "from alisa_jax.kv import state\nfrom alisa_jax.attention.compute import merge",
         ),
         (
             "alisa_jax/placement/mover.py",

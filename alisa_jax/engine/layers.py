@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from alisa_jax import attend, attention, policies
-from alisa_jax.kv import codec as codecs
-from alisa_jax.kv.codec import NO_ROTATION, Rotation
+from alisa_jax import attention, codecs, policies
+from alisa_jax.attention import compute
+from alisa_jax.attention.parts import Kind
+from alisa_jax.codecs import NO_ROTATION, Rotation
 from alisa_jax.models.decoder import Decoder
-from alisa_jax.parts import Kind
 
 
 class Assembled(NamedTuple):
@@ -17,7 +17,7 @@ class Assembled(NamedTuple):
     policy: policies.Policy  # resolved for the model
     codec: codecs.Codec  # likewise
     layers: tuple[Kind, ...]
-    chosen: attend.Choice  # what attends, and why
+    chosen: compute.Choice  # what attends, and why
 
 
 def assemble(
@@ -38,7 +38,7 @@ def assemble(
     more = {"calibration": calibration, "config": c} if asked.calibrates else {}
     stored = asked.resolve(dtype, NO_ROTATION if raw_keys else rotation, **more)
     turning = rotation if raw_keys and rotation.angles else None
-    chosen = attend.choose(attention_impl, stored, dtype, c.head_dim, _xla_only(each, turning, c))
+    chosen = compute.choose(attention_impl, stored, dtype, c.head_dim, _xla_only(each, turning, c))
     layers = tuple(
         Kind(p, stored.for_layer(i), p.routes[0] if route == "auto" else route, chosen.impl, turning)
         for i, p in enumerate(each)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alisa_jax import attend, attention, exchanges, masked, parts
+from alisa_jax import attention
+from alisa_jax.attention import compute, exchange, parts, reference
 from alisa_jax.engine import sampling
 from alisa_jax.kv.buckets import bucket
 from alisa_jax.kv.ring import Ring
@@ -59,7 +60,7 @@ def chosen(decoder: Decoder, policy, impl: str, params, tokens, length, layer: i
     """
     x, at = _embed(decoder, params, tokens)
     for earlier in range(layer):
-        x, _ = decoder.block(params, earlier, x, at, lambda q, k, v: (attend.causal(q, k, v, length, impl), ()))
+        x, _ = decoder.block(params, earlier, x, at, lambda q, k, v: (compute.causal(q, k, v, length, impl), ()))
     _, (q, k) = decoder.block(params, layer, x, at, lambda q, k, v: (jnp.zeros_like(q), (q, k)))
     last = jnp.take_along_axis(q, (length - 1)[:, None, None, None], axis=1)[:, 0]
     return policy.choose(last, k, length)
@@ -72,7 +73,7 @@ def decode(decoder: Decoder, params, kv: KVState, token) -> tuple[jax.Array, KVS
     states, taps, outs, together = [], [], [], {}
     for layer, state in enumerate(kv):
         whole = isinstance(state, LayerState)
-        key = exchanges.joint(state) if whole else None
+        key = exchange.joint(state) if whole else None
         if key is not None:
             together.setdefault(key, []).append(layer)
 
@@ -87,7 +88,7 @@ def decode(decoder: Decoder, params, kv: KVState, token) -> tuple[jax.Array, KVS
         taps.append(tap)
         outs.append(out)
     for layers in together.values():
-        changed, loads = exchanges.exchange_layers([states[i] for i in layers], [outs[i] for i in layers])
+        changed, loads = exchange.exchange_layers([states[i] for i in layers], [outs[i] for i in layers])
         for i, state, count in zip(layers, changed, loads, strict=True):
             states[i], taps[i] = state, taps[i]._replace(loads=count)
     return decoder.unembed(params, x)[:, 0], tuple(states), taps
@@ -203,7 +204,7 @@ def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):
     for layer, (policy, codec, _, _, turning) in enumerate(layers):
 
         def attend(q, k, v, policy=policy, codec=codec, turning=turning):
-            out, *aux = masked.score(policy, codec, q, k, v, turning=turning)
+            out, *aux = reference.score(policy, codec, q, k, v, turning=turning)
             return out, aux
 
         x, (attended, clipped) = decoder.block(params, layer, x, at, attend, rotate=turning is None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from alisa_jax.writes import put
+from alisa_jax.ops.writes import put
 
 
 def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:

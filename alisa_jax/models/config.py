@@ -9,51 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 
+from alisa_jax.ops.rope import RopeScaling
+
 ARCHITECTURES = ("llama", "opt", "gpt_neox")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-ROPE_SCALINGS = ("linear", "llama3")
 _FIELDS_OF_ONE = (
     ("rotary_frac", "gpt_neox"),
     ("parallel_residual", "gpt_neox"),
     ("norm_before", "opt"),
     ("embed_dim", "opt"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the trained context.
-
-    `linear` divides every frequency by `factor` (position interpolation, arXiv 2306.15595, section 3.2).
-    `llama3` divides the slow ones only: wavelengths above original_max_positions / low_freq_factor are
-    divided by `factor`, those below original_max_positions / high_freq_factor are left alone, and between the
-    two the frequency is interpolated linearly in original_max_positions / wavelength. The last three fields
-    are of `llama3` alone.
-
-    Raises ValueError where a value is out of its range.
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-    def __post_init__(self):
-        if self.kind not in ROPE_SCALINGS:
-            raise ValueError(f"rope scaling is {self.kind!r}; allowed are {', '.join(ROPE_SCALINGS)}.")
-        if not self.factor > 0:
-            raise ValueError(f"rope scaling factor is {self.factor}; it must be above 0.")
-        if self.kind == "llama3":
-            if not 0 < self.low_freq_factor < self.high_freq_factor:
-                raise ValueError(
-                    f"rope scaling has low_freq_factor={self.low_freq_factor} and "
-                    f"high_freq_factor={self.high_freq_factor}; they must be above 0 and in this order."
-                )
-            if self.original_max_positions < 1:
-                raise ValueError(
-                    f"rope scaling has original_max_positions={self.original_max_positions}; it must be at least 1."
-                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from alisa_jax.axes import check
 from alisa_jax.models import llama, neox, opt
 from alisa_jax.models.config import ModelConfig, RopeScaling
-from alisa_jax.models.rope import inverse_frequencies
+from alisa_jax.ops.rope import inverse_frequencies
 
 __all__ = ["Decoder", "ModelConfig", "RopeScaling"]
 

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from alisa_jax import dots
+from alisa_jax.ops import products
 
 DType = Any
 
@@ -48,7 +48,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         fan_in = x.shape[-1]
         init = matrix_init(self.scale * fan_in**-0.5)
-        y = dots.times(x, self.param("weight", init, (self.features, fan_in), self.param_dtype))
+        y = products.times(x, self.param("weight", init, (self.features, fan_in), self.param_dtype))
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)[None, None, :]
         return y
@@ -114,4 +114,4 @@ class Head(nn.Module):
         if table is None:
             fan_in = x.shape[-1]
             table = self.param("weight", matrix_init(fan_in**-0.5), (self.vocab_size, fan_in), self.param_dtype)
-        return dots.times(x, table, jnp.float32)
+        return products.times(x, table, jnp.float32)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.layers import DType, Head, Linear, RMSNorm, Table, activation
-from alisa_jax.models.rope import rotate
+from alisa_jax.ops.rope import rotate
 
 
 class Embed(nn.Module):

@@ -9,12 +9,12 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from alisa_jax import spec
-from alisa_jax.placement.accelerate import Accelerate
-from alisa_jax.placement.alisa import Alisa
-from alisa_jax.placement.flexgen import FlexGen
+from alisa_jax.placement.controllers.accelerate import Accelerate
+from alisa_jax.placement.controllers.alisa import Alisa
+from alisa_jax.placement.controllers.flexgen import FlexGen
+from alisa_jax.placement.controllers.resident import Resident
+from alisa_jax.placement.controllers.waves import Waves
 from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Controller, Layout, Plan, Rows, Setting, Span, Tier, View
-from alisa_jax.placement.resident import Resident
-from alisa_jax.placement.waves import Waves
 
 CONTROLLERS = MappingProxyType(
     {"resident": Resident, "waves": Waves, "accelerate": Accelerate, "flexgen": FlexGen, "alisa": Alisa}

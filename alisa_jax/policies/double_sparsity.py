@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alisa_jax import dots, writes
+from alisa_jax.ops import products, writes
 from alisa_jax.policies import base, budget, swap
 from alisa_jax.policies.dense import Dense
 
@@ -199,7 +199,7 @@ class DoubleSparsity(base.Policy):
 
 
 def _product(q, labels) -> jax.Array:
-    return dots.logits(q, labels.astype(jnp.float32))
+    return products.logits(q, labels.astype(jnp.float32))
 
 
 def _bits(x: jax.Array) -> jax.Array:

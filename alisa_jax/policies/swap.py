@@ -15,8 +15,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from alisa_jax.ops.writes import put as put_at
 from alisa_jax.policies.base import Exchange
-from alisa_jax.writes import put as put_at
 
 ABSENT = -1
 PARKED = -2

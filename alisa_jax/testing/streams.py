@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alisa_jax import attention
-from alisa_jax.kv.codec import Codec, Raw
+from alisa_jax.codecs import Codec, Raw
 from alisa_jax.kv.state import EMPTY
 from alisa_jax.policies import Policy
 

@@ -8,7 +8,7 @@
 ALISA states 20 GB/s between CPU and GPU; the figures above are those of the parts.
 """
 
-from alisa_jax.placement.cost import Hardware
+from alisa_jax.placement.modelled.cost import Hardware
 
 HARDWARE = Hardware(
     name="h100_80gb",

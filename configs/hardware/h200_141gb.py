@@ -6,7 +6,7 @@ link                    PCIe 5.0 x16, 63 GB/s each way      PCI Express base spe
 host memory             128 GiB                             our choice: a common size of one GPU's share of a node
 """
 
-from alisa_jax.placement.cost import Hardware
+from alisa_jax.placement.modelled.cost import Hardware
 
 HARDWARE = Hardware(
     name="h200_141gb",

@@ -9,8 +9,8 @@
 per second and 10^12 operations per second.
 """
 
-from alisa_jax.placement.cost import Hardware
-from alisa_jax.placement.flexgen_cost import FlexGenRates
+from alisa_jax.placement.modelled.cost import Hardware
+from alisa_jax.placement.modelled.flexgen_cost import FlexGenRates
 
 HARDWARE = Hardware(
     name="t4_16gb",

@@ -8,7 +8,7 @@
 ALISA states 20 GB/s between CPU and GPU, which PCIe 3.0 does not reach; the figures above are those of the parts.
 """
 
-from alisa_jax.placement.cost import Hardware
+from alisa_jax.placement.modelled.cost import Hardware
 
 HARDWARE = Hardware(
     name="v100_16gb",

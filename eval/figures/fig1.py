@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from alisa_jax import placement
-from alisa_jax.placement.simulate import simulate
+from alisa_jax.placement.modelled.simulate import simulate
 from eval.drawing import systems
 from eval.figures import base, modelled, stand_in
 from eval.modelled import machines, paper_system

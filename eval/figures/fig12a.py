@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from alisa_jax.placement.cost import kv_bytes
+from alisa_jax.placement.modelled.cost import kv_bytes
 from eval.drawing import systems
 from eval.figures import base, modelled
 from eval.modelled import paper_cells, paper_system

@@ -5,8 +5,8 @@ import math
 import runpy
 from pathlib import Path
 
-from alisa_jax.placement import sizes
-from alisa_jax.placement.cost import Hardware
+from alisa_jax.placement import bytes_text as spelling
+from alisa_jax.placement.modelled.cost import Hardware
 from eval.script.common import UserError
 
 HARDWARE = Path(__file__).resolve().parents[2] / "configs" / "hardware"
@@ -34,7 +34,7 @@ def hardware(name: str) -> Hardware:
 def read_bytes(text: str, dense_kv_bytes: float, flag: str) -> float:
     """'2GB', '512MiB' and '1000' in bytes; '0.33x' times `dense_kv_bytes`."""
     try:
-        return sizes.read_bytes(text, dense_kv_bytes, f"{flag}: ")
+        return spelling.read_bytes(text, dense_kv_bytes, f"{flag}: ")
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -43,5 +43,5 @@ def bytes_text(number: float) -> str:
     """Bytes as a table shows them; "any" for no limit."""
     if not math.isfinite(number):
         return "any"
-    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if number >= sizes.UNITS[u]), "B")
-    return f"{number / sizes.UNITS[unit]:.2f} {unit}"
+    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if number >= spelling.UNITS[u]), "B")
+    return f"{number / spelling.UNITS[unit]:.2f} {unit}"

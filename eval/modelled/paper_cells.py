@@ -8,7 +8,7 @@ modelled, published (None: the paper has none), error_frac = modelled / publishe
 import dataclasses
 from collections.abc import Iterable
 
-from alisa_jax.placement import planner
+from alisa_jax.placement.modelled import planner
 from eval.modelled import paper_fits, paper_system
 from eval.modelled.paper_system import INT8, MODELS, OPT_30B, RAW, SYSTEMS, Fits, Place, Seconds
 

@@ -17,7 +17,7 @@ import dataclasses
 import math
 from types import MappingProxyType
 
-from alisa_jax.placement.cost import Cost, paper_traffic_s
+from alisa_jax.placement.modelled.cost import Cost, paper_traffic_s
 from alisa_jax.placement.plan import Setting
 from eval.modelled import paper_system
 from eval.modelled.paper_system import INT8, LLAMA_33B, OPT_30B, Fits, Place

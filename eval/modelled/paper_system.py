@@ -30,9 +30,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from alisa_jax import placement
-from alisa_jax.placement.cost import Cost, paper_objective_s, paper_traffic_s
+from alisa_jax.placement.modelled.cost import Cost, paper_objective_s, paper_traffic_s
+from alisa_jax.placement.modelled.simulate import Simulated, simulate, swa_trace
 from alisa_jax.placement.plan import Setting
-from alisa_jax.placement.simulate import Simulated, simulate, swa_trace
 from eval.modelled import machines, shapes, workload
 
 RAW, INT8 = "raw", "int8(axis=token)"

@@ -5,11 +5,11 @@ What is wrong raises UserError with one sentence.
 
 import json
 
-from alisa_jax.kv import codec as codecs
+from alisa_jax import codecs
 from alisa_jax.models import hf, shapes
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder
-from alisa_jax.placement.cost import Shape
+from alisa_jax.placement.modelled.cost import Shape
 from eval.script import inputs
 from eval.script.common import UserError
 from eval.script.tables import Table

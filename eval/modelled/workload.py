@@ -4,7 +4,7 @@ import math
 
 from alisa_jax import policies
 from alisa_jax.models.config import ModelConfig
-from alisa_jax.placement.cost import statistics_bytes
+from alisa_jax.placement.modelled.cost import statistics_bytes
 from alisa_jax.placement.plan import PAGE_TOKENS, Setting, pages
 from eval.script.common import UserError
 

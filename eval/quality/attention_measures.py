@@ -2,7 +2,7 @@
 
 One sequence of n tokens and one layer: `weights` [N, n, n] is what row i (the query at position i) paid to tokens 0 .. i
 under a policy, `kept` [P, n, n] bool which tokens it was let attend, itself included, and `dense` [N, n, n] what the same
-queries would have paid without the policy (`alisa_jax/maps.py`). Head h has the selection h * P // N.
+queries would have paid without the policy (`alisa_jax/attention/maps.py`). Head h has the selection h * P // N.
 
     sparsity        share of the entries 0 .. i of a row that count as zero: below 1 % of the row's maximum, mean over heads
                     (ALISA, Figure 3). What a policy leaves out is an entry, and zero

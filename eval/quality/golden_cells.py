@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alisa_jax import policies, spec
+from alisa_jax import codecs, policies, spec
 from alisa_jax.engine import step
-from alisa_jax.engine.placed import Placed
-from alisa_jax.kv import codec as codecs
 from alisa_jax.kv.state import LayerState, bytes_of
+from alisa_jax.offload.engine import Placed
 from eval import methods
 from eval.script.common import UserError
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import jax
 
-from alisa_jax import policies, spec
-from alisa_jax.kv import codec as codecs
+from alisa_jax import codecs, policies, spec
 from alisa_jax.policies.base import Dims
 from eval.quality.sample import Sizes
 from eval.script.common import UserError

@@ -47,14 +47,14 @@ def check_policy(text: str, context: int) -> None:
 
 def codec(text: str) -> str:
     """The canonical text of a codec."""
-    from alisa_jax.kv import codec as codecs
+    from alisa_jax import codecs
 
     return _canonical(text, codecs.CODECS, "--codec")
 
 
 def calibration_tokens(codec: str) -> int:
     """How many tokens of a sequence the codec has to see before it encodes; 0: none."""
-    from alisa_jax.kv import codec as codecs
+    from alisa_jax import codecs
 
     return codecs.parse(codec).resolve("float32").frozen_after
 
@@ -171,11 +171,11 @@ def make_engine(model, policy: str, codec: str, attention_impl: str = "auto"):
 
 def check_impl(impl: str) -> None:
     """Raise UserError when `impl` is named and cannot run on the device at hand."""
-    from alisa_jax import attend
-    from alisa_jax.kv.raw import Raw
+    from alisa_jax.attention import compute
+    from alisa_jax.codecs.raw import Raw
 
     try:
-        attend.choose(impl, Raw("float32"), "float32", 64)
+        compute.choose(impl, Raw("float32"), "float32", 64)
     except ValueError as error:
         raise UserError(f"--attention_impl: {error}") from None
 

@@ -38,8 +38,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alisa_jax import attend, attention, exchanges, policies
-from alisa_jax.kv.codec import Raw
+from alisa_jax import attention, policies
+from alisa_jax.attention import compute
+from alisa_jax.attention.exchange import exchange_layer
+from alisa_jax.codecs import Raw
 from alisa_jax.policies import base, budget, swap
 from eval.script.common import UserError
 from eval.speed import timing
@@ -101,7 +103,7 @@ def recorded(model, rows: np.ndarray, layer: int) -> Past:
         x = decoder.embed(params, tokens, at)
         for i in range(layer + 1):
             x, seen = decoder.block(
-                params, i, x, at, lambda *qkv: (attend.causal(*qkv, jnp.full((B,), T, jnp.int32)), qkv)
+                params, i, x, at, lambda *qkv: (compute.causal(*qkv, jnp.full((B,), T, jnp.int32)), qkv)
             )
         return seen
 
@@ -226,7 +228,7 @@ def append(state, k, v):
 
 def attended(state, q):
     """q [B, N, H] -> out [B, N, 1, H] float32 and the mass [B, 1, M] of the slots."""
-    part, mass = attend.slots(state.codec, q[:, :, None], state.ws.k, state.ws.v, state.ws.bias, state.impl)
+    part, mass = compute.slots(state.codec, q[:, :, None], state.ws.k, state.ws.v, state.ws.bias, state.impl)
     return part.out, mass
 
 
@@ -239,9 +241,7 @@ def observe(state, slot, mass):
 def exchange(state):
     """The state with the set for the next query, and the rows that were moved for it [B]."""
     s = state
-    stats, ws, store, loads = exchanges.exchange(
-        s.policy, s.codec, s.store, s.stats, s.ws, s.length, s.context, s.ws.bias
-    )
+    stats, ws, store, loads = exchange_layer(s.policy, s.codec, s.store, s.stats, s.ws, s.length, s.context, s.ws.bias)
     return s.replace(stats=stats, ws=ws, store=store), loads
 
 

@@ -20,15 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from alisa_jax import parts, placement, policies
-from alisa_jax.engine.runs import Base
-from alisa_jax.engine.selecting import Selecting
-from alisa_jax.engine.streaming import Streaming
+from alisa_jax import placement, policies
+from alisa_jax.attention import parts
 from alisa_jax.models import Model
-from alisa_jax.placement import mover, planner
-from alisa_jax.placement.cost import Cost
+from alisa_jax.offload.by_layers import Streaming
+from alisa_jax.offload.by_rows import Selecting
+from alisa_jax.offload.run import Base
+from alisa_jax.placement import mover
+from alisa_jax.placement.modelled import planner
+from alisa_jax.placement.modelled.cost import Cost
+from alisa_jax.placement.modelled.simulate import swa_trace, walk
 from alisa_jax.placement.plan import PAGE_TOKENS
-from alisa_jax.placement.simulate import swa_trace, walk
 from eval.modelled import machines, shapes
 from eval.script import inputs
 from eval.script.common import UserError

@@ -7,14 +7,13 @@ import json
 import math
 from dataclasses import dataclass
 
-from alisa_jax import placement, policies, spec
+from alisa_jax import codecs, placement, policies, spec
 from alisa_jax.calibration import Calibration
-from alisa_jax.engine import budget
 from alisa_jax.engine.layers import assemble
 from alisa_jax.engine.step import Layer
-from alisa_jax.kv import codec as codecs
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder
+from alisa_jax.offload import settings
 from alisa_jax.placement.plan import Setting
 from eval.modelled import shapes
 from eval.script import inputs
@@ -118,7 +117,7 @@ def setting(system: System, work: Work, budgeted: bool = True) -> Setting:
     """The run in numbers, as the arrays will be; not `budgeted`: without a limit on either side."""
     limits = (work.device_kv_bytes, work.host_kv_bytes) if budgeted else (math.inf, math.inf)
     kinds = layers(system, work.config, work.dtype, work.calibration)
-    return budget.setting_of(work.config, kinds, work.prompt_tokens, work.new_tokens, *limits, work.gather)
+    return settings.setting_of(work.config, kinds, work.prompt_tokens, work.new_tokens, *limits, work.gather)
 
 
 def refusal(system: System, work: Work) -> str | None:
@@ -133,11 +132,11 @@ def refusal(system: System, work: Work) -> str | None:
     try:
         for one in kinds:
             one.policy.validate(work.context)
-        budget.check(controller, setting(system, work, budgeted=False))
+        settings.check(controller, setting(system, work, budgeted=False))
     except ValueError as error:
         raise UserError(f"--system: {system}: {error}") from None
     try:
-        budget.check(controller, setting(system, work))
+        settings.check(controller, setting(system, work))
     except ValueError as error:
         return str(error)
     return None

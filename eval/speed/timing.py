@@ -11,10 +11,10 @@ import numpy as np
 from tqdm import tqdm
 
 from alisa_jax import Engine, placement, policies
-from alisa_jax.engine.placed import Placed, Run
-from alisa_jax.placement.cost import Cost
+from alisa_jax.offload.engine import Placed, Run
+from alisa_jax.placement.modelled.cost import Cost
+from alisa_jax.placement.modelled.simulate import simulate, swa_trace
 from alisa_jax.placement.plan import Setting
-from alisa_jax.placement.simulate import simulate, swa_trace
 from eval.speed import systems, traces
 from eval.speed.systems import System, Work
 

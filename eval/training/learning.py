@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from alisa_jax.models.decoder import Decoder
-from alisa_jax.models.rope import rotate
+from alisa_jax.ops.rope import rotate
 from eval.text import episodes
 from eval.training.curriculum import BOS_ID, FIRST_ORDINARY_ID, TrainConfig
 

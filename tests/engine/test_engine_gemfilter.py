@@ -9,8 +9,8 @@ import pytest
 
 import alisa_jax
 from alisa_jax.engine import prompts
-from alisa_jax.engine.placed import Placed
 from alisa_jax.models import Decoder
+from alisa_jax.offload.engine import Placed
 from alisa_jax.policies import gemfilter
 from tests import oracle
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import alisa_jax
-from alisa_jax.engine.placed import Placed
+from alisa_jax.offload.engine import Placed
 from alisa_jax.policies import POLICIES, parse
 from tests.policies.test_policy_contract import example, label
 

@@ -8,8 +8,7 @@ import pytest
 import alisa_jax
 from alisa_jax.engine import prompts
 from alisa_jax.engine.batch import Batch
-from alisa_jax.kv.turning import Rotation, turned
-from alisa_jax.models.rope import rotate
+from alisa_jax.ops.rope import Rotation, rotate, turned
 from alisa_jax.policies import Dense
 
 LENGTHS = (21, 9, 24)  # of prompts; with what follows they fill a context bucket

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from alisa_jax import policies, records
-from alisa_jax.kv.codec import Raw
+from alisa_jax.codecs import Raw
 from alisa_jax.models import Decoder
 from alisa_jax.models.config import ModelConfig
 from eval.figures import fig2c, fig11

@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import alisa_jax
+from alisa_jax.analysis.calibrate import calibrate as statistics
 from alisa_jax.calibration import Calibration
-from alisa_jax.engine.calibrating import calibrate as statistics
 from alisa_jax.models import checkpoint
 from alisa_jax.models.decoder import Decoder, ModelConfig
 from eval import calibrate

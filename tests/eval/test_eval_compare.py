@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 import alisa_jax
-from alisa_jax import policies
-from alisa_jax.kv import codec as codecs
+from alisa_jax import codecs, policies
 from eval import compare
 from eval.quality import rows as compare_rows
 from eval.quality import sample as compare_sample

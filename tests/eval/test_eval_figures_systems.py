@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from alisa_jax.engine.placed import Run
+from alisa_jax.offload.engine import Run
 from eval.figures import base, fig1, fig9, fig12a, fig12b, fig12c, modelled
 from eval.modelled import paper_fits, paper_system
 from eval.script import common, inputs, tables

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alisa_jax import parts, policies
-from alisa_jax.kv.codec import Raw
+from alisa_jax import policies
+from alisa_jax.attention import parts
+from alisa_jax.codecs import Raw
 from alisa_jax.models import ModelConfig
 from eval import growth
 from eval.script import common

@@ -6,8 +6,7 @@ import re
 import pytest
 
 import alisa_jax
-from alisa_jax import placement, policies
-from alisa_jax.kv import codec as codecs
+from alisa_jax import codecs, placement, policies
 from eval import methods
 from eval.script import common
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from alisa_jax import placement
-from alisa_jax.placement.simulate import simulate
+from alisa_jax.placement.modelled.simulate import simulate
 from eval import plan
 from eval.modelled import hardware_profile, machines
 from eval.script import common

@@ -15,8 +15,8 @@ import pytest
 
 import alisa_jax
 from alisa_jax import policies
-from alisa_jax.engine.placed import Run
 from alisa_jax.models import Decoder, checkpoint, hub
+from alisa_jax.offload.engine import Run
 from alisa_jax.placement import mover
 from eval import throughput
 from eval.modelled import machines, shapes

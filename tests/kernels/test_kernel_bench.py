@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import backend, bench, cases, peers, rows, shapes, tilings, timing
+from pallas_kernels import backend, bench, bench_rows, cases, peers, shapes, tilings, timing
 from pallas_kernels.shapes import Shape
 from pallas_kernels.tilings import DecodeTiling, PrefillTiling
 from tests.kernels.oracle import decode, error
@@ -20,7 +20,7 @@ SMALL = Shape(n_heads=8, n_kv_heads=2, head_dim=32, batch=3, context=80)
 KERNELS = (*cases.DECODE, *cases.PROMPT)
 RATES = timing.Ceilings(1e10, 1e11)
 QUICK = ("--calls=2", "--repeats=2", "--max_bytes=64e6")
-HOW = rows.Settings("float32", 0.8, "auto", repeats=1, calls=2, max_bytes=64e6)
+HOW = bench_rows.Settings("float32", 0.8, "auto", repeats=1, calls=2, max_bytes=64e6)
 
 
 def shaped(case):
@@ -269,9 +269,9 @@ def test_a_kernel_that_fails_has_a_row_that_says_how(capsys, monkeypatch, messag
 
 
 def test_an_error_that_is_no_number_is_told(capsys):
-    assert rows._error((jnp.array([1.0, jnp.nan]),), (jnp.ones(2),)) == "nan"
-    assert rows._error((jnp.array([1.0, 3.0]), jnp.ones(1)), (jnp.array([1.0, 4.0]), jnp.ones(1))) == 0.25
-    assert rows._error(None, (jnp.ones(2),)) is None
+    assert bench_rows._error((jnp.array([1.0, jnp.nan]),), (jnp.ones(2),)) == "nan"
+    assert bench_rows._error((jnp.array([1.0, 3.0]), jnp.ones(1)), (jnp.array([1.0, 4.0]), jnp.ones(1))) == 0.25
+    assert bench_rows._error(None, (jnp.ones(2),)) is None
 
 
 # ---- peers
@@ -334,12 +334,12 @@ def test_contexts_are_split_into_whole_blocks():
 
 def test_neighbours_of_a_tiling_differ_in_one_number():
     start = DecodeTiling(rows=64, splits=0, warps=4, stages=1)
-    found = list(rows.neighbours(start))
+    found = list(bench_rows.neighbours(start))
     assert [sum(a != b for a, b in zip(start, other)) for other in found] == [1] * len(found)
     assert {t.rows for t in found} == {32, 64, 128}
     assert {t.warps for t in found} == {2, 4, 8}
     assert {t.stages for t in found} == {1, 2}  # never 0
-    assert all(t.queries <= 256 for t in rows.neighbours(PrefillTiling(256, 16, 16, 6)))
+    assert all(t.queries <= 256 for t in bench_rows.neighbours(PrefillTiling(256, 16, 16, 6)))
 
 
 def test_the_climb_ends_at_the_quickest_and_times_nothing_twice():
@@ -349,10 +349,12 @@ def test_the_climb_ends_at_the_quickest_and_times_nothing_twice():
         calls.append(tiling)
         return 1.0 + sum(abs(math.log2(a / b)) for a, b in zip(tiling, best))
 
-    tried = rows.climb(PrefillTiling(128, 32, 8, 2), seconds)
+    tried = bench_rows.climb(PrefillTiling(128, 32, 8, 2), seconds)
     assert min(tried, key=tried.get) == best
     assert len(calls) == len(set(calls)) == len(tried)
-    assert len(rows.climb(PrefillTiling(), lambda _: math.inf)) == 1 + len(list(rows.neighbours(PrefillTiling())))
+    assert len(bench_rows.climb(PrefillTiling(), lambda _: math.inf)) == 1 + len(
+        list(bench_rows.neighbours(PrefillTiling()))
+    )
 
 
 def test_tilings_are_listed_from_the_quickest_on(monkeypatch, capsys):
@@ -362,8 +364,8 @@ def test_tilings_are_listed_from_the_quickest_on(monkeypatch, capsys):
         time_s = {16: 1.0, 32: 2.0, 64: 3.0}.get(tiling.rows)
         return {"kernel": kernel, "tiling": str(tiling), "time_s": time_s, "note": None if time_s else "too much"}, None
 
-    monkeypatch.setattr(rows, "measure", measure)
-    found = rows.tiled("packed_decode", TINY, HOW, RATES)
+    monkeypatch.setattr(bench_rows, "measure", measure)
+    found = bench_rows.tiled("packed_decode", TINY, HOW, RATES)
     assert found[0]["tiling"].startswith("DecodeTiling(rows=16,")
     assert found[0]["note"] == f"the quickest of {len(found)}"
     assert next(r["note"] for r in found if r["tiling"] == str(start)) == "of the table"
@@ -435,7 +437,7 @@ def rows_of(count):
         if len(known) == count:
             raise KeyboardInterrupt
         known[len(known)] = None
-        blank = dict.fromkeys(rows._MEASURED) | {"impl": "xla", "impl_reason": "asked for", "tiling": None}
+        blank = dict.fromkeys(bench_rows._MEASURED) | {"impl": "xla", "impl_reason": "asked for", "tiling": None}
         return [blank | {"kernel": kernel, "shape": name, "contender": "kernel", "dtype": "float32", "time_s": 0.5}]
 
     return group
@@ -445,12 +447,12 @@ def test_interrupted_runs_keep_whole_lines_and_the_next_run_appends(capsys, monk
     out = tmp_path / "rows.jsonl"
     monkeypatch.setattr(timing, "ceilings", lambda *_: RATES)
     for runs in (1, 2):
-        monkeypatch.setattr(rows, "group", rows_of(2))
+        monkeypatch.setattr(bench_rows, "group", rows_of(2))
         assert bench.main([f"--out={out}", f"--shape={TINY}"]) == 130
         text, err = capsys.readouterr()
         assert "interrupted" in err
-        assert [line.split()[0] for line in text.splitlines() if TINY in line] == list(rows.KERNELS[:2])
-        assert [json.loads(x)["kernel"] for x in out.read_text().splitlines()] == [*rows.KERNELS[:2]] * runs
+        assert [line.split()[0] for line in text.splitlines() if TINY in line] == list(bench_rows.KERNELS[:2])
+        assert [json.loads(x)["kernel"] for x in out.read_text().splitlines()] == [*bench_rows.KERNELS[:2]] * runs
     assert json.loads(out.read_text().splitlines()[0])["time_s"] == 0.5
 
 
@@ -481,7 +483,7 @@ def test_default_shapes_are_named_shapes(platform):
     for name in sum(bench.SHAPES[platform], ()):
         assert shapes.named(name).n_heads == 32
     pairs = bench._pairs(bench.parse([]), platform)
-    assert {kernel for kernels in pairs.values() for kernel in kernels} == set(rows.KERNELS)
+    assert {kernel for kernels in pairs.values() for kernel in kernels} == set(bench_rows.KERNELS)
     if platform == "gpu":
         assert "sparse_decode" in pairs["llama-3-8b/b64/c8192"]
         assert "flash_prefill" in pairs["llama-3-8b/b1/c32768"]

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alisa_jax.codecs import parse
+from alisa_jax.codecs.base import Rotation
 from alisa_jax.kv import ring
-from alisa_jax.kv.base import Rotation
-from alisa_jax.kv.codec import parse
-from alisa_jax.kv.ring import DUE_ROWS, Due, Ring
-from alisa_jax.kv.state import Store
+from alisa_jax.kv.pending import DUE_ROWS, Due
+from alisa_jax.kv.ring import Ring
+from alisa_jax.kv.store import Store
 
 B, C, K, H = 2, 32, 3, 4
 

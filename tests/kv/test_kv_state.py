@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alisa_jax.kv.codec import Raw
-from alisa_jax.kv.state import EMPTY, Store, WorkingSet, bias_of, tree_bytes
+from alisa_jax.codecs import Raw
+from alisa_jax.kv.state import EMPTY, WorkingSet, bias_of, tree_bytes
+from alisa_jax.kv.store import Store
 
 B, K, M, S, H, E = 2, 3, 7, 23, 5, 2
 CODEC = Raw("float32")

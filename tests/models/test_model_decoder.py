@@ -10,7 +10,7 @@ import pytest
 
 from alisa_jax.models import Decoder, ModelConfig, RopeScaling
 from alisa_jax.models.layers import LayerNorm, RMSNorm
-from alisa_jax.models.rope import inverse_frequencies, rotate
+from alisa_jax.ops.rope import inverse_frequencies, rotate
 
 LLAMA = ModelConfig(
     arch="llama",

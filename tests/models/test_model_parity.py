@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alisa_jax.analysis.attention_maps import attentions
 from alisa_jax.engine import Engine
-from alisa_jax.engine.looking import attentions
 from alisa_jax.models import load, save
 
 torch = pytest.importorskip("torch")

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alisa_jax import placement
-from alisa_jax.placement.cost import Cost, Hardware, Shape
+from alisa_jax.placement.modelled.cost import Cost, Hardware, Shape
+from alisa_jax.placement.modelled.simulate import simulate, walk
 from alisa_jax.placement.plan import ALL, Setting, Tier
-from alisa_jax.placement.simulate import simulate, walk
 
 pytestmark = pytest.mark.slow
 

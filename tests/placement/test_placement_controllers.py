@@ -9,11 +9,11 @@ import pytest
 
 from alisa_jax import placement, spec
 from alisa_jax.placement import ALL, Rows, Setting, Span, Tier
-from alisa_jax.placement.cost import Cost, Hardware, Shape
+from alisa_jax.placement.modelled.cost import Cost, Hardware, Shape
+from alisa_jax.placement.modelled.residency import PlanError, Residency
+from alisa_jax.placement.modelled.simulate import simulate, swa_trace, walk
 from alisa_jax.placement.moves import device_bytes
 from alisa_jax.placement.plan import moved_bytes
-from alisa_jax.placement.residency import PlanError, Residency
-from alisa_jax.placement.simulate import simulate, swa_trace, walk
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +49,7 @@ def test_a_spec_prints_as_it_was_read(text):
 
 def test_the_placement_layer_imports_no_jax():
     folder = Path(placement.__file__).parent
-    trees = [ast.parse(path.read_text()) for path in folder.glob("*.py") if path.name != "mover.py"]
+    trees = [ast.parse(path.read_text()) for path in folder.rglob("*.py") if path.name != "mover.py"]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]

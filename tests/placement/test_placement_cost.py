@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from alisa_jax.placement import cost, planner
-from alisa_jax.placement.flexgen_cost import FlexGenPolicy, flexgen_tokens_per_s
+from alisa_jax.placement.modelled import cost, planner
+from alisa_jax.placement.modelled.flexgen_cost import FlexGenPolicy, flexgen_tokens_per_s
 from alisa_jax.placement.plan import Setting, View
 
 pytestmark = pytest.mark.slow

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from alisa_jax import placement
-from alisa_jax.placement import planner
-from alisa_jax.placement.cost import Cost, Hardware, Shape
+from alisa_jax.placement.modelled import planner
+from alisa_jax.placement.modelled.cost import Cost, Hardware, Shape
+from alisa_jax.placement.modelled.simulate import simulate, swa_trace
 from alisa_jax.placement.plan import Setting
-from alisa_jax.placement.simulate import simulate, swa_trace
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,9 @@ import pytest
 
 from alisa_jax import placement
 from alisa_jax.placement import ALL, Rows, Setting, Span, Tier, View
-from alisa_jax.placement.cost import Cost, Hardware, Shape
-from alisa_jax.placement.simulate import simulate, swa_trace, walk
+from alisa_jax.placement.controllers.alisa import least_device_bytes
+from alisa_jax.placement.modelled.cost import Cost, Hardware, Shape
+from alisa_jax.placement.modelled.simulate import simulate, swa_trace, walk
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +25,7 @@ def deleting(layers=6, batch=2):
     run = Setting(layers, (48,) * batch, 60, 1.0, device_kv_bytes=0.0, slots=20, selects=True)
     return dataclasses.replace(
         run,
-        device_kv_bytes=placement.alisa.least_device_bytes(run),
+        device_kv_bytes=least_device_bytes(run),
         host_kv_bytes=3 * layers * batch * run.page_bytes,
     )
 

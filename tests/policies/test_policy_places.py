@@ -9,7 +9,7 @@ import pytest
 
 import alisa_jax
 from alisa_jax import attention
-from alisa_jax.kv.codec import NO_ROTATION, Rotation
+from alisa_jax.codecs import NO_ROTATION, Rotation
 from alisa_jax.models import Decoder, Model, ModelConfig
 from alisa_jax.policies import Dense, Local, Streaming, parse
 from tests import oracle, replay

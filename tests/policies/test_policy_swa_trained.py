@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from alisa_jax import attention, models
-from alisa_jax.kv.codec import Raw
+from alisa_jax.codecs import Raw
 from alisa_jax.policies import parse
 from tests import oracle
 

@@ -1,0 +1,35 @@
+"""Attention of new tokens over what is stored: a layer, what computes it, how sets change, the reference, maps."""
+
+from alisa_jax.attention.layer import (
+    ROUTES,
+    Taps,
+    check,
+    decode,
+    dims_of,
+    freeze,
+    grow,
+    init,
+    masked_row,
+    prefill,
+    prefill_rows,
+    prompt_dims,
+    turn_of,
+    turned_prompt,
+)
+
+__all__ = [
+    "ROUTES",
+    "Taps",
+    "check",
+    "decode",
+    "dims_of",
+    "freeze",
+    "grow",
+    "init",
+    "masked_row",
+    "prefill",
+    "prefill_rows",
+    "prompt_dims",
+    "turn_of",
+    "turned_prompt",
+]

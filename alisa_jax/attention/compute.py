@@ -1,0 +1,156 @@
+"""Attention over tokens that are at hand, by XLA or by the kernels of `pallas_kernels`, with equal results.
+
+Four questions that the layers above ask; each takes `impl`, "xla", "pallas" or "interpret", which an engine has chosen once
+(`choose`) for all of its layers:
+
+    slots      one query per head against head-major rows, a working set        packed_decode
+    rows       one query per head against rows of a store, by index             sparse_decode
+    store      one query per head against all rows of a store                   sparse_decode
+    prompt     prompts, and what their last queries, or all, paid to each token flash_prefill
+
+Shapes: q [B, K, G, H], in a prompt [B, T, N, H], unscaled. Logits, softmax statistics and mass are float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from alisa_jax.codecs.base import Codec, Content, Turn
+from pallas_kernels import backend, flash_prefill, int8_decode, online, packed_decode, partial, sparse_decode
+from pallas_kernels.backend import Choice
+from pallas_kernels.partial import Partial, merge
+
+IMPLS = backend.IMPLS
+_PAGE_TOKENS = 32  # of a store that XLA attends at once
+
+
+def choose(impl: str, codec: Codec, dtype, head_dim: int, xla_only: str | None = None) -> Choice:
+    """What `impl` ("auto" too) means for a model that computes in `dtype`, on the device at hand, and why.
+
+    xla_only: why no kernel can run, where that is known. Raises ValueError, in one sentence, for an unknown name and where a
+    named implementation cannot run.
+    """
+    if xla_only is not None:
+        return backend.choose(impl, xla_only)
+    q = jax.ShapeDtypeStruct((1, 1, head_dim), jnp.dtype(dtype))
+    for part in ("k", "v"):
+        content = codec.content(jax.eval_shape(lambda part=part: codec.empty((1, 1, 32, head_dim), "slots", part)))
+        if content is None:
+            return backend.choose(impl, f"the kernels do not read what {codec} stores")
+        codes = content.codes
+    return backend.choose(impl, online.why_not(online.ROWS, q=q, k=codes, v=codes))
+
+
+def slots(
+    codec: Codec, q, k, v, bias, impl: str = "xla", turn: Turn | None = None, heads: int | None = None
+) -> tuple[Partial, jax.Array]:
+    """Dense attention over head-major packed rows with a bias per slot.
+
+    q [B, K, G, H]; k, v packed [B, K, M, H]; bias [B, P, M] float32. turn: where k is to be turned first, for XLA alone.
+    Returns Partial(out [B, K, G, H], lse [B, K, G]) and the mass [B, heads, M]: softmax weights summed over the query heads
+    of each group; heads is P unless it is given, and for XLA alone may be N = K G.
+    """
+    if impl == "xla":
+        return _slots(codec, q, k, v, bias, turn, heads)
+    if turn is not None or heads not in (None, bias.shape[1]):
+        raise ValueError(f"keys are turned, and single query heads told apart, by xla alone; got impl={impl!r}")
+    contents = codec.content(k), codec.content(v)
+    plain = contents[0].axis is None
+    run = packed_decode.packed_decode if plain else int8_decode.packed_decode_int8
+    part, mass = run(_heads(q), *map(_rows, contents), bias, impl=impl)
+    return _grouped(part, q.shape), mass
+
+
+def rows(codec: Codec, q, k, v, pos, bias, impl: str = "xla", turn: Turn | None = None) -> tuple[Partial, jax.Array]:
+    """As `slots`, over the rows `pos` [B, P, M] (-1: none) of token-major packed k and v [B, S, K, H]."""
+    if impl == "xla":
+        return _slots(codec, q, codec.take(k, pos), codec.take(v, pos), jnp.where(pos >= 0, bias, -jnp.inf), turn)
+    if turn is not None:
+        raise ValueError(f"keys are turned by xla alone; got impl={impl!r}")
+    contents = codec.content(k), codec.content(v)
+    plain = contents[0].axis is None
+    run = sparse_decode.sparse_decode if plain else int8_decode.sparse_decode_int8
+    part, mass = run(_heads(q), *map(_rows, contents), pos, bias, impl=impl)
+    return _grouped(part, q.shape), mass
+
+
+def store(codec: Codec, q, k, v, bias, impl: str = "xla", turn: Turn | None = None) -> tuple[Partial, jax.Array]:
+    """As `slots`, over all rows of token-major packed k and v [B, S, K, H] under `bias` [B, P, S]."""
+    if impl != "xla":
+        at = jax.lax.broadcasted_iota(jnp.int32, bias.shape, 2)
+        return rows(codec, q, k, v, at, bias, impl)
+    S, size, P = bias.shape[-1], _PAGE_TOKENS, bias.shape[1]
+    if S % size:
+        raise ValueError(f"a store that a refresh reads holds a multiple of {size} tokens; got a context of {S}")
+    scaled = q.astype(jnp.float32) * jnp.float32(q.shape[-1] ** -0.5)
+
+    def page(carry, i):
+        start = i * size
+        here = jax.lax.dynamic_slice_in_dim(bias, start, size, axis=2)
+        k_page, v_page = (codec.slice_tokens(x, start, size) for x in (k, v))
+        places = None if turn is None else jax.lax.dynamic_slice_in_dim(turn.places, start, size, axis=2)
+        page_turn = None if turn is None else turn._replace(places=places)
+        part, _ = _slots(codec, q, k_page, v_page, here, page_turn)
+        return merge(carry, part), _logits(codec, scaled, k_page, page_turn) + here[:, :, None, :]
+
+    zero = partial.empty(q.shape[:-1], q.shape[-1])
+    full, z = jax.lax.scan(page, zero, jnp.arange(S // size, dtype=jnp.int32))
+    z = jnp.moveaxis(z, 0, 3).reshape(*q.shape[:-1], S)  # [B, K, G, S]
+    p = jnp.exp(z - full.lse[..., None])
+    return full, jnp.sum(p, axis=(1, 2))[:, None] if P == 1 else jnp.sum(p, axis=2)
+
+
+def prompt(q, k, v, length, heads: int, seed: str = "none", W: int | None = None, impl: str = "xla"):
+    """Dense causal attention over prompts, and what a policy is seeded from.
+
+    q [B, T, N, H], k and v [B, T, K, H], length [B]. seed: "none"; "rows": the attention [B, P, W, T] of the last W queries
+    below `length`, the last row is the last query's and rows before the first query are zero; "sum": of all queries
+    [B, P, T]. Mass is float32, summed over the query heads of each of P = `heads` groups. Returns out [B, T, N, H] and the
+    mass or None.
+    """
+    part = flash_prefill.flash_prefill(q, k, v, length, impl=impl)
+    out = part.out.astype(q.dtype)
+    if seed == "none":
+        return out, None
+    options = dict(queries=W, heads=heads, reduce=seed, impl=impl)
+    return out, flash_prefill.prompt_mass(q, k, part.lse, length, **options)
+
+
+def causal(q, k, v, length, impl: str = "xla") -> jax.Array:
+    """Dense causal attention over prompts, as in `prompt`, and nothing kept: out [B, T, N, H]."""
+    return prompt(q, k, v, length, 1, impl=impl)[0]
+
+
+def _slots(codec, q, k, v, bias, turn=None, heads=None) -> tuple[Partial, jax.Array]:
+    (B, K, G, H), M = q.shape, bias.shape[-1]
+    heads = bias.shape[1] if heads is None else heads
+    z = _logits(codec, q.astype(jnp.float32) * jnp.float32(H**-0.5), k, turn) + bias[:, :, None, :]
+    top = jnp.max(z, axis=-1, keepdims=True)
+    e = jnp.exp(z - jnp.where(top == -jnp.inf, jnp.float32(0.0), top))
+    total = jnp.sum(e, axis=-1, keepdims=True)
+    p = e / jnp.where(total == 0, jnp.float32(1.0), total)
+    part = Partial(codec.mix(p, v), (top + jnp.log(total))[..., 0])
+    if heads == K * G and heads > 1:
+        return part, p.reshape(B, heads, M)
+    return part, jnp.sum(p, axis=(1, 2))[:, None] if heads == 1 else jnp.sum(p, axis=2)
+
+
+def _logits(codec, q, k, turn):
+    return codec.logits(q, k) if turn is None else codec.turned_logits(q, k, turn)
+
+
+def _rows(content: Content):
+    """What the kernels take for one of K and V."""
+    if content.axis is None:
+        return content.codes
+    kind = int8_decode.PerToken if content.axis == "token" else int8_decode.PerChannel
+    return kind(content.codes, content.scale, content.zero)
+
+
+def _heads(q: jax.Array) -> jax.Array:
+    return q.reshape(q.shape[0], -1, q.shape[-1])
+
+
+def _grouped(part: Partial, shape: tuple[int, ...]) -> Partial:
+    return Partial(part.out.reshape(shape), part.lse.reshape(shape[:-1]))

@@ -1,0 +1,88 @@
+"""The set for the next query: policies change working sets, and rows that they ask for are copied from the store.
+
+One layer by itself (`exchange_layer`), or all layers that go about it alike in one go at the end of a step
+(`exchange_layers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from alisa_jax.kv.pending import Due
+from alisa_jax.kv.ring import Ring
+from alisa_jax.kv.state import LayerState, WorkingSet
+from alisa_jax.kv.store import Store
+from alisa_jax.policies.base import column
+
+
+def exchange_layer(policy, codec, store, stats, ws: WorkingSet, length, S, after):
+    """Let the policy change the working set and copy in the rows it asks for, until it asks for no more.
+
+    Returns statistics, working set, store and loads [B]. Rows that a `Ring` does not hold become due there; where it can
+    note no more of them the exchange breaks off, to be called again.
+
+    The loop overwrites slots, so it must come after the last read of them. XLA copies the values whole unless it can prove
+    that; the loop's first condition therefore reads the attention output `after` (true unless all of it is NaN).
+    """
+    ring = isinstance(store, Ring)
+
+    def once(stats, ws, due, loads, _):
+        stats, ex = policy.exchange(stats, ws.pos, ws.bias, length, S)
+        ws, more = ws.replace(pos=ex.pos, bias=ex.bias), ex.more
+        if E := ex.load_pos.shape[-1]:
+            slot = ex.load_slot
+            if ring:
+                absent = (ex.load_pos >= 0) & (ex.load_pos < column(store.host))
+                due = due.note(slot, ex.load_pos, absent)
+                due = due.replace(more=more & ~due.room(E))
+                slot, more = jnp.where(absent, -1, slot), more & ~due.more
+            ws = ws.load(codec, store, slot, ex.load_pos)
+            loads = loads + jnp.sum(ex.load_pos >= 0, axis=(1, 2), dtype=jnp.int32)
+        return stats, ws, due, loads, more
+
+    due = Due.empty(*ws.pos.shape[:2]) if ring else ()
+    start = (stats, ws, due, jnp.zeros(length.shape, jnp.int32), jnp.any(after == after))
+    if policy.evicts:
+        stats, ws, _, loads, _ = once(*start)
+        return stats, ws, store, loads
+    stats, ws, due, loads, _ = jax.lax.while_loop(lambda c: c[4], lambda c: once(*c), start)
+    return stats, ws, store.replace(due=due) if ring else store, loads
+
+
+def joint(state: LayerState) -> Hashable | None:
+    """Layers of the same value can exchange together; None: this one exchanges by itself."""
+    key = state.policy.joint()
+    if key is None or state.route != "working_set" or type(state.store) is not Store:
+        return None
+    return key, state.codec, state.context, state.ws.pos.shape
+
+
+def exchange_layers(
+    states: Sequence[LayerState], after: Sequence[jax.Array]
+) -> tuple[list[LayerState], list[jax.Array]]:
+    """`exchange_layer` of layers of the same `joint`, after all of them have attended: one loop and one set of operations
+    for all.
+
+    Returns the states and loads [B] of each; after: what each layer's attention gave, see `exchange_layer`.
+    """
+    policies, codec = [state.policy for state in states], states[0].codec
+    length, S = states[0].length, states[0].context
+
+    def once(carry):
+        stats, sets, loads, _ = carry
+        stats, found = policies[0].exchange_layers(
+            policies, stats, [ws.pos for ws in sets], [ws.bias for ws in sets], length, S
+        )
+        for i, ex in enumerate(found):
+            ws = sets[i].replace(pos=ex.pos, bias=ex.bias)
+            sets[i] = ws.load(codec, states[i].store, ex.load_slot, ex.load_pos)
+            loads[i] = loads[i] + jnp.sum(ex.load_pos >= 0, axis=(1, 2), dtype=jnp.int32)
+        return stats, sets, loads, found[0].more
+
+    go = jnp.any(jnp.stack([jnp.any(out == out) for out in after]))
+    start = [s.stats for s in states], [s.ws for s in states], [jnp.zeros(length.shape, jnp.int32)] * len(states), go
+    stats, sets, loads, _ = jax.lax.while_loop(lambda c: c[3], once, start)
+    return [s.replace(ws=w, stats=t) for s, w, t in zip(states, sets, stats, strict=True)], loads

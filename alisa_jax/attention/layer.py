@@ -1,0 +1,306 @@
+"""Where policy, codec and state meet: attention of new tokens over what is stored.
+
+One decode step of one layer, on each of the three routes that give equal results:
+
+    working_set   append -> attend the working set -> observe -> exchange (the set for the next step)
+    indexed       append -> select -> read those rows of the store -> attend -> observe
+    masked        append -> attend every token under the boolean mask of `select` -> observe: the reference
+
+A prompt is attended densely (`prefill`); the policy is seeded from its last rows. `reference.score` runs a whole text in one
+pass.
+
+Shapes: q [B, N, H] or [B, T, N, H], unscaled; query head i reads kv head i // G, G = N / K. Logits, softmax statistics and
+attention mass are float32. Queries and keys come rotated; where `turning` is a `Rotation` they come as they were projected,
+keys are stored so, and both are turned here to the places that the policy gives them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from alisa_jax.attention import compute
+from alisa_jax.attention.compute import Partial
+from alisa_jax.attention.exchange import exchange_layer, joint
+from alisa_jax.codecs.base import Turn
+from alisa_jax.kv.state import LayerState, WorkingSet, bias_of
+from alisa_jax.kv.store import Store
+from alisa_jax.ops.rope import Rotation, turned
+from alisa_jax.policies.base import Dims, Policy, column, positions, settle
+
+ROUTES = ("working_set", "indexed", "masked")
+
+
+class Taps(NamedTuple):
+    """What a decode step looked at, for analysis; unused leaves cost nothing under jit."""
+
+    mass: jax.Array  # [B, P, M] float32: attention paid to each slot, summed over the heads that share it
+    pos: jax.Array  # [B, P, M] int32: the token in each slot, -1 where none was attended
+    attended: jax.Array  # [B] float32: attended tokens, itself included, mean over selection heads
+    loads: jax.Array  # [B] int32: rows copied from the store for the next step
+    clipped: jax.Array  # [B] int32: elements of the new K and V that the codec had to clip
+
+
+def check(policy: Policy, codec, route: str, context: int, n_heads: int, n_kv_heads: int) -> None:
+    """Refuse in one sentence what cannot run together, before anything is loaded. Raises ValueError."""
+    if route not in ROUTES:
+        raise ValueError(f"route must be auto or one of {', '.join(ROUTES)}; got {route!r}")
+    if route not in policy.routes:
+        raise ValueError(f"{policy} runs on {', '.join(policy.routes)}; got route {route!r}")
+    if n_heads % n_kv_heads:
+        raise ValueError(f"query heads must be a multiple of kv heads; got {n_heads} and {n_kv_heads}")
+    if policy.compacts and (policy.raw_keys or codec.raw_keys):
+        raise ValueError(
+            f"{policy} works on keys that carry their positions; {codec} keeps them as they were projected"
+        )
+    if (refused := codec.refuses(policy, route)) is not None:
+        raise ValueError(refused)
+    policy.validate(context)
+
+
+def dims_of(policy: Policy, route: str, B: int, N: int, K: int, S: int, H: int = 0) -> Dims:
+    """Sizes of the state of one layer for a context bucket of S tokens."""
+    return Dims(B, N, K, S, policy.capacity(S) if route == "working_set" else S, H)
+
+
+def prompt_dims(dims: Dims, policy: Policy, route: str, room: int) -> Dims:
+    """`dims` of a state that a prompt begins, and that `room` tokens can follow until it grows."""
+    if route != "working_set" or not policy.appends:
+        return dims
+    return dims._replace(M=min(dims.M, policy.prompt_capacity(dims.S) + room))
+
+
+def init(
+    policy: Policy, codec, route: str, dims: Dims, H: int, impl: str = "xla", turning: Rotation | None = None
+) -> LayerState:
+    """The state of a layer that has seen nothing; impl: what attends, see `attend`; turning: see above."""
+    B, _, K, S, M, _ = dims = dims._replace(H=H)
+    P = policy.selection_heads(K)
+    ws = None if route == "indexed" else WorkingSet.empty(codec, B, K, M, H, P)
+    keeps_store = route == "indexed" or (route == "working_set" and not policy.evicts)
+    store = Store.empty(codec, B, S, K, H) if keeps_store else None
+    length = jnp.zeros((B,), jnp.int32)
+    return LayerState(ws, store, policy.init(dims), length, policy, codec, route, S, impl, turning)
+
+
+def grow(state: LayerState, S: int, room: int | None = None) -> LayerState:
+    """The same state for a context of S tokens; room: how many may come at most, where a set grows by each (None: to S)."""
+    M = state.policy.capacity(S) if state.route == "working_set" else S
+    if state.policy.appends and state.route == "working_set":
+        M = state.ws.pos.shape[-1] + min(S - state.context, S if room is None else room)
+    return state.replace(
+        ws=None if state.ws is None else state.ws.grow(state.codec, M),
+        store=None if state.store is None else state.store.grow(state.codec, S),
+        stats=state.policy.grow(state.stats, S, M),
+        context=S,
+    )
+
+
+def freeze(state: LayerState) -> LayerState:
+    """The same state with all tokens encoded, for a codec that has now seen the `frozen_after` tokens it waits for."""
+    ws, store = (None if home is None else home.freeze(state.codec) for home in (state.ws, state.store))
+    return state.replace(ws=ws, store=store)
+
+
+def decode(
+    state: LayerState, q: jax.Array, k: jax.Array, v: jax.Array, exchange: bool = True
+) -> tuple[jax.Array, LayerState, Taps]:
+    """One new token per sequence: q [B, N, H], k and v [B, K, H]. Returns out [B, N, H] in q's dtype.
+
+    exchange: False leaves the set of a state with a `joint` as it is, for `exchange_layers`.
+    """
+    if not exchange and joint(state) is None:
+        raise ValueError(f"{state.policy} on the route {state.route} exchanges layer by layer")
+    step = {"working_set": _decode_working_set, "indexed": _decode_indexed, "masked": _decode_masked}[state.route]
+    policy, codec, length = state.policy, state.codec, state.length
+    home = state.store if state.ws is None else state.ws
+    clipped = codec.clipped(home.k, k) + codec.clipped(home.v, v)
+    if policy.takes_keys:
+        keys = k if state.turning is None else turned(k, _wide(length, k), state.turning)
+        state = state.replace(stats=policy.note(state.stats, keys[:, None], length))
+    if state.turning is not None:
+        q = turned(q, _wide(policy.place(length), q), state.turning)
+    q_heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [B, K, G, H]
+    options = {} if exchange else {"exchange": False}
+    part, state, taps = step(state, q_heads, k, v, **options)
+    taps = taps._replace(clipped=clipped)
+    return part.out.reshape(q.shape).astype(q.dtype), state.replace(length=state.length + 1), taps
+
+
+def _wide(at, x):
+    """at [B] for each head of x [B, heads, H]: [B, heads]."""
+    return jnp.broadcast_to(at[:, None], x.shape[:2])
+
+
+def turn_of(policy: Policy, turning: Rotation | None, pos, length) -> Turn | None:
+    """How keys of the tokens `pos` are to be turned for the query at `length`."""
+    return None if turning is None else Turn(policy.places(pos, length), turning)
+
+
+def _taps(mass, pos, bias) -> Taps:
+    active = bias > -jnp.inf
+    attended = jnp.mean(jnp.sum(active, axis=-1, dtype=jnp.float32), axis=-1)
+    zero = jnp.zeros(pos.shape[:1], jnp.int32)
+    return Taps(mass, jnp.where(active, pos, -1), attended, zero, zero)
+
+
+def _decode_working_set(state: LayerState, q, k, v, exchange: bool = True):
+    policy, codec, S, length = state.policy, state.codec, state.context, state.length
+    store = None if state.store is None else state.store.append(codec, k, v, length)
+    ws, slot = state.ws.append(codec, k, v, length)
+    due = getattr(store, "due", None)
+    bias = ws.bias if due is None else due.hide(ws.bias)
+    turn, heads = turn_of(policy, state.turning, ws.pos, length), policy.mass_heads(q.shape[1] * q.shape[2], q.shape[1])
+    part, mass = compute.slots(codec, q, ws.k, ws.v, bias, state.impl, turn, heads)
+    taps, dense = _taps(mass, ws.pos, bias), None
+    which = policy.refresh(length)
+    if which is not None:
+        part, row = _refreshed(state, store, q, which, part)
+        dense = (which, row)
+        taps = taps._replace(attended=jnp.where(which, (length + 1).astype(jnp.float32), taps.attended))
+    stats = policy.observe(state.stats, mass, ws.pos, slot, length, dense)
+    if exchange:
+        stats, ws, store, loads = exchange_layer(policy, codec, store, stats, ws, length + 1, S, after=part.out)
+        taps = taps._replace(loads=loads)
+    return part, state.replace(ws=ws, store=store, stats=stats), taps
+
+
+def _refreshed(state: LayerState, store: Store, q, which, part: Partial):
+    """Replace `part` by dense attention over the store where `which` [B]; also the dense row [B, P, S]."""
+    length, S, P = state.length, state.context, state.ws.pos.shape[1]
+
+    def dense(part):
+        seen = positions(S) <= column(length)
+        bias = jnp.broadcast_to(jnp.where(seen, jnp.float32(0.0), -jnp.inf), (q.shape[0], P, S))
+        turn = turn_of(state.policy, state.turning, jnp.broadcast_to(positions(S), bias.shape), length)
+        full, row = compute.store(state.codec, q, store.k, store.v, bias, state.impl, turn)
+        chosen = jax.tree.map(lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), full, part)
+        return chosen, row
+
+    def skip(part):
+        return part, jnp.zeros((q.shape[0], P, S), jnp.float32)
+
+    return jax.lax.cond(jnp.any(which), dense, skip, part)
+
+
+def _decode_indexed(state: LayerState, q, k, v):
+    policy, codec, S, length = state.policy, state.codec, state.context, state.length
+    store = state.store.append(codec, k, v, length)
+    keep = _kept(policy, state.stats, length, S, q)
+    M = S if policy.refresh(length) is not None else min(S, policy.capacity(S))
+    pos = settle(keep, M)
+    turn = turn_of(policy, state.turning, pos, length)
+    part, mass = compute.rows(codec, q, store.k, store.v, pos, bias_of(pos), state.impl, turn)
+    at = jnp.where(pos >= 0, pos, S)
+    b, p = (jax.lax.broadcasted_iota(jnp.int32, at.shape, i) for i in (0, 1))
+    row = jnp.zeros(keep.shape, jnp.float32).at[b, p, at].set(mass, mode="drop")
+    seen = jnp.where(positions(S) <= column(length), positions(S), -1)
+    stats = _observe_row(policy, state.stats, row, jnp.broadcast_to(seen, keep.shape), length)
+    return part, state.replace(store=store, stats=stats), _taps(mass, pos, bias_of(pos))
+
+
+def _decode_masked(state: LayerState, q, k, v):
+    policy, codec, ws, length = state.policy, state.codec, state.ws, state.length
+    slot = jnp.broadcast_to(length[:, None], ws.pos.shape[:2])
+    k, v = codec.write_slot(ws.k, k, slot), codec.write_slot(ws.v, v, slot)
+    heads = policy.mass_heads(q.shape[1] * q.shape[2], q.shape[1])
+
+    def attend_all(bias, pos):
+        return compute.slots(codec, q, k, v, bias, state.impl, turn_of(policy, state.turning, pos, length), heads)
+
+    part, stats, pos, bias, taps = masked_row(policy, state.stats, ws.pos, ws.bias, q, attend_all, length)
+    return part, state.replace(ws=WorkingSet(k, v, pos, bias), stats=stats), taps
+
+
+def masked_row(policy: Policy, stats, pos, bias, q, attend_all, length):
+    """One query of the reference: slot = position, every token's K and V at hand, the selection as a mask.
+
+    pos [B, P, S]: -1 for tokens that are still to come or that an evicting policy has dropped; bias [B, P, S]: of the tokens
+    that an evicting policy keeps. `attend_all(bias, pos)` attends every token under a bias. Returns the part, statistics,
+    pos, bias and taps.
+    """
+    S = pos.shape[-1]
+    own = positions(S) == column(length)
+    pos = jnp.where(own, positions(S), pos)
+    if policy.evicts:
+        bias = jnp.where(own, jnp.float32(0.0), bias)
+    else:
+        bias = jnp.where(_kept(policy, stats, length, S, q), jnp.float32(0.0), -jnp.inf)
+    part, mass = attend_all(bias, pos)
+    stats = _observe_row(policy, stats, mass, pos, length)
+    taps = _taps(mass, pos, bias)
+    if policy.evicts:
+        stats, ex = policy.exchange(stats, pos, bias, length + 1, S)
+        pos, bias = ex.pos, ex.bias
+    else:
+        bias = bias_of(pos)
+    return part, stats, pos, bias, taps
+
+
+def _observe_row(policy: Policy, stats, row, pos, length):
+    """`observe` on the routes where slot = position."""
+    slot = jnp.broadcast_to(length[:, None], pos.shape[:2])
+    return policy.observe(stats, row, pos, slot, length, (jnp.ones(length.shape, jnp.bool_), row))
+
+
+def _kept(policy: Policy, stats, length, S: int, q):
+    """[B, P, S] bool: what the query at `length` attends, itself included."""
+    keep = policy.select(stats, length, S, q if policy.needs_query else None)
+    which = policy.refresh(length)
+    if which is not None:
+        keep = keep | (column(which) & (positions(S) < column(length)))
+    keep = keep | (positions(S) == column(length))
+    return jnp.broadcast_to(keep, (length.shape[0], *keep.shape[1:]))
+
+
+def prefill(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState]:
+    """Dense causal attention over a batch of prompts; `state` is empty and `length` [B] tells how much of T is prompt.
+
+    q [B, T, N, H], k and v [B, T, K, H], T <= context; prompts are aligned at position 0 and padded behind. Returns
+    out [B, T, N, H] (padding rows hold nothing of use) and the state after the prompts.
+    """
+    out, state, rows = prefill_rows(state, q, k, v, length)
+    store = None if state.store is None else rows.grow(state.codec, state.context)
+    return out, state.replace(store=store)
+
+
+def prefill_rows(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState, Store]:
+    """As `prefill`, with what a store of T tokens would hold beside the state, whose own store is as it was."""
+    policy, codec, S = state.policy, state.codec, state.context
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    dims = Dims(B, N, K, S, S if state.ws is None else state.ws.pos.shape[-1], H)
+    W = policy.seed_rows(S) if policy.seed_kind == "rows" else None
+    seen_q, seen_k = (turned_prompt(x, state.turning) for x in (q, k))
+    out, rows = compute.prompt(seen_q, seen_k, v, length, policy.mass_heads(N, K), policy.seed_kind, W, state.impl)
+    if rows is not None:
+        rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, S - T)])
+    stats, pos = policy.seed(state.stats, rows, length, dims)
+    if policy.takes_keys:
+        stats = policy.note(stats, seen_k, jnp.zeros_like(length))
+    empty = Store.empty(codec, B, T, K, H)
+    filled = ((codec.fill(home, x, "tokens"), x) for home, x in ((empty.k, k), (empty.v, v)))
+    store = Store(*(codec.upto(packed, x, length, "tokens") for packed, x in filled))
+    ws = state.ws
+    if policy.compacts:
+        made = policy.compact(k, v, rows, length, dims)
+        found = (store.k, made.k), (store.v, made.v)  # in the ranges of the prompt as it came
+        held = (codec.rebuild(home, codec.encode(home, x, "slots")) for home, x in found)
+        ws = WorkingSet(*held, made.pos, made.bias)
+    elif ws is not None:
+        if state.route == "masked" and not policy.evicts:
+            pos = jnp.where(positions(S) < column(length), positions(S), -1)
+            pos = jnp.broadcast_to(pos, ws.pos.shape)
+        slot = jnp.where(pos >= 0, jax.lax.broadcasted_iota(jnp.int32, pos.shape, 2), -1)
+        ws = ws.freeze(codec).load(codec, store, slot, pos).replace(pos=pos, bias=bias_of(pos))
+    return out, state.replace(ws=ws, stats=stats, length=length), store
+
+
+def turned_prompt(x, turning: Rotation | None):
+    """x [B, T, *, H] of positions 0 .. T - 1 as attention is to see it."""
+    if turning is None:
+        return x
+    at = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :, None]
+    return turned(x, jnp.broadcast_to(at, x.shape[:3]), turning)

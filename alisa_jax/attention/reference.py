@@ -1,0 +1,79 @@
+"""A whole text in one pass as if it were decoded token by token: row i under the selection that its earlier rows lead to.
+
+This is the reference that decoding is compared with, and what the protocol `prefill_mask` runs: all keys and values are at
+hand, stored as the codec stores them, and each row of attention is masked.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from alisa_jax import attention
+from alisa_jax.attention import compute
+from alisa_jax.ops.rope import Rotation, turned
+from alisa_jax.policies.base import Policy
+
+
+def attended(taps) -> jax.Array:
+    """[B] float32: the tokens that a row attended."""
+    return taps.attended
+
+
+def score(
+    policy: Policy, codec, q, k, v, look=attended, turning: Rotation | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Whole texts in one pass, row i under the mask that decoding token by token would have had.
+
+    q [B, T, N, H], k and v [B, T, K, H]. Returns out [B, T, N, H]; what `look` takes from the taps of each row, [B, T, ...],
+    here the number of attended tokens, float32; and the number of elements of K and V that the codec clipped [B, T] int32.
+
+    Rows do not depend on each other where every one attends all tokens as they are: those are computed together.
+    """
+    B, T, N, H = q.shape
+    K, raw_tokens = k.shape[2], codec.frozen_after
+    P = policy.selection_heads(K)
+    heads = policy.mass_heads(N, K)
+    stats = policy.init(attention.dims_of(policy, "masked", B, N, K, T, H))
+    if policy.takes_keys:
+        stats = policy.note(stats, attention.turned_prompt(k, turning), jnp.zeros((B,), jnp.int32))
+    raw = [jnp.swapaxes(x, 1, 2) for x in (k, v)]  # [B, K, T, H]
+    packed = [codec.fill(codec.empty(x.shape, "slots", part), x, "slots") for x, part in zip(raw, "kv", strict=True)]
+    contents = [codec.content(x) for x in packed]
+    plain = all(content is not None and content.axis is None for content in contents)
+    if plain and look is attended and not policy.selects and turning is None:
+        keys, values = (jnp.swapaxes(content.codes, 1, 2) for content in contents)
+        seen = jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.float32)[None], (B, T))
+        out = compute.causal(q, keys, values, jnp.full((B,), T, jnp.int32))
+        return out, seen, jnp.zeros((B, T), jnp.int32)
+    held = [x.astype(codec.raw.dtype) for x in raw] if raw_tokens else None  # what the first rows attend
+    by_step = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 0)
+
+    def row(carry, item):
+        stats, pos, bias = carry
+        q_row, n = item
+        length = jnp.full((B,), n, jnp.int32)
+        if turning is not None:
+            place = jnp.broadcast_to(policy.place(length)[:, None, None], q_row.shape[:3])
+            q_row = turned(q_row, place, turning)
+
+        now = [codec.upto(home, x, length + 1, "slots") for home, x in zip(packed, raw, strict=True)]
+
+        def attend_all(bias, pos):
+            turn = attention.turn_of(policy, turning, pos, length)
+
+            def over(codec, packed):
+                return compute.slots(codec, q_row, *packed, bias, turn=turn, heads=heads)
+
+            if not raw_tokens:
+                return over(codec, now)
+            return jax.lax.cond(n < raw_tokens, lambda: over(codec.raw, held), lambda: over(codec, now))
+
+        part, stats, pos, bias, taps = attention.masked_row(policy, stats, pos, bias, q_row, attend_all, length)
+        return (stats, pos, bias), (part.out.reshape(B, N, H).astype(q.dtype), look(taps))
+
+    start = (stats, jnp.full((B, P, T), -1, jnp.int32), jnp.full((B, P, T), -jnp.inf, jnp.float32))
+    _, (out, seen) = jax.lax.scan(row, start, (by_step, jnp.arange(T, dtype=jnp.int32)))
+    late = (jnp.arange(T) >= raw_tokens)[None].astype(jnp.int32)
+    clipped = late * sum(codec.clipped(home, x) for home, x in zip(packed, raw, strict=True))
+    return jnp.moveaxis(out, 0, 1), jnp.moveaxis(seen, 0, 1), clipped

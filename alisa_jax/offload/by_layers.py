@@ -1,0 +1,102 @@
+"""Placed runs of dense layers: what is off the device comes layer by layer at every step, `ahead` layers in flight.
+
+A layer attends its ring, what is streamed from the host, and a prefix that is recomputed beside the step where tokens were
+deleted; the three are joined by `merge`. While nothing is off the device, many steps run inside one program.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alisa_jax.kv.buckets import bucket
+from alisa_jax.kv.state import tree_bytes
+from alisa_jax.offload.run import Base, page_range
+from alisa_jax.placement.plan import PAGE_TOKENS, Plan, pages, stream_pages
+
+
+class Streaming(Base):
+    """See above."""
+
+    layout_of_pages = "slots"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        members = [b for group in self.groups for b in group]
+        self.order = tuple(members.index(b) for b in range(len(members)))
+
+    def step(self) -> None:
+        now, quiet = self.made, self.quiet_until(self.made)
+        away = any(span.host for span in self.spans)
+        if not away and quiet > now:
+            out, _ = self._chunk(quiet - now)
+            self._take(self._columns(out, int(out.steps)))
+            return
+        self._through_layers(self.decide(now, None, None))
+
+    def _through_layers(self, plan: Plan) -> None:
+        programs, L = self.programs, self.setting.layers
+        spans = self.spans[self.whole :]
+        host, dropped = (jnp.asarray([getattr(s, f) for s in spans], jnp.int32) for f in ("host", "dropped"))
+        x = programs.embed(self.params, self.token[:, None], jnp.asarray(self._lengths())[:, None])
+        prefixes = {b: stop for b, (_, stop) in self._ranges(plan.recompute).items()}
+        prefix_x, prefix_at, prefix_n = self._prefix(prefixes) if prefixes else (None, None, None)
+        ranges = {b: page_range(r) for b, r in self._ranges(plan.load).items()}
+        flight = [self._stream(layer, ranges) for layer in range(min(plan.ahead + 1, L))]
+        kv = list(self.kv)
+        self.kv = ()  # the layers' states are donated one by one
+        for layer in range(L):
+            block, states = self.params["blocks"][layer], kv[layer]
+            prefix = ()
+            if prefixes:
+                prefix_x, prefix = programs.prefix_layer(block, prefix_x, prefix_at, prefix_n, states[-1])
+                self._hold(tree_bytes(prefix))
+            staged, first = flight.pop(0)
+            x, kv[layer] = programs.dense_layer(self.order, block, x, states, host, dropped, staged, first, prefix)
+            jax.block_until_ready((x, kv[layer]))
+            self.meter.hold("device", -tree_bytes((staged, prefix)))
+            del staged, prefix, states
+            self.mover.release(layer)
+            if layer + plan.ahead + 1 < L:
+                flight.append(self._stream(layer + plan.ahead + 1, ranges))
+        self.kv = tuple(kv)
+        self.meter.recomputed_rows += L * sum(prefixes.values())
+        self.meter.recomputed_tokens += sum(prefixes.values())
+        self._take(programs.choose(programs.unembed(self.params, x), self._draw(), jnp.int32(0)))
+
+    def _stream(self, layer: int, ranges: dict[int, tuple[int, int]]):
+        """(leaves of each group, first position of each away sequence) of a layer's host rows; ((), zeros) for nothing."""
+        found = {g: ranges[members[0]] for g, members in enumerate(self.groups) if members[0] in ranges}
+        first = np.zeros(len(self.order), np.int32)
+        if not found:
+            return (), jnp.asarray(first)
+        most = pages(max(self.setting.final_tokens[self.whole :]))
+        room = stream_pages(max(stop - start for start, stop in found.values()), most)
+        T = PAGE_TOKENS * room
+        staged: dict[int, tuple[jax.Array, ...]] = {}
+        for g, (start, stop) in found.items():
+            first[list(self.groups[g])] = start * PAGE_TOKENS
+            leaves = self.mover.stream(layer, g, start, stop, room)
+            self._hold(tree_bytes(leaves))
+            if leaves[0].shape[2] < T:
+                wide, narrow = self.programs.widen(leaves, T), tree_bytes(leaves)
+                self._hold(tree_bytes(wide))
+                leaves = jax.block_until_ready(wide)
+                self.meter.hold("device", -narrow)
+            staged[g] = leaves
+        some = next(iter(staged.values()))
+        for g in set(range(len(self.groups))) - set(found):
+            n = len(self.groups[g])
+            staged[g] = tuple(jnp.zeros((n, leaf.shape[1], T, *leaf.shape[3:]), leaf.dtype) for leaf in some)
+            self._hold(tree_bytes(staged[g]))
+        return tuple(staged[g] for g in range(len(self.groups))), jnp.asarray(first)
+
+    def _prefix(self, stops: dict[int, int]):
+        """Embedded prefixes [B, T, D] of the away sequences, their positions and lengths."""
+        n, T = len(self.order), bucket(max(stops.values()))
+        tokens, length = np.zeros((n, T), np.int32), np.ones(n, np.int32)
+        for b, stop in stops.items():
+            tokens[b, :stop], length[b] = self.tokens[self.whole + b, :stop], stop
+        at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (n, T))
+        return self.programs.embed(self.params, jnp.asarray(tokens), at), at, jnp.asarray(length)

@@ -1,0 +1,210 @@
+"""Placed runs of policies that select.
+
+Rows that a working set wants and the device does not have are *due* after a step. They are loaded or recomputed before the
+next step (lag 0), or while it runs, without them (lag 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from alisa_jax.kv.buckets import bucket
+from alisa_jax.kv.state import tree_bytes
+from alisa_jax.offload.run import Base
+from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Positions, Rows
+
+
+class Wishes(NamedTuple):
+    """n tokens that slots of the away part are to hold, in the order of placed layer, sequence and position."""
+
+    layer: np.ndarray  # [n] int32
+    sequence: np.ndarray  # [n] int32, of the away part
+    pos: np.ndarray  # [n] int32
+    slots: np.ndarray  # [n, P] int32, -1 for a selection head that does not hold the token
+
+    def where(self, chosen: np.ndarray) -> Wishes:
+        """Those where `chosen` [n] is true."""
+        return Wishes(*(x[chosen] for x in self))
+
+    def by_key(self, first: int) -> Positions:
+        """{(layer, sequence): positions}, sequences of the batch, of which `first` are before the away part."""
+        key = np.stack([self.layer, self.sequence], axis=1)
+        cuts = np.flatnonzero((np.diff(key, axis=0) != 0).any(axis=1)) + 1
+        runs = [run for run in np.split(self.pos, cuts) if len(run)]
+        starts = np.concatenate([[0], cuts])
+        return {
+            (int(self.layer[i]), first + int(self.sequence[i])): tuple(run.tolist()) for i, run in zip(starts, runs)
+        }
+
+
+def wishes(pos: np.ndarray, slot: np.ndarray) -> Wishes:
+    """Tokens `pos` [L, B, P, E] (-1: none) in slots `slot` of their selection head, as one list."""
+    layer, sequence, head, e = np.nonzero(pos >= 0)
+    found = pos[layer, sequence, head, e]
+    order = np.lexsort((found, sequence, layer))
+    key = np.stack([layer, sequence, found], axis=1)[order].astype(np.int32)
+    new = np.ones(len(key), bool)
+    new[1:] = (np.diff(key, axis=0) != 0).any(axis=1)
+    slots = np.full((int(new.sum()), pos.shape[2]), -1, np.int32)
+    slots[np.cumsum(new) - 1, head[order]] = slot[layer, sequence, head, e][order]
+    return Wishes(*key[new].T, slots)
+
+
+def rounds(rows: Wishes, pages: int, gather: bool) -> Iterable[Wishes]:
+    """`rows` in pieces that staging has room for: `pages` pages of single rows, or the rows of `pages` pages, each whole.
+
+    A page that lay in two pieces would travel twice, and its plan says once.
+    """
+    page = np.stack([rows.layer, rows.sequence, rows.pos // PAGE_TOKENS], axis=1)
+    new = (np.diff(page, axis=0) != 0).any(axis=1)
+    place = (
+        np.arange(len(rows.pos)) // PAGE_TOKENS if gather else np.concatenate([[0], np.cumsum(new)])[: len(rows.pos)]
+    )
+    for i in range(0, int(place.max(initial=-1)) + 1, pages):
+        yield rows.where((place >= i) & (place < i + pages))
+
+
+NOTHING = Wishes(*(np.zeros(0, np.int32) for _ in range(3)), np.zeros((0, 1), np.int32))
+
+
+class Selecting(Base):
+    """See above."""
+
+    layout_of_pages = "tokens"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.lag = getattr(self.controller, "lag", 0)
+        self.due = NOTHING
+        self.waiting = None
+
+    def step(self) -> None:
+        now, quiet = self.made, self.quiet_until(self.made)
+        away = any(span.host for span in self.spans)
+        asks = self.controller.reads_wanted and away
+        if self.lag and away:
+            self._step_behind(now)
+            return
+        more = False if self.waiting is None else bool(self.waiting.more)
+        if quiet == now or asks or len(self.due.pos) or more:
+            held = self._held() if asks else None
+            self._bring(self._ask(now, held), held)
+            while more:
+                self.kv, self.waiting = self.programs.resume(self.kv)
+                more = self._read_due(self.waiting)
+                if len(self.due.pos):
+                    self._bring(self._ask(now, self.due if asks else None), None)
+            away = any(span.host for span in self.spans)
+            asks = self.controller.reads_wanted and away
+        n = 1 if asks or (self.lag and away) else max(1, self.quiet_until(now + 1) - now)
+        out, self.waiting = self._chunk(n)
+        taken = int(out.steps)
+        self._read_due(self.waiting)
+        self._take(self._columns(out, taken))
+
+    def _step_behind(self, now: int) -> None:
+        """lag 1: rows that became due at the last step come while this one runs, and count from the next one on."""
+        held = self._held() if self.controller.reads_wanted else None
+        self.due, before = NOTHING, self.waiting
+        plan = self._ask(now, held)
+        out, self.waiting = self._chunk(1)
+        if held is not None:
+            self._bring(plan, held)
+        elif before is not None:
+            self._read_due(before)
+            if len(self.due.pos):
+                self._bring(self._ask(now, None), None)
+        self._take(self._columns(out, 1))
+
+    def moved_host(self) -> None:
+        host = jnp.asarray([span.host for span in self.spans[self.whole :]], jnp.int32)
+        self.kv = self.programs.move_host(self.kv, host)
+
+    def _ask(self, now: int, held: Wishes | None) -> Plan:
+        wanted = {} if held is None else held.by_key(self.whole)
+        return self.decide(now, wanted, self.due.by_key(self.whole))
+
+    def _held(self) -> Wishes:
+        """What the next query attends besides its own token."""
+        pos = np.asarray(self.programs.held(self.kv))
+        return wishes(pos, np.broadcast_to(np.arange(pos.shape[3], dtype=np.int32), pos.shape))
+
+    def _read_due(self, waiting) -> bool:
+        """Note what is due; returns whether an exchange broke off."""
+        self.due = NOTHING
+        if waiting is None:
+            return False
+        pos = np.asarray(waiting.pos)
+        if (pos >= 0).any():
+            self.due = wishes(pos, np.asarray(waiting.slot))
+        return bool(waiting.more)
+
+    def _bring(self, plan: Plan, held: Wishes | None) -> None:
+        """Load and recompute what `plan` says, into the slots that wait for it or hold it."""
+        asked = self.due if held is None else held
+        S = max(self.setting.final_tokens)
+        loaded = np.zeros((self.setting.layers, self.setting.batch - self.whole, S), bool)
+        for row in plan.load:
+            layers = slice(None) if row.layer == ALL else slice(row.layer, row.layer + 1)
+            b = row.sequence - self.whole
+            loaded[layers, slice(None) if row.sequence == ALL else slice(b, b + 1), row.start : row.stop] = True
+        dropped = np.asarray([span.dropped for span in self.spans[self.whole :]], np.int32)
+        load = loaded[asked.layer, asked.sequence, asked.pos]
+        again = (asked.pos < dropped[asked.sequence]) & bool(plan.recompute)
+        at = self.due.layer, self.due.sequence, self.due.pos
+        if not (loaded[at] | (self.due.pos < dropped[self.due.sequence])).all():
+            raise RuntimeError("the plan leaves rows out that are waited for")
+        for rows in rounds(asked.where(load), self.setting.layers * loaded.shape[1], self.setting.gather):
+            self._load(rows)
+        if again.any():
+            self._recompute(asked.where(again), plan.recompute)
+
+    def _load(self, rows: Wishes) -> None:
+        for leaves, index in self.mover.fetch(rows.layer, rows.sequence, rows.pos):
+            size = tree_bytes(leaves)
+            self._hold(size)
+            none = index < 0
+            layer, sequence, pos = (np.where(none, -1, x[index]).astype(np.int32) for x in rows[:3])
+            slot = np.where(none[:, None], -1, rows.slots[index]).astype(np.int32)
+            self.kv = self.programs.deliver(not self.lag, self.kv, leaves, layer, sequence, pos, slot)
+            del leaves
+            self.meter.hold("device", -size)
+
+    def _recompute(self, rows: Wishes, prefixes: Iterable[Rows]) -> None:
+        stops = {b: stop for b, (_, stop) in self._ranges(prefixes).items()}
+        sequences = np.unique(rows.sequence)
+        L, P = self.setting.layers, rows.slots.shape[1]
+        which = np.searchsorted(sequences, rows.sequence)
+        place = _ranks(rows.layer * len(sequences) + which)
+        away = self.setting.batch - self.whole
+        n, E = min(away, _round(len(sequences), 4)), max(16, _round(int(place.max()) + 1, 2))  # few shapes
+        T = bucket(max(stops[b] for b in sequences.tolist()))
+        tokens, length = np.zeros((n, T), np.int32), np.ones(n, np.int32)
+        pos, slot = np.full((L, n, E), -1, np.int32), np.full((L, n, E, P), -1, np.int32)
+        for i, b in enumerate(sequences.tolist()):
+            length[i] = stops[b]
+            tokens[i, : stops[b]] = self.tokens[self.whole + b, : stops[b]]
+        pos[rows.layer, which, place] = rows.pos
+        slot[rows.layer, which, place] = rows.slots
+        named = np.pad(sequences.astype(np.int32), (0, n - len(sequences)), constant_values=-1)
+        self.kv = self.programs.recompute(not self.lag, self.params, self.kv, tokens, length, named, pos, slot)
+        self.meter.recomputed_rows += len(rows.pos)
+        self.meter.recomputed_tokens += int(length[: len(sequences)].sum())
+
+
+def _ranks(key: np.ndarray) -> np.ndarray:
+    """How many earlier entries of ascending `key` [n] are equal to each."""
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(key)) + 1])
+    return np.arange(len(key)) - np.repeat(starts, np.diff(np.append(starts, len(key))))
+
+
+def _round(number: int, base: int) -> int:
+    """The next power of `base`."""
+    power = 1
+    while power < number:
+        power *= base
+    return power

@@ -1,0 +1,214 @@
+"""The pure functions that placed runs jit: a prompt layer by layer, what obeys a plan, and dense layers one at a time.
+
+`kv` is a tuple over layers of tuples over parts (`alisa_jax.attention.parts`); the away part, where there is one, is the
+last. `placed` names the layers whose tokens a controller places.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from alisa_jax.attention import parts
+from alisa_jax.attention.compute import causal
+from alisa_jax.attention.parts import Leaves, Part, Parts, Streamed
+from alisa_jax.engine import step
+from alisa_jax.engine.sampling import choose
+from alisa_jax.models.decoder import Decoder
+from alisa_jax.placement.plan import PAGE_TOKENS
+
+
+class Cut(NamedTuple):
+    """Pages first .. stop - 1 of some sequences of the away part, counted from its first."""
+
+    sequences: tuple[int, ...]
+    first: int
+    stop: int
+
+
+class Waiting(NamedTuple):
+    """What the away parts of the placed layers wait for; shapes as in `kv.pending.Due` with a layer axis in front."""
+
+    pos: jax.Array  # [L, B, P, DUE_ROWS] int32
+    slot: jax.Array  # [L, B, P, DUE_ROWS] int32
+    more: jax.Array  # [] bool
+
+
+def embed(decoder: Decoder, params, tokens, at) -> jax.Array:
+    """tokens, at [B, T] -> x [B, T, D]."""
+    return decoder.embed(params, tokens, at)
+
+
+def last_logits(decoder: Decoder, params, x, length) -> jax.Array:
+    """Logits [B, V] of the last token of each prompt, x [B, T, D]."""
+    return decoder.unembed(params, jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1))[:, 0]
+
+
+def prefill_layer(
+    decoder: Decoder, kind: step.Layer, layout: tuple[Part, ...], cuts: tuple[Cut, ...], block, x, at, length, host
+):
+    """One layer of a prompt: (x, its parts, for each cut the leaves of each page)."""
+
+    def attend(q, k, v):
+        out, states, kept = parts.prefill(kind, layout, q, k, v, length, host)
+        pages = [
+            [parts.prompt_page(kind, kept, c.sequences, page, PAGE_TOKENS) for page in range(c.first, c.stop)]
+            for c in cuts
+        ]
+        return out, (states, pages)
+
+    x, (states, pages) = decoder.block({"blocks": [block]}, 0, x, at, attend)
+    return x, states, pages
+
+
+def steps(decoder: Decoder, placed: tuple[int, ...], params, kv, token, done, eos, n, draw):
+    """`step.generate_chunk` on layers in parts, with what is due after it (None: no part is away)."""
+    out, kv = step.generate_chunk(decoder, params, kv, token, done, eos, n, draw)
+    return out, kv, waiting(placed, kv)
+
+
+def waiting(placed: tuple[int, ...], kv) -> Waiting | None:
+    """What is due in `kv`, as one set of arrays of its own."""
+    stores = [kv[layer][-1].store for layer in placed]
+    if not all(hasattr(store, "due") for store in stores):
+        return None
+    due = [store.due for store in stores]
+    more = jnp.any(jnp.stack([d.more for d in due]))
+    return Waiting(jnp.stack([d.pos for d in due]), jnp.stack([d.slot for d in due]), more)
+
+
+def held(placed: tuple[int, ...], kv) -> jax.Array:
+    """[L, B, P, M] int32: the token of each active slot of the away parts, -1 elsewhere."""
+    sets = [kv[layer][-1].ws for layer in placed]
+    return jnp.stack([jnp.where(ws.bias > -jnp.inf, ws.pos, -1) for ws in sets])
+
+
+def ring_pages(placed: tuple[int, ...], kv, sequences, page) -> list[Leaves]:
+    """A page of `sequences` [n] from the ring of each placed layer."""
+    return [parts.ring_page(kv[layer][-1], sequences, page, PAGE_TOKENS) for layer in placed]
+
+
+def move_host(placed: tuple[int, ...], kv, host):
+    """`kv` with rings that begin at `host` [B]."""
+    return _away(placed, kv, lambda _, state: parts.moved(state, host))
+
+
+def deliver(placed: tuple[int, ...], clear: bool, kv, leaves: Leaves, layer, sequence, pos, slot):
+    """`kv` with rows `leaves` [R, K, *] in slots [R, P] of `layer`, `sequence`, tokens `pos`, [R]; see `parts.deliver`."""
+
+    def one(i, state):
+        mine = jnp.where(layer == i, sequence, -1)
+        return parts.deliver(state, leaves, mine, pos, slot, clear)
+
+    return _away(placed, kv, one)
+
+
+def resume(placed: tuple[int, ...], kv):
+    """The exchanges that broke off, continued; and what is due then."""
+    kv = _away(placed, kv, lambda _, state: parts.resume(state))
+    return kv, waiting(placed, kv)
+
+
+def recompute(decoder: Decoder, placed: tuple[int, ...], clear: bool, params, kv, tokens, length, sequence, pos, slot):
+    """`kv` with tokens computed anew from the ids of their prefixes and delivered.
+
+    tokens [n, T], length [n], sequence [n] of the away part (-1: none); pos [L, n, E] the tokens wanted, -1 none, and their
+    slots [L, n, E, P]. A prefix depends on itself alone, so this is what the prompt gave.
+    """
+    n, T = tokens.shape
+    E = pos.shape[2]
+    at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (n, T))
+    x = decoder.embed(params, tokens, at)
+    kv = list(kv)
+    for layer in range(placed[-1] + 1):
+
+        def attend(q, k, v, layer=layer):
+            out = causal(q, k, v, length, kv[layer][-1].impl)
+            if layer not in placed:
+                return out, None
+            i, state = placed.index(layer), kv[layer][-1]
+            leaves = parts.encoded(state, k, v, jnp.maximum(sequence, 0), pos[i])
+            rows = jnp.where(pos[i] >= 0, sequence[:, None], -1).reshape(n * E)
+            return out, parts.deliver(state, leaves, rows, pos[i].reshape(n * E), slot[i].reshape(n * E, -1), clear)
+
+        x, state = decoder.block(params, layer, x, at, attend)
+        if state is not None:
+            kv[layer] = (*kv[layer][:-1], state)
+    return tuple(kv)
+
+
+def dense_layer(
+    decoder: Decoder, order: tuple[int, ...], block, x, states: Parts, host, dropped, staged, first, prefix
+):
+    """One layer of a decode step whose away part attends what its ring holds, `staged` and the recomputed prefix.
+
+    x [B, 1, D]; staged: leaves [n, K, T, *] of each group of sequences, `order` the places of the away sequences among
+    them, positions from `first` on; () for nothing; prefix: leaves of positions from 0 on, or (). Returns (x, states).
+    """
+    at = step.lengths(states)[:, None]
+    pieces = []
+    if staged or prefix:
+        joined = tuple(_ordered(leaf, order) for leaf in zip(*staged, strict=True)) if staged else prefix
+        pieces.append(Streamed(joined, first))
+    if prefix:
+        pieces.append(Streamed(prefix, jnp.zeros_like(first)))
+
+    def attend(q, k, v):
+        out, new = parts.decode_streamed(states, q[:, 0], k[:, 0], v[:, 0], host, dropped, tuple(pieces))
+        return out[:, None], new
+
+    return decoder.block({"blocks": [block]}, 0, x, at, attend)
+
+
+def prefix_layer(decoder: Decoder, block, x, at, length, state):
+    """One layer of the prefixes of the away part: (x, leaves [B, K, T, *] as its ring has them)."""
+
+    def attend(q, k, v):
+        ws, codec = state.ws, state.codec
+        leaves = [codec.encode(packed, jnp.swapaxes(y, 1, 2), "slots") for packed, y in ((ws.k, k), (ws.v, v))]
+        return causal(q, k, v, length, state.impl), (*leaves[0], *leaves[1])
+
+    return decoder.block({"blocks": [block]}, 0, x, at, attend)
+
+
+def widen(leaves: Leaves, T: int) -> Leaves:
+    """Streamed leaves [n, K, t, *] with T positions."""
+    return tuple(jnp.pad(x, [(0, T - s if axis == 2 else 0) for axis, s in enumerate(x.shape)]) for x in leaves)
+
+
+def _ordered(groups: tuple[jax.Array, ...], order: tuple[int, ...]) -> jax.Array:
+    joined = groups[0] if len(groups) == 1 else jnp.concatenate(groups)
+    return joined if order == tuple(range(len(order))) else joined[jnp.asarray(order)]
+
+
+def _away(placed: tuple[int, ...], kv, change):
+    """`kv` with `change(i, state)` of the away part of the i-th placed layer."""
+    kv = list(kv)
+    for i, layer in enumerate(placed):
+        kv[layer] = (*kv[layer][:-1], change(i, kv[layer][-1]))
+    return tuple(kv)
+
+
+class Programs:
+    """The functions above, jitted for the model, policy and codec of `engine`; `Engine.compiles` counts their traces."""
+
+    def __init__(self, engine, placed: tuple[int, ...]):
+        decoder, jit, on = engine.model.decoder, engine._jit, functools.partial
+        self.embed = jit(on(embed, decoder))
+        self.last_logits = jit(on(last_logits, decoder))
+        self.prefill_layer = jit(on(prefill_layer, decoder), static_argnums=(0, 1, 2))
+        self.choose = jit(choose)
+        self.steps = jit(on(steps, decoder, placed), donate_argnums=1)
+        self.held = jit(on(held, placed))
+        self.ring_pages = jit(on(ring_pages, placed))
+        self.move_host = jit(on(move_host, placed), donate_argnums=0)
+        self.deliver = jit(on(deliver, placed), static_argnums=0, donate_argnums=1)
+        self.resume = jit(on(resume, placed), donate_argnums=0)
+        self.recompute = jit(on(recompute, decoder, placed), static_argnums=0, donate_argnums=2)
+        self.dense_layer = jit(on(dense_layer, decoder), static_argnums=0, donate_argnums=3)
+        self.prefix_layer = jit(on(prefix_layer, decoder))
+        self.widen = jit(widen, static_argnums=1)
+        self.unembed = jit(lambda params, x: decoder.unembed(params, x)[:, 0])

@@ -1,0 +1,215 @@
+"""One placed run: obeys the plans of a controller step by step. What its two kinds, `selecting` and `streaming`, share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alisa_jax.engine import step
+from alisa_jax.engine.sampling import Forced
+from alisa_jax.kv.state import tree_bytes
+from alisa_jax.offload import settings
+from alisa_jax.offload.programs import Cut
+from alisa_jax.placement.mover import Meter, Mover
+from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Rows, Setting, Span, View, pages
+
+
+class Base:
+    """What both kinds share: the prompt, the loop, and stores and drops. `placed` is the `offload.engine.Placed`."""
+
+    layout_of_pages = ""
+
+    def __init__(self, placed, setting: Setting, meter: Meter, tokens: np.ndarray, length: np.ndarray, forced):
+        self.placed, self.setting, self.meter, self.forced = placed, setting, meter, forced
+        self.programs = placed.programs
+        self.controller, self.params = placed.controller, placed.engine.model.params
+        self.tokens, self.length = tokens, length
+        layout = self.controller.layout(setting)
+        self.whole = layout.whole
+        layers = placed.engine.layers
+        self.layouts = [settings.layout_of(layout, setting, i in placed.placed) for i in range(len(layers))]
+        away = range(setting.batch - self.whole)
+        prompts = [setting.prompt_tokens[self.whole + b] for b in away]
+        alike = {n: tuple(b for b in away if prompts[b] == n) for n in dict.fromkeys(prompts)}
+        self.groups = tuple(alike.values()) if setting.gather else tuple((b,) for b in away)
+        self.mover = None
+        if len(away):
+            self.mover = Mover(self.groups, self.layout_of_pages, placed.host.reads, meter)
+        self.spans: tuple[Span, ...] = (Span(),) * setting.batch
+        self.columns: tuple[list, list, list] = ([], [], [])  # tokens, margins, log-probabilities [B, n]
+        self.behind: list[tuple[list, int]] = []  # pages on their way to the host, and their device bytes
+        self.notes: list[str] = []
+        self.p1 = self.p2 = setting.new_tokens
+        self.prefill_s = self.decode_s = self.decide_s = 0.0
+        self.decisions, self.made, self.next_move = 0, 0, 0
+        self.kv, self.token = (), None
+        self.done = jnp.zeros((setting.batch,), jnp.bool_)
+        self.eos = jnp.full((1,), -1, jnp.int32)
+
+    def run(self, progress: Callable[[int], None]) -> None:
+        """The whole run; `progress` hears of new tokens of a sequence."""
+        start = time.perf_counter()
+        self._take(self.prefill())
+        progress(1)
+        self.prefill_s = time.perf_counter() - start
+        while self.made < self.setting.new_tokens:
+            before = self.made
+            self.step()
+            progress(self.made - before)
+        self.decode_s = time.perf_counter() - start - self.prefill_s
+        self.kv, self.mover, self.behind = (), None, []  # the next run begins with empty memories
+        for side in ("device", "host"):
+            self.meter.hold(side, -self.meter.live[side])
+
+    def step(self) -> None:
+        """What a plan asks for before the next step, and as many steps as need no further plan."""
+        raise NotImplementedError
+
+    def prefill(self) -> tuple:
+        """The prompt, layer by layer; the first new token as `choose` gives it."""
+        setting, placed = self.setting, self.placed
+        T = PAGE_TOKENS * pages(max(setting.prompt_tokens))
+        tokens = np.zeros((setting.batch, T), np.int32)
+        tokens[:, : min(T, self.tokens.shape[1])] = self.tokens[:, :T]
+        at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], tokens.shape)
+        plan = self.decide(0, None, None)
+        kept = self._ranges(plan.store)
+        cuts = [(g, Cut(members, *page_range(kept.get(members[0], (0, 0))))) for g, members in enumerate(self.groups)]
+        cuts = [(g, cut) for g, cut in cuts if cut.first < cut.stop]
+        host, length = jnp.asarray([span.host for span in self.spans], jnp.int32), jnp.asarray(self.length)
+        x, kv = self.programs.embed(self.params, jnp.asarray(tokens), at), []
+        for layer, (kind, layout) in enumerate(zip(placed.engine.layers, self.layouts, strict=True)):
+            mine = cuts if layer in placed.placed else []
+            block = self.params["blocks"][layer]
+            chosen = tuple(cut for _, cut in mine)
+            x, states, some = self.programs.prefill_layer(kind, layout, chosen, block, x, at, length, host)
+            kv.append(states)
+            self.meter.hold("device", tree_bytes((states, some)))
+            if some:
+                i = placed.placed.index(layer)
+                found = zip(mine, some, strict=True)
+                self.mover.store(
+                    (i, g, cut.first + j, page) for (g, cut), cells in found for j, page in enumerate(cells)
+                )
+                jax.block_until_ready([leaves for key, leaves in self.mover.pages.items() if key[0] == i])
+            size = tree_bytes(some)
+            del some
+            self.meter.hold("device", -size)
+        self.kv = tuple(kv)
+        logits = self.programs.last_logits(self.params, x, length)
+        return self.programs.choose(logits, self._draw(), jnp.int32(0))
+
+    def decide(self, step_: int, wanted, entering) -> Plan:
+        """Ask the controller, carry out drops and what it stores of the ring, and move to its spans."""
+        setting = self.setting
+        prompts, first = setting.prompt_tokens, step_ == 0
+        lengths = (0,) * setting.batch if first else tuple(s + step_ - 1 for s in prompts)
+        view = View(setting, step_, lengths, prompts if first else (1,) * setting.batch, self.spans, wanted, entering)
+        start = time.perf_counter()
+        plan = self.controller.decide(view)
+        self.decide_s += time.perf_counter() - start
+        self.decisions += 1
+        self.notes += [note for note in plan.notes if note not in self.notes]
+        self._drop(plan.drop, self.spans)  # first, so that what is stored finds its room
+        if not first:
+            self._store(plan.store)
+        spans, old = self.controller.spans(view), self.spans
+        self.spans = spans
+        if any(span.host for span in spans):
+            self.p1 = min(self.p1, step_)
+        if any(span.dropped for span in spans):
+            self.p2 = min(self.p2, step_)
+        if not first and [s.host for s in spans] != [s.host for s in old]:
+            self.moved_host()
+        return plan
+
+    def moved_host(self) -> None:
+        """The boundary between ring and host pages has moved."""
+
+    def quiet_until(self, step_: int) -> int:
+        """The first step from `step_` on at which tokens change their place, or the end."""
+        setting, start = self.setting, time.perf_counter()
+        while self.next_move < setting.new_tokens:
+            if self.next_move >= step_:
+                lengths = tuple(s + self.next_move - 1 for s in setting.prompt_tokens)
+                view = View(setting, self.next_move, lengths, (1,) * setting.batch, self.spans, {}, {})
+                if self.controller.spans(view) != self.spans:
+                    break
+            self.next_move += 1
+        self.decide_s += time.perf_counter() - start
+        return min(self.next_move, setting.new_tokens)
+
+    def _store(self, rows: Iterable[Rows]) -> None:
+        ranges = self._ranges(rows)
+        for g, members in enumerate(self.groups):
+            first, stop = page_range(ranges.get(members[0], (0, 0)))
+            for page in range(first, stop):
+                index = jnp.asarray(members, jnp.int32)
+                leaves = self.programs.ring_pages(self.kv, index, jnp.int32(page))
+                self._hold(tree_bytes(leaves))
+                self.mover.store((i, g, page, some) for i, some in enumerate(leaves))
+                sent = [self.mover.pages[i, g, page] for i in range(len(leaves))]
+                self.behind.append((sent, tree_bytes(leaves)))
+
+    def _hold(self, size: int) -> None:
+        """`size` more device bytes; pages that are written behind are waited for where there would be no room for them."""
+        meter, ready = self.meter, lambda arrays: all(leaf.is_ready() for leaf in jax.tree.leaves(arrays))
+        while self.behind and (ready(self.behind[0][0]) or meter.live["device"] + size > meter.budgets["device"]):
+            sent, held = self.behind.pop(0)
+            jax.block_until_ready(sent)
+            meter.hold("device", -held)
+        meter.hold("device", size)
+
+    def _drop(self, rows: Iterable[Rows], old: tuple[Span, ...]) -> None:
+        ranges = self._ranges(row for row in rows if row.source == "host")
+        for g, members in enumerate(self.groups):
+            for page in range(*page_range(ranges.get(members[0], (0, 0)))):
+                self.mover.drop(self.setting.layers, g, page)
+
+    def _lengths(self) -> np.ndarray:
+        """[B] int32: cached tokens before the next step."""
+        return np.asarray(self.length + self.made - 1, np.int32)
+
+    def _ranges(self, rows: Iterable[Rows]) -> dict[int, tuple[int, int]]:
+        """Rows of all layers as {away sequence: (start, stop)}."""
+        found: dict[int, tuple[int, int]] = {}
+        for row in rows:
+            sequences = range(self.whole, self.setting.batch) if row.sequence == ALL else (row.sequence,)
+            for b in sequences:
+                old = found.get(b - self.whole, (row.start, row.stop))
+                found[b - self.whole] = min(old[0], row.start), max(old[1], row.stop)
+        return found
+
+    def _draw(self):
+        return None if self.forced is None else Forced(jnp.asarray(self._padded_text()), jnp.int32(self.made))
+
+    def _padded_text(self) -> np.ndarray:
+        return np.pad(self.forced, ((0, 0), (0, step.CHUNK_STEPS)))
+
+    def _take(self, chosen) -> None:
+        """Take in (tokens, margins, log-probabilities), [B] or [B, n]."""
+        arrays = [np.array(x) for x in chosen]  # copies: what is kept keeps no device array alive
+        for column, new in zip(self.columns, arrays, strict=True):
+            column.append(new if new.ndim == 2 else new[:, None])
+        self.token = jnp.asarray(arrays[0] if arrays[0].ndim == 1 else arrays[0][:, -1])
+        self.made += 1 if arrays[0].ndim == 1 else arrays[0].shape[1]
+
+    def _columns(self, out: step.Chunk, taken: int) -> list[np.ndarray]:
+        return [np.asarray(x)[:, :taken] for x in (out.tokens, out.margins, out.logprobs)]
+
+    def _chunk(self, n: int):
+        """Up to n steps in one program; returns what is due after them."""
+        n = jnp.int32(min(n, step.CHUNK_STEPS))
+        out, self.kv, waiting = self.programs.steps(
+            self.params, self.kv, self.token, self.done, self.eos, n, self._draw()
+        )
+        return out, waiting
+
+
+def page_range(tokens: tuple[int, int]) -> tuple[int, int]:
+    """Tokens start .. stop - 1, whole pages, as pages first .. stop - 1."""
+    return tokens[0] // PAGE_TOKENS, tokens[1] // PAGE_TOKENS

@@ -1,0 +1,115 @@
+"""What a placed run needs, from shapes alone: the `Setting` that controllers decide by, and what cannot be placed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+
+from alisa_jax import attention
+from alisa_jax.attention import parts
+from alisa_jax.attention.parts import Part
+from alisa_jax.engine.step import Layer
+from alisa_jax.kv.ring import Ring
+from alisa_jax.kv.state import tree_bytes
+from alisa_jax.models.config import ModelConfig
+from alisa_jax.placement.plan import PAGE_TOKENS, Controller, Layout, Setting, pages
+
+
+def setting_of(
+    config: ModelConfig,
+    layers: tuple[Layer, ...],
+    prompt_tokens: Sequence[int],
+    new_tokens: int,
+    device_kv_bytes: float = math.inf,
+    host_kv_bytes: float = math.inf,
+    gather: bool = True,
+) -> Setting:
+    """The run in numbers. Bytes are those of the arrays that `parts.init` would make, found without making them.
+
+    Layers that attend everything beside layers that select (`dense_layers=`) stay on the device whole and count as fixed.
+    Raises ValueError for what no controller can run.
+    """
+    check_layers(layers)
+    placed = placed_layers(layers)
+    codec = layers[placed[0]].codec
+    token_bytes = codec.token_bytes(config.n_kv_heads, config.head_dim)
+    policies = [layers[i].policy for i in placed]
+    selects, evicts = policies[0].selects, policies[0].selects and any(p.evicts for p in policies)
+    context = PAGE_TOKENS * pages(max(prompt_tokens) + new_tokens - 1)
+    slots = max(p.capacity(context) for p in policies) if selects else 0
+    fixed = sum(_fixed_bytes(config, kind, context, i in placed, evicts) for i, kind in enumerate(layers))
+    return Setting(
+        layers=len(placed),
+        prompt_tokens=tuple(int(n) for n in prompt_tokens),
+        new_tokens=new_tokens,
+        token_bytes=token_bytes,
+        device_kv_bytes=device_kv_bytes,
+        host_kv_bytes=host_kv_bytes,
+        slots=slots,
+        stats_bytes=fixed - len(placed) * slots * token_bytes,
+        selects=selects,
+        evicts=evicts,
+        refreshes=any(getattr(p, "refresh_every", 0) for p in policies),
+        gather=gather,
+    )
+
+
+def placed_layers(layers: tuple[Layer, ...]) -> tuple[int, ...]:
+    """The layers whose tokens a controller places: those that select, or all where none does."""
+    selecting = tuple(i for i, kind in enumerate(layers) if kind.policy.selects)
+    return selecting or tuple(range(len(layers)))
+
+
+def check(controller: Controller, setting: Setting) -> None:
+    """Raise ValueError, in one sentence, for what `controller` cannot run."""
+    controller.check(setting)
+    if setting.refreshes and any(controller.layout(part).kept_pages for part in controller.groups(setting)):
+        raise ValueError(
+            "a policy that refreshes attends every token at times, and placement brings single rows to the policies that "
+            "select: give refresh_every=0, or a device budget that holds everything"
+        )
+
+
+def check_layers(layers: tuple[Layer, ...]) -> None:
+    """Raise ValueError, in one sentence, for what no controller can run."""
+    for kind in layers:
+        if kind.route != "working_set":
+            raise ValueError(f"placement serves the route working_set; {kind.policy} is run by the route {kind.route}")
+        if kind.policy.appends:
+            raise ValueError(
+                f"placement plans sets of a known size; {kind.policy} keeps what its prompt leaves and all after it"
+            )
+        if not kind.codec.placed:
+            raise ValueError(
+                "placement moves tokens by their rows, and the codec keeps some tokens beside their rows: "
+                "give raw, int8 or int4"
+            )
+        if kind.turning is not None:
+            raise ValueError(
+                f"placement moves keys that carry their positions; {kind.policy} with {kind.codec} turns them at every step"
+            )
+
+
+def layout_of(layout: Layout, setting: Setting, placed: bool) -> tuple[Part, ...]:
+    """The parts of a layer; a layer that is not placed has one, whole."""
+    finals, B = setting.final_tokens, setting.batch
+    context = lambda first, stop: PAGE_TOKENS * pages(max(finals[first:stop]))
+    whole = layout.whole if placed else B
+    found = [Part(0, whole, context(0, whole))] if whole else []
+    if whole < B:
+        found.append(Part(whole, B, context(whole, B), PAGE_TOKENS * layout.kept_pages))
+    return tuple(found)
+
+
+def _fixed_bytes(config: ModelConfig, kind: Layer, context: int, placed: bool, evicts: bool) -> int:
+    """Bytes of one sequence in one layer beside the rows of the store."""
+    rings = placed and not evicts
+    ring = PAGE_TOKENS if rings and kind.policy.selects else 0
+    part = Part(0, 1, context, ring)
+    empty = lambda: attention.freeze(parts.init(kind, part, config.n_heads, config.n_kv_heads, config.head_dim))
+    state = jax.eval_shape(empty)
+    home = state.store if isinstance(state.store, Ring) else state.ws
+    rows = [*kind.codec.leaves(home.k), *kind.codec.leaves(home.v)] if rings else []
+    return tree_bytes(state) - tree_bytes(rows)

@@ -1,0 +1,127 @@
+"""Rotary positions (arXiv 2104.09864, section 3.2.2) in the layout of Hugging Face LLaMA and GPT-NeoX checkpoints.
+
+The leading R channels of a head are rotated, all H of them or a part: channel i of their first half is paired with
+channel i of their second half, and the pair is turned by position * theta ** (-2 i / R). Angles, sines and the
+rotation itself are float32: a bfloat16 position is wrong by whole tokens beyond 256.
+
+`rotate` serves models, by theta; `turned` serves caches, by the angles of a `Rotation`. A rotary model makes logits from
+differences of positions alone. Keys that are stored before their rotation can thus be placed anew at every step
+(StreamingLLM), and are quantised without the rotation that mixes their channels (SKVQ).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROPE_SCALINGS = ("linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the trained context.
+
+    `linear` divides every frequency by `factor` (position interpolation, arXiv 2306.15595, section 3.2).
+    `llama3` divides the slow ones only: wavelengths above original_max_positions / low_freq_factor are
+    divided by `factor`, those below original_max_positions / high_freq_factor are left alone, and between the
+    two the frequency is interpolated linearly in original_max_positions / wavelength. The last three fields
+    are of `llama3` alone.
+
+    Raises ValueError where a value is out of its range.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self):
+        if self.kind not in ROPE_SCALINGS:
+            raise ValueError(f"rope scaling is {self.kind!r}; allowed are {', '.join(ROPE_SCALINGS)}.")
+        if not self.factor > 0:
+            raise ValueError(f"rope scaling factor is {self.factor}; it must be above 0.")
+        if self.kind == "llama3":
+            if not 0 < self.low_freq_factor < self.high_freq_factor:
+                raise ValueError(
+                    f"rope scaling has low_freq_factor={self.low_freq_factor} and "
+                    f"high_freq_factor={self.high_freq_factor}; they must be above 0 and in this order."
+                )
+            if self.original_max_positions < 1:
+                raise ValueError(
+                    f"rope scaling has original_max_positions={self.original_max_positions}; it must be at least 1."
+                )
+
+
+def inverse_frequencies(dims: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
+    """Radians per token of each pair of `dims` channels, float64 [dims / 2]; computed outside jit."""
+    freq = theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
+    if scaling is None:
+        return freq
+    if scaling.kind == "linear":
+        return freq / scaling.factor
+    turns = scaling.original_max_positions * freq / (2 * math.pi)  # full turns within the trained context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: fast, unchanged; 0: slow, divided
+    return freq * (keep + (1.0 - keep) / scaling.factor)
+
+
+def rotate(
+    x: jax.Array,  # [B, T, N, H]
+    positions: jax.Array,  # [B, T] int32
+    theta: float,
+    scaling: RopeScaling | None = None,
+    dims: int | None = None,  # R; None: all H channels
+) -> jax.Array:
+    """x with its leading `dims` channels turned by its positions: [B, T, N, H] in the type of x, worked in float32."""
+    dims = x.shape[-1] if dims is None else dims
+    freq = jnp.asarray(inverse_frequencies(dims, theta, scaling), jnp.float32)
+    angle = positions.astype(jnp.float32)[:, :, None, None] * freq[None, None, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x[..., :dims].astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x.dtype), x[..., dims:]], axis=-1)
+
+
+class Rotation(NamedTuple):
+    """How a model turns its keys: pair c of H channels, (c, c + len(angles)), by angles[c] radians a position."""
+
+    angles: tuple[float, ...]
+    positions: int  # of the longest context
+
+
+NO_ROTATION = Rotation((), 0)
+
+
+class Turn(NamedTuple):
+    """Keys at hand that are still to be turned, each to its place."""
+
+    places: jax.Array  # [B, P, M] int32
+    rotation: Rotation
+
+
+def turned(x: jax.Array, places: jax.Array, rotation: Rotation) -> jax.Array:
+    """x [..., H] turned by its places [...] int32: pair (c, c + R / 2) of the leading R channels by places * angles[c].
+
+    Worked in float32, as `rotate` does; the result has the type of x.
+    """
+    half = len(rotation.angles)
+    if not half:
+        return x
+    cos, sin = sines(places, rotation)
+    wide = x.astype(jnp.float32)
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    pieces = [first * cos - second * sin, second * cos + first * sin, wide[..., 2 * half :]]
+    return jnp.concatenate(pieces, axis=-1).astype(x.dtype)
+
+
+def sines(places: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the angle of each pair at places [...] int32: [..., R / 2] float32 each."""
+    angles = jnp.asarray(rotation.angles, jnp.float32).reshape((1,) * places.ndim + (-1,))
+    angle = places.astype(jnp.float32)[..., None] * angles
+    return jnp.cos(angle), jnp.sin(angle)

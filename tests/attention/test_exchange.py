@@ -1,0 +1,77 @@
+"""Layers that exchange together end with the sets, statistics and rows that each would have by itself."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alisa_jax import attention, policies
+from alisa_jax.attention import exchange
+from alisa_jax.codecs.raw import Raw
+from alisa_jax.policies import Swa
+
+B, N, K, H, S, LAYERS = 3, 4, 2, 4, 64, 3
+STARTS = (9, 1, 20)
+
+
+def states(policy, route="working_set"):
+    dims = attention.dims_of(policy, route, B, N, K, S)
+    empty = attention.init(policy, Raw("float32"), route, dims, H)
+    rng = np.random.default_rng(5)
+    found = []
+    for _ in range(LAYERS):
+        q, k, v = (jnp.asarray(rng.normal(size=(B, 32, heads, H)) * 3, jnp.float32) for heads in (N, K, K))
+        found.append(attention.prefill(empty, q, k, v, jnp.asarray(STARTS, jnp.int32))[1])
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def step(kv, new, together):
+    made = [attention.decode(state, *x, exchange=not together) for state, x in zip(kv, new, strict=True)]
+    outs, kv, loads = [m[0] for m in made], [m[1] for m in made], [m[2].loads for m in made]
+    if together:
+        kv, loads = exchange.exchange_layers(kv, outs)
+    return outs, kv, loads
+
+
+@pytest.mark.parametrize(
+    "text", ["swa(kv_sparsity=0.5,spare_slots=0,window=3)", "swa(tokens=8,shared_heads=false,window=2)"]
+)
+def test_layers_exchange_together_as_they_do_one_by_one(text):
+    together = states(policies.parse(text))
+    alone, rng, moved = together, np.random.default_rng(6), 0
+    for _ in range(S - max(STARTS)):
+        new = [[jnp.asarray(rng.normal(size=(B, n, H)) * 3, jnp.float32) for n in (N, K, K)] for _ in range(LAYERS)]
+        outs, together, loads = step(together, new, True)
+        expected, alone, alone_loads = step(alone, new, False)
+        for a, b in zip(
+            jax.tree.leaves((outs, together, loads)), jax.tree.leaves((expected, alone, alone_loads)), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+        moved += int(sum(x.sum() for x in loads))
+    assert moved > 0
+    assert any((a != b).any() for a, b in zip(together[0].ws.pos, together[1].ws.pos, strict=True))
+
+
+def test_only_layers_that_go_about_it_alike_exchange_together():
+    swa, other = (states(policies.parse(f"swa(kv_sparsity={s})"))[0] for s in (0.5, 0.8))
+    assert exchange.joint(swa) == exchange.joint(swa.replace(length=swa.length + 1))
+    assert exchange.joint(swa) != exchange.joint(other)
+    for text in ("dense", "local(kv_sparsity=0.5)", "h2o(kv_sparsity=0.5)"):
+        assert exchange.joint(states(policies.parse(text))[0]) is None
+    assert exchange.joint(states(policies.parse("swa(kv_sparsity=0.5)"), "indexed")[0]) is None
+
+
+class Own(Swa):
+    def exchange(self, stats, pos, bias, length, S):
+        return super().exchange(stats, pos, bias, length, S)
+
+
+def test_a_policy_with_an_exchange_of_its_own_is_not_passed_over():
+    own = states(Own(kv_sparsity=0.5))[0]
+    assert exchange.joint(own) is None
+    new = (jnp.zeros((B, n, H)) for n in (N, K, K))
+    with pytest.raises(ValueError, match="exchanges layer by layer"):
+        attention.decode(own, *new, exchange=False)
