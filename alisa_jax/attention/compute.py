@@ -34,8 +34,8 @@ def choose(impl: str, codec: Codec, dtype, head_dim: int, xla_only: str | None =
     if xla_only is not None:
         return backend.choose(impl, xla_only)
     q = jax.ShapeDtypeStruct((1, 1, head_dim), jnp.dtype(dtype))
-    for part in ("k", "v"):
-        content = codec.content(jax.eval_shape(lambda part=part: codec.empty((1, 1, 32, head_dim), "slots", part)))
+    for side in ("k", "v"):
+        content = codec.content(jax.eval_shape(lambda side=side: codec.empty((1, 1, 32, head_dim), "slots", side)))
         if content is None:
             return backend.choose(impl, f"the kernels do not read what {codec} stores")
         codes = content.codes
@@ -58,11 +58,13 @@ def slots(
     contents = codec.content(k), codec.content(v)
     plain = contents[0].axis is None
     run = packed_decode.packed_decode if plain else int8_decode.packed_decode_int8
-    part, mass = run(_heads(q), *map(_rows, contents), bias, impl=impl)
-    return _grouped(part, q.shape), mass
+    piece, mass = run(_heads(q), *map(_rows, contents), bias, impl=impl)
+    return _grouped(piece, q.shape), mass
 
 
-def rows(codec: Codec, q, k, v, pos, bias, impl: str = "xla", turn: Turn | None = None) -> tuple[Partial, jax.Array]:
+def by_index(
+    codec: Codec, q, k, v, pos, bias, impl: str = "xla", turn: Turn | None = None
+) -> tuple[Partial, jax.Array]:
     """As `slots`, over the rows `pos` [B, P, M] (-1: none) of token-major packed k and v [B, S, K, H]."""
     if impl == "xla":
         return _slots(codec, q, codec.take(k, pos), codec.take(v, pos), jnp.where(pos >= 0, bias, -jnp.inf), turn)
@@ -71,15 +73,15 @@ def rows(codec: Codec, q, k, v, pos, bias, impl: str = "xla", turn: Turn | None 
     contents = codec.content(k), codec.content(v)
     plain = contents[0].axis is None
     run = sparse_decode.sparse_decode if plain else int8_decode.sparse_decode_int8
-    part, mass = run(_heads(q), *map(_rows, contents), pos, bias, impl=impl)
-    return _grouped(part, q.shape), mass
+    piece, mass = run(_heads(q), *map(_rows, contents), pos, bias, impl=impl)
+    return _grouped(piece, q.shape), mass
 
 
 def store(codec: Codec, q, k, v, bias, impl: str = "xla", turn: Turn | None = None) -> tuple[Partial, jax.Array]:
     """As `slots`, over all rows of token-major packed k and v [B, S, K, H] under `bias` [B, P, S]."""
     if impl != "xla":
         at = jax.lax.broadcasted_iota(jnp.int32, bias.shape, 2)
-        return rows(codec, q, k, v, at, bias, impl)
+        return by_index(codec, q, k, v, at, bias, impl)
     S, size, P = bias.shape[-1], _PAGE_TOKENS, bias.shape[1]
     if S % size:
         raise ValueError(f"a store that a refresh reads holds a multiple of {size} tokens; got a context of {S}")
@@ -91,8 +93,8 @@ def store(codec: Codec, q, k, v, bias, impl: str = "xla", turn: Turn | None = No
         k_page, v_page = (codec.slice_tokens(x, start, size) for x in (k, v))
         places = None if turn is None else jax.lax.dynamic_slice_in_dim(turn.places, start, size, axis=2)
         page_turn = None if turn is None else turn._replace(places=places)
-        part, _ = _slots(codec, q, k_page, v_page, here, page_turn)
-        return merge(carry, part), _logits(codec, scaled, k_page, page_turn) + here[:, :, None, :]
+        piece, _ = _slots(codec, q, k_page, v_page, here, page_turn)
+        return merge(carry, piece), _logits(codec, scaled, k_page, page_turn) + here[:, :, None, :]
 
     zero = partial.empty(q.shape[:-1], q.shape[-1])
     full, z = jax.lax.scan(page, zero, jnp.arange(S // size, dtype=jnp.int32))
@@ -109,12 +111,12 @@ def prompt(q, k, v, length, heads: int, seed: str = "none", W: int | None = None
     [B, P, T]. Mass is float32, summed over the query heads of each of P = `heads` groups. Returns out [B, T, N, H] and the
     mass or None.
     """
-    part = flash_prefill.flash_prefill(q, k, v, length, impl=impl)
-    out = part.out.astype(q.dtype)
+    piece = flash_prefill.flash_prefill(q, k, v, length, impl=impl)
+    out = piece.out.astype(q.dtype)
     if seed == "none":
         return out, None
     options = dict(queries=W, heads=heads, reduce=seed, impl=impl)
-    return out, flash_prefill.prompt_mass(q, k, part.lse, length, **options)
+    return out, flash_prefill.prompt_mass(q, k, piece.lse, length, **options)
 
 
 def causal(q, k, v, length, impl: str = "xla") -> jax.Array:
@@ -130,10 +132,10 @@ def _slots(codec, q, k, v, bias, turn=None, heads=None) -> tuple[Partial, jax.Ar
     e = jnp.exp(z - jnp.where(top == -jnp.inf, jnp.float32(0.0), top))
     total = jnp.sum(e, axis=-1, keepdims=True)
     p = e / jnp.where(total == 0, jnp.float32(1.0), total)
-    part = Partial(codec.mix(p, v), (top + jnp.log(total))[..., 0])
+    piece = Partial(codec.mix(p, v), (top + jnp.log(total))[..., 0])
     if heads == K * G and heads > 1:
-        return part, p.reshape(B, heads, M)
-    return part, jnp.sum(p, axis=(1, 2))[:, None] if heads == 1 else jnp.sum(p, axis=2)
+        return piece, p.reshape(B, heads, M)
+    return piece, jnp.sum(p, axis=(1, 2))[:, None] if heads == 1 else jnp.sum(p, axis=2)
 
 
 def _logits(codec, q, k, turn):
@@ -152,5 +154,5 @@ def _heads(q: jax.Array) -> jax.Array:
     return q.reshape(q.shape[0], -1, q.shape[-1])
 
 
-def _grouped(part: Partial, shape: tuple[int, ...]) -> Partial:
-    return Partial(part.out.reshape(shape), part.lse.reshape(shape[:-1]))
+def _grouped(piece: Partial, shape: tuple[int, ...]) -> Partial:
+    return Partial(piece.out.reshape(shape), piece.lse.reshape(shape[:-1]))

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
-from alisa_jax.kv.pending import Due
+from alisa_jax.kv.pending import Pending
 from alisa_jax.kv.ring import Ring
 from alisa_jax.kv.state import LayerState, WorkingSet
 from alisa_jax.kv.store import Store
@@ -21,7 +21,7 @@ from alisa_jax.policies.base import column
 def exchange_layer(policy, codec, store, stats, ws: WorkingSet, length, S, after):
     """Let the policy change the working set and copy in the rows it asks for, until it asks for no more.
 
-    Returns statistics, working set, store and loads [B]. Rows that a `Ring` does not hold become due there; where it can
+    Returns statistics, working set, store and loads [B]. Rows that a `Ring` does not hold become pending there; where it can
     note no more of them the exchange breaks off, to be called again.
 
     The loop overwrites slots, so it must come after the last read of them. XLA copies the values whole unless it can prove
@@ -29,27 +29,27 @@ def exchange_layer(policy, codec, store, stats, ws: WorkingSet, length, S, after
     """
     ring = isinstance(store, Ring)
 
-    def once(stats, ws, due, loads, _):
+    def once(stats, ws, pending, loads, _):
         stats, ex = policy.exchange(stats, ws.pos, ws.bias, length, S)
         ws, more = ws.replace(pos=ex.pos, bias=ex.bias), ex.more
         if E := ex.load_pos.shape[-1]:
             slot = ex.load_slot
             if ring:
                 absent = (ex.load_pos >= 0) & (ex.load_pos < column(store.host))
-                due = due.note(slot, ex.load_pos, absent)
-                due = due.replace(more=more & ~due.room(E))
-                slot, more = jnp.where(absent, -1, slot), more & ~due.more
+                pending = pending.note(slot, ex.load_pos, absent)
+                pending = pending.replace(more=more & ~pending.room(E))
+                slot, more = jnp.where(absent, -1, slot), more & ~pending.more
             ws = ws.load(codec, store, slot, ex.load_pos)
             loads = loads + jnp.sum(ex.load_pos >= 0, axis=(1, 2), dtype=jnp.int32)
-        return stats, ws, due, loads, more
+        return stats, ws, pending, loads, more
 
-    due = Due.empty(*ws.pos.shape[:2]) if ring else ()
-    start = (stats, ws, due, jnp.zeros(length.shape, jnp.int32), jnp.any(after == after))
+    pending = Pending.empty(*ws.pos.shape[:2]) if ring else ()
+    start = (stats, ws, pending, jnp.zeros(length.shape, jnp.int32), jnp.any(after == after))
     if policy.evicts:
         stats, ws, _, loads, _ = once(*start)
         return stats, ws, store, loads
-    stats, ws, due, loads, _ = jax.lax.while_loop(lambda c: c[4], lambda c: once(*c), start)
-    return stats, ws, store.replace(due=due) if ring else store, loads
+    stats, ws, pending, loads, _ = jax.lax.while_loop(lambda c: c[4], lambda c: once(*c), start)
+    return stats, ws, store.replace(pending=pending) if ring else store, loads
 
 
 def joint(state: LayerState) -> Hashable | None:

@@ -28,7 +28,7 @@ from alisa_jax.codecs.base import Turn
 from alisa_jax.kv.state import LayerState, WorkingSet, bias_of
 from alisa_jax.kv.store import Store
 from alisa_jax.ops.rope import Rotation, turned
-from alisa_jax.policies.base import Dims, Policy, column, positions, settle
+from alisa_jax.policies.base import Dims, Policy, column, positions, slots_of
 
 ROUTES = ("working_set", "indexed", "masked")
 
@@ -124,9 +124,9 @@ def decode(
         q = turned(q, _wide(policy.place(length), q), state.turning)
     q_heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [B, K, G, H]
     options = {} if exchange else {"exchange": False}
-    part, state, taps = step(state, q_heads, k, v, **options)
+    piece, state, taps = step(state, q_heads, k, v, **options)
     taps = taps._replace(clipped=clipped)
-    return part.out.reshape(q.shape).astype(q.dtype), state.replace(length=state.length + 1), taps
+    return piece.out.reshape(q.shape).astype(q.dtype), state.replace(length=state.length + 1), taps
 
 
 def _wide(at, x):
@@ -150,39 +150,39 @@ def _decode_working_set(state: LayerState, q, k, v, exchange: bool = True):
     policy, codec, S, length = state.policy, state.codec, state.context, state.length
     store = None if state.store is None else state.store.append(codec, k, v, length)
     ws, slot = state.ws.append(codec, k, v, length)
-    due = getattr(store, "due", None)
-    bias = ws.bias if due is None else due.hide(ws.bias)
+    pending = getattr(store, "pending", None)
+    bias = ws.bias if pending is None else pending.hide(ws.bias)
     turn, heads = turn_of(policy, state.turning, ws.pos, length), policy.mass_heads(q.shape[1] * q.shape[2], q.shape[1])
-    part, mass = compute.slots(codec, q, ws.k, ws.v, bias, state.impl, turn, heads)
+    piece, mass = compute.slots(codec, q, ws.k, ws.v, bias, state.impl, turn, heads)
     taps, dense = _taps(mass, ws.pos, bias), None
     which = policy.refresh(length)
     if which is not None:
-        part, row = _refreshed(state, store, q, which, part)
+        piece, row = _refreshed(state, store, q, which, piece)
         dense = (which, row)
         taps = taps._replace(attended=jnp.where(which, (length + 1).astype(jnp.float32), taps.attended))
     stats = policy.observe(state.stats, mass, ws.pos, slot, length, dense)
     if exchange:
-        stats, ws, store, loads = exchange_layer(policy, codec, store, stats, ws, length + 1, S, after=part.out)
+        stats, ws, store, loads = exchange_layer(policy, codec, store, stats, ws, length + 1, S, after=piece.out)
         taps = taps._replace(loads=loads)
-    return part, state.replace(ws=ws, store=store, stats=stats), taps
+    return piece, state.replace(ws=ws, store=store, stats=stats), taps
 
 
-def _refreshed(state: LayerState, store: Store, q, which, part: Partial):
-    """Replace `part` by dense attention over the store where `which` [B]; also the dense row [B, P, S]."""
+def _refreshed(state: LayerState, store: Store, q, which, piece: Partial):
+    """Replace `piece` by dense attention over the store where `which` [B]; also the dense row [B, P, S]."""
     length, S, P = state.length, state.context, state.ws.pos.shape[1]
 
-    def dense(part):
+    def dense(piece):
         seen = positions(S) <= column(length)
         bias = jnp.broadcast_to(jnp.where(seen, jnp.float32(0.0), -jnp.inf), (q.shape[0], P, S))
         turn = turn_of(state.policy, state.turning, jnp.broadcast_to(positions(S), bias.shape), length)
         full, row = compute.store(state.codec, q, store.k, store.v, bias, state.impl, turn)
-        chosen = jax.tree.map(lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), full, part)
+        chosen = jax.tree.map(lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), full, piece)
         return chosen, row
 
-    def skip(part):
-        return part, jnp.zeros((q.shape[0], P, S), jnp.float32)
+    def skip(piece):
+        return piece, jnp.zeros((q.shape[0], P, S), jnp.float32)
 
-    return jax.lax.cond(jnp.any(which), dense, skip, part)
+    return jax.lax.cond(jnp.any(which), dense, skip, piece)
 
 
 def _decode_indexed(state: LayerState, q, k, v):
@@ -190,15 +190,15 @@ def _decode_indexed(state: LayerState, q, k, v):
     store = state.store.append(codec, k, v, length)
     keep = _kept(policy, state.stats, length, S, q)
     M = S if policy.refresh(length) is not None else min(S, policy.capacity(S))
-    pos = settle(keep, M)
+    pos = slots_of(keep, M)
     turn = turn_of(policy, state.turning, pos, length)
-    part, mass = compute.rows(codec, q, store.k, store.v, pos, bias_of(pos), state.impl, turn)
+    piece, mass = compute.by_index(codec, q, store.k, store.v, pos, bias_of(pos), state.impl, turn)
     at = jnp.where(pos >= 0, pos, S)
     b, p = (jax.lax.broadcasted_iota(jnp.int32, at.shape, i) for i in (0, 1))
     row = jnp.zeros(keep.shape, jnp.float32).at[b, p, at].set(mass, mode="drop")
     seen = jnp.where(positions(S) <= column(length), positions(S), -1)
     stats = _observe_row(policy, state.stats, row, jnp.broadcast_to(seen, keep.shape), length)
-    return part, state.replace(store=store, stats=stats), _taps(mass, pos, bias_of(pos))
+    return piece, state.replace(store=store, stats=stats), _taps(mass, pos, bias_of(pos))
 
 
 def _decode_masked(state: LayerState, q, k, v):
@@ -210,15 +210,15 @@ def _decode_masked(state: LayerState, q, k, v):
     def attend_all(bias, pos):
         return compute.slots(codec, q, k, v, bias, state.impl, turn_of(policy, state.turning, pos, length), heads)
 
-    part, stats, pos, bias, taps = masked_row(policy, state.stats, ws.pos, ws.bias, q, attend_all, length)
-    return part, state.replace(ws=WorkingSet(k, v, pos, bias), stats=stats), taps
+    piece, stats, pos, bias, taps = masked_row(policy, state.stats, ws.pos, ws.bias, q, attend_all, length)
+    return piece, state.replace(ws=WorkingSet(k, v, pos, bias), stats=stats), taps
 
 
 def masked_row(policy: Policy, stats, pos, bias, q, attend_all, length):
     """One query of the reference: slot = position, every token's K and V at hand, the selection as a mask.
 
     pos [B, P, S]: -1 for tokens that are still to come or that an evicting policy has dropped; bias [B, P, S]: of the tokens
-    that an evicting policy keeps. `attend_all(bias, pos)` attends every token under a bias. Returns the part, statistics,
+    that an evicting policy keeps. `attend_all(bias, pos)` attends every token under a bias. Returns the piece, statistics,
     pos, bias and taps.
     """
     S = pos.shape[-1]
@@ -228,7 +228,7 @@ def masked_row(policy: Policy, stats, pos, bias, q, attend_all, length):
         bias = jnp.where(own, jnp.float32(0.0), bias)
     else:
         bias = jnp.where(_kept(policy, stats, length, S, q), jnp.float32(0.0), -jnp.inf)
-    part, mass = attend_all(bias, pos)
+    piece, mass = attend_all(bias, pos)
     stats = _observe_row(policy, stats, mass, pos, length)
     taps = _taps(mass, pos, bias)
     if policy.evicts:
@@ -236,7 +236,7 @@ def masked_row(policy: Policy, stats, pos, bias, q, attend_all, length):
         pos, bias = ex.pos, ex.bias
     else:
         bias = bias_of(pos)
-    return part, stats, pos, bias, taps
+    return piece, stats, pos, bias, taps
 
 
 def _observe_row(policy: Policy, stats, row, pos, length):

@@ -3,7 +3,7 @@
 A batch is cut into parts of neighbouring sequences: `whole` ones keep all tokens, the others (`away`) a ring of the newest.
 A layer is then a tuple of `LayerState`s, one per part, and only the kind of an away one is special:
 
-    the policy selects      a working set as ever, whose store is a `Ring`; rows that are not in it become due
+    the policy selects      a working set as ever, whose store is a `Ring`; rows that are not in it become pending
     the policy is dense     a working set of C slots that is itself the ring; the others are streamed and joined by `merge`
 
 All functions are pure. Shapes: q [B, N, H], k and v [B, K, H], in a prompt with T behind B.
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from alisa_jax import attention
 from alisa_jax.attention import compute, exchange
 from alisa_jax.kv import ring, rows
-from alisa_jax.kv.pending import Due
+from alisa_jax.kv.pending import Pending
 from alisa_jax.kv.ring import Ring
 from alisa_jax.kv.state import LayerState, bias_of
 
@@ -101,8 +101,8 @@ def decode_streamed(parts: Parts, q, k, v, host, dropped, pieces: tuple[Streamed
         seen = (at >= low[:, None]) & (at < high[:, None])
         bias = jnp.where(seen, jnp.float32(0.0), -jnp.inf)[:, None]
         rows_k, rows_v = codec.rebuild(ws.k, k_leaves), codec.rebuild(ws.v, v_leaves)
-        part, _ = compute.slots(codec, heads, rows_k, rows_v, bias, away.impl)
-        joined = compute.merge(joined, part)
+        piece, _ = compute.slots(codec, heads, rows_k, rows_v, bias, away.impl)
+        joined = compute.merge(joined, piece)
     outs.append(joined.out.reshape(q.shape).astype(q.dtype))
     return jnp.concatenate(outs), (*states, away.replace(ws=ws, length=away.length + 1))
 
@@ -134,8 +134,8 @@ def _ringed(kind: Kind, state: LayerState, kept, length, host, C: int) -> LayerS
     leaves = [ring.fill(codec, packed, pos, kind.layout) for packed in (kept.k, kept.v)]
     if kind.policy.selects:
         k, v = (codec.rebuild(packed, some) for packed, some in zip((kept.k, kept.v), leaves, strict=True))
-        due = Due.empty(*state.store.due.pos.shape[:2])
-        return state.replace(store=Ring(k, v, host, due))
+        pending = Pending.empty(*state.store.pending.pos.shape[:2])
+        return state.replace(store=Ring(k, v, host, pending))
     ws, pos = state.ws, pos[:, None]
     k, v = (codec.rebuild(packed, some) for packed, some in zip((ws.k, ws.v), leaves, strict=True))
     return state.replace(ws=ws.replace(k=k, v=v, pos=pos, bias=bias_of(pos)))
@@ -167,7 +167,7 @@ def moved(state: LayerState, host: jax.Array) -> LayerState:
 def deliver(state: LayerState, leaves: Leaves, sequence, pos, slot, clear: bool) -> LayerState:
     """Rows `leaves` [R, K, *] of tokens `pos` [R] of `sequence` [R] (-1: none) into slots [R, P] of an away part.
 
-    A slot that no longer waits for its token stays as it is. clear: nothing is due any more.
+    A slot that no longer waits for its token stays as it is. clear: nothing is pending any more.
     """
     ws, P = state.ws, state.ws.pos.shape[1]
     b = jnp.clip(sequence, 0, ws.pos.shape[0] - 1)[:, None]
@@ -177,7 +177,7 @@ def deliver(state: LayerState, leaves: Leaves, sequence, pos, slot, clear: bool)
     k_leaves, v_leaves = halves(leaves)
     k = ring.put(state.codec, ws.k, k_leaves, sequence, slot)
     v = ring.put(state.codec, ws.v, v_leaves, sequence, slot)
-    store = state.store.replace(due=Due.empty(*state.store.due.pos.shape[:2])) if clear else state.store
+    store = state.store.replace(pending=Pending.empty(*state.store.pending.pos.shape[:2])) if clear else state.store
     return state.replace(ws=ws.replace(k=k, v=v), store=store)
 
 
@@ -193,7 +193,7 @@ def encoded(state: LayerState, k, v, sequences, pos) -> Leaves:
 
 
 def resume(state: LayerState) -> LayerState:
-    """Go on with an exchange that broke off, when what was due has been delivered."""
+    """Go on with an exchange that broke off, when what was pending has been delivered."""
     stats, ws, store, _ = exchange.exchange_layer(
         state.policy, state.codec, state.store, state.stats, state.ws, state.length, state.context, state.ws.bias
     )

@@ -38,7 +38,7 @@ def score(
     if policy.takes_keys:
         stats = policy.note(stats, attention.turned_prompt(k, turning), jnp.zeros((B,), jnp.int32))
     raw = [jnp.swapaxes(x, 1, 2) for x in (k, v)]  # [B, K, T, H]
-    packed = [codec.fill(codec.empty(x.shape, "slots", part), x, "slots") for x, part in zip(raw, "kv", strict=True)]
+    packed = [codec.fill(codec.empty(x.shape, "slots", side), x, "slots") for x, side in zip(raw, "kv", strict=True)]
     contents = [codec.content(x) for x in packed]
     plain = all(content is not None and content.axis is None for content in contents)
     if plain and look is attended and not policy.selects and turning is None:
@@ -69,8 +69,8 @@ def score(
                 return over(codec, now)
             return jax.lax.cond(n < raw_tokens, lambda: over(codec.raw, held), lambda: over(codec, now))
 
-        part, stats, pos, bias, taps = attention.masked_row(policy, stats, pos, bias, q_row, attend_all, length)
-        return (stats, pos, bias), (part.out.reshape(B, N, H).astype(q.dtype), look(taps))
+        piece, stats, pos, bias, taps = attention.masked_row(policy, stats, pos, bias, q_row, attend_all, length)
+        return (stats, pos, bias), (piece.out.reshape(B, N, H).astype(q.dtype), look(taps))
 
     start = (stats, jnp.full((B, P, T), -1, jnp.int32), jnp.full((B, P, T), -jnp.inf, jnp.float32))
     _, (out, seen) = jax.lax.scan(row, start, (by_step, jnp.arange(T, dtype=jnp.int32)))

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from alisa_jax.ops import products
 from alisa_jax.ops.rope import NO_ROTATION, Rotation, Turn, turned
 
-__all__ = ["NO_ROTATION", "TOKEN_AXIS", "Asked", "Codec", "Content", "Layout", "Packed", "Part", "Rotation", "Turn"]
+__all__ = ["NO_ROTATION", "TOKEN_AXIS", "Asked", "Codec", "Content", "Layout", "Packed", "Rotation", "Side", "Turn"]
 
 Packed = Any  # a pytree that only its codec looks into
 Layout = Literal["slots", "tokens"]
-Part = Literal["k", "v"]
+Side = Literal["k", "v"]
 TOKEN_AXIS = {"slots": 2, "tokens": 1}.__getitem__
 
 
@@ -76,7 +76,7 @@ class Codec(Asked):
         """Bytes of K and V that each sequence has in one layer and one home, however many tokens it holds."""
         return 0.0
 
-    def empty(self, shape: tuple[int, ...], layout: Layout, part: Part) -> Packed:
+    def empty(self, shape: tuple[int, ...], layout: Layout, side: Side) -> Packed:
         """Packed zeros for `shape`, which is [B, K, M, H] for "slots" and [B, S, K, H] for "tokens"."""
         raise NotImplementedError
 
@@ -108,7 +108,7 @@ class Codec(Asked):
         """Codes of tokens `pos` [B, P, E] of a token-major array, head-major with E tokens."""
         raise NotImplementedError
 
-    def put(self, packed: Packed, codes: Packed, slot: jax.Array) -> Packed:
+    def copy_in(self, packed: Packed, codes: Packed, slot: jax.Array) -> Packed:
         """Head-major `codes` of E tokens copied into `slot` [B, P, E] of a head-major array."""
         raise NotImplementedError
 

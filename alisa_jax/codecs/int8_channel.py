@@ -66,10 +66,10 @@ class ChannelInt8(Codec):
     def sequence_bytes(self, K: int, H: int) -> float:
         return 16.0 * K * H
 
-    def empty(self, shape, layout, part):
+    def empty(self, shape, layout, side):
         B, K, H = shape[0], shape[2 if layout == "tokens" else 1], shape[3]
         nothing = jnp.full((B, K, H), jnp.inf, jnp.float32)
-        return Calibrating(self.raw.empty(shape, layout, part), nothing, -nothing, part == "k")
+        return Calibrating(self.raw.empty(shape, layout, side), nothing, -nothing, side == "k")
 
     def grow(self, packed, size, layout):
         return _moved(packed, lambda x: rows.pad_axis(x, TOKEN_AXIS(layout), size, 0))
@@ -99,7 +99,7 @@ class ChannelInt8(Codec):
     def take(self, packed, pos):
         return _moved(packed, lambda x: rows.take_tokens(x, pos))
 
-    def put(self, packed, codes, slot):
+    def copy_in(self, packed, codes, slot):
         """Ranges travel with the rows: the result has those of `codes`."""
         if isinstance(packed, Calibrating):
             return codes.replace(values=rows.put_slots(packed.values, codes.values, slot))

@@ -35,7 +35,7 @@ class Raw(Codec):
     def token_bytes(self, K: int, H: int) -> float:
         return 2.0 * K * H * jnp.dtype(self.dtype).itemsize
 
-    def empty(self, shape, layout, part):
+    def empty(self, shape, layout, side):
         return jnp.zeros(shape, jnp.dtype(self.dtype))
 
     def grow(self, packed, size, layout):
@@ -53,7 +53,7 @@ class Raw(Codec):
     def take(self, packed, pos):
         return rows.take_tokens(packed, pos)
 
-    def put(self, packed, codes, slot):
+    def copy_in(self, packed, codes, slot):
         return rows.put_slots(packed, codes, slot)
 
     def slice_tokens(self, packed, start, size):

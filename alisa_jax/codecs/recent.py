@@ -102,7 +102,7 @@ class Recent:
         slot = jnp.where((at >= start) & (at < start + size), at - start, -1)
         return self.replace(slot=jnp.broadcast_to(slot[:, None], self.x.shape[:3]))
 
-    def put(self, other: Recent, slot: jax.Array, M: int) -> Recent:
+    def copy_in(self, other: Recent, slot: jax.Array, M: int) -> Recent:
         """With the tokens of `other`, which lie in its slots 0 .. E-1, in `slot` [B, P, E] of M instead."""
         B, P, E = slot.shape
         slot = jnp.where((slot >= 0) & (slot < M), slot, M)

@@ -16,7 +16,7 @@ class TokenWise(Codec):
         """The packed form of x [..., H]: arrays [..., *]."""
         raise NotImplementedError
 
-    def empty(self, shape, layout, part):
+    def empty(self, shape, layout, side):
         like = jax.eval_shape(self.codes_of, jax.ShapeDtypeStruct(shape, jnp.float32))
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
@@ -36,7 +36,7 @@ class TokenWise(Codec):
     def take(self, packed, pos):
         return jax.tree.map(lambda x: rows.take_tokens(x, pos), packed)
 
-    def put(self, packed, codes, slot):
+    def copy_in(self, packed, codes, slot):
         return jax.tree.map(lambda old, new: rows.put_slots(old, new, slot), packed, codes)
 
     def slice_tokens(self, packed, start, size):

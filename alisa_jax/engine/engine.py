@@ -22,7 +22,7 @@ from alisa_jax.engine.batch import Batch
 from alisa_jax.engine.generate import Generated
 from alisa_jax.engine.layers import assemble
 from alisa_jax.engine.progress import progress_bar
-from alisa_jax.engine.sampling import Sampling, batch_keys, choose
+from alisa_jax.engine.sampling import Sampling, batch_keys, next_token
 from alisa_jax.kv.buckets import bucket, stages
 from alisa_jax.kv.state import bytes_of
 
@@ -53,10 +53,10 @@ class Engine:
     model: as returned by `alisa_jax.load`. policy, codec: specs such as "swa(kv_sparsity=0.8)" and "raw", or the objects.
     route: "working_set", "indexed", "masked", or "auto" for the first that the policy serves. attention_impl: "xla",
     "pallas" (the kernels of `pallas_kernels`, which need a GPU), "interpret" (the same kernels interpreted, for tests), or
-    "auto" for kernels where they run and XLA elsewhere; `chosen` tells which, and why. calibration: statistics of the model
-    (`eval.calibrate`) for the methods that need them, or the path of their file; None: `calibration.json` in the folder that
-    the model was read from, where there is one. Raises ValueError or `spec.SpecError`, in one sentence, for what does not go
-    together.
+    "auto" for kernels where they run and XLA elsewhere; `attention_choice` tells which, and why. calibration: statistics
+    of the model (`eval.calibrate`) for the methods that need them, or the path of their file; None: `calibration.json` in
+    the folder that the model was read from, where there is one. Raises ValueError or `spec.SpecError`, in one sentence,
+    for what does not go together.
     """
 
     def __init__(
@@ -74,16 +74,16 @@ class Engine:
         elif not isinstance(calibration, Calibration):
             calibration = Calibration.load(calibration)
         dtype = jax.tree.leaves(model.params)[0].dtype
-        self.policy, self.codec, self.layers, self.chosen = assemble(
+        self.policy, self.codec, self.layers, self.attention_choice = assemble(
             decoder, policy, codec, dtype, route, attention_impl, calibration
         )
         self.compiles = 0
         self._prefill = self._jit(functools.partial(step.prefill, decoder, self.layers), static_argnums=3)
-        self._chosen = self._jit(
-            functools.partial(step.chosen, decoder, self.policy, self.chosen.impl), static_argnums=3
+        self._filter_prompt = self._jit(
+            functools.partial(step.filter_prompt, decoder, self.policy, self.attention_choice.impl), static_argnums=3
         )
         self._judge = self._jit(step.judge)
-        self._choose = self._jit(choose)
+        self._next_token = self._jit(next_token)
         self._generate = self._jit(functools.partial(step.generate_chunk, decoder), donate_argnums=1)
         self._score = self._jit(functools.partial(step.score_chunk, decoder), donate_argnums=1)
         self._masked = self._jit(functools.partial(step.score_masked, decoder, self.layers))
@@ -103,12 +103,12 @@ class Engine:
     @property
     def implementation(self) -> str:
         """The routes that run and what computes them, for example "xla:working_set"."""
-        return f"{self.chosen.impl}:" + "+".join(sorted({layer.route for layer in self.layers}))
+        return f"{self.attention_choice.impl}:" + "+".join(sorted({layer.route for layer in self.layers}))
 
     @property
     def implementation_reason(self) -> str:
         """Why attention is computed by what `implementation` names."""
-        return self.chosen.reason
+        return self.attention_choice.reason
 
     def validate(self, tokens: int, prompt_tokens: int = 0) -> None:
         """Raise ValueError unless sequences of `tokens` tokens can be served, the first of them as a dense prompt."""

@@ -30,7 +30,7 @@ class Generated:
 
     tokens: list[list[int]]  # new tokens, up to and including the one that ended the sequence
     texts: list[str] | None  # text of the prompt and of the new tokens; None for a model without a tokenizer
-    margins: list[np.ndarray]  # by how much each new token was chosen: see `sampling.choose`
+    margins: list[np.ndarray]  # by how much each new token was chosen: see `sampling.next_token`
     compiles: int  # programs traced during the call
     wall_s: float  # all of the call
     completions: list[str] | None  # text of the new tokens, cut before the stop string; None without a tokenizer
@@ -99,7 +99,7 @@ def run(
     fed, logits, kv, _ = prompts.begin(engine, batch, max_new_tokens)
     longest = int(fed.length.max())
     S = bucket(longest)
-    first = engine._choose(logits, _draw(drawn, 0), jnp.int32(0))
+    first = engine._next_token(logits, _draw(drawn, 0), jnp.int32(0))
     token, made = first[0], 1
     columns = [np.asarray(x)[:, None] for x in first]  # waits for the device
     prefill_s = time.perf_counter() - start

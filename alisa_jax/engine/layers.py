@@ -17,7 +17,7 @@ class Assembled(NamedTuple):
     policy: policies.Policy  # resolved for the model
     codec: codecs.Codec  # likewise
     layers: tuple[Kind, ...]
-    chosen: compute.Choice  # what attends, and why
+    choice: compute.Choice  # what attends, and why
 
 
 def assemble(
@@ -38,14 +38,14 @@ def assemble(
     more = {"calibration": calibration, "config": c} if asked.calibrates else {}
     stored = asked.resolve(dtype, NO_ROTATION if raw_keys else rotation, **more)
     turning = rotation if raw_keys and rotation.angles else None
-    chosen = compute.choose(attention_impl, stored, dtype, c.head_dim, _xla_only(each, turning, c))
+    choice = compute.choose(attention_impl, stored, dtype, c.head_dim, _xla_only(each, turning, c))
     layers = tuple(
-        Kind(p, stored.for_layer(i), p.routes[0] if route == "auto" else route, chosen.impl, turning)
+        Kind(p, stored.for_layer(i), p.routes[0] if route == "auto" else route, choice.impl, turning)
         for i, p in enumerate(each)
     )
     for kind in layers:
         attention.check(kind.policy, kind.codec, kind.route, 1, c.n_heads, c.n_kv_heads)
-    return Assembled(policy, stored, layers, chosen)
+    return Assembled(policy, stored, layers, choice)
 
 
 def _xla_only(each, turning, config) -> str | None:

@@ -50,7 +50,9 @@ def condensed(engine, batch: Batch) -> Batch:
     if layer is None:
         return batch
     S = prompt_bucket(int(batch.length.max()))
-    at = np.asarray(engine._chosen(engine.model.params, jnp.asarray(batch.padded(S)), jnp.asarray(batch.length), layer))
+    at = np.asarray(
+        engine._filter_prompt(engine.model.params, jnp.asarray(batch.padded(S)), jnp.asarray(batch.length), layer)
+    )
     return Batch.from_lists([row[p[p >= 0]].tolist() for row, p in zip(batch.tokens, at, strict=True)])
 
 

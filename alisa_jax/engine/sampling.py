@@ -131,7 +131,7 @@ class Forced(NamedTuple):
     made: jax.Array  # [] int32: tokens[:, made] is the next
 
 
-def choose(logits: jax.Array, draw: Draw | Forced | None, step) -> tuple[jax.Array, jax.Array, jax.Array]:
+def next_token(logits: jax.Array, draw: Draw | Forced | None, step) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Token [B] int32, margin [B] and log-probability [B] from logits [B, V]; `draw` None is greedy.
 
     step: [] int32, steps since `draw` was made. margin: by how much the token won: its logit minus the best of the others

@@ -53,7 +53,7 @@ def prefill(decoder: Decoder, layers, params, tokens, length, room: int = 0) -> 
     return decoder.unembed(params, last)[:, 0], tuple(kv)
 
 
-def chosen(decoder: Decoder, policy, impl: str, params, tokens, length, layer: int) -> jax.Array:
+def filter_prompt(decoder: Decoder, policy, impl: str, params, tokens, length, layer: int) -> jax.Array:
     """Which tokens of prompts, tokens [B, S] and length [B], `policy` feeds by what it reads in `layer`: [B, n] int32.
 
     Of that layer only queries and keys are computed, of later ones nothing.
@@ -102,15 +102,15 @@ def lengths(layer) -> jax.Array:
 def waits(kv) -> jax.Array:
     """[] bool: some layer waits for rows that are not on the device."""
     stores = [part.store for layer in kv if not isinstance(layer, LayerState) for part in layer]
-    due = [store.due.any() for store in stores if isinstance(store, Ring)]
-    return jnp.any(jnp.stack(due)) if due else jnp.zeros((), jnp.bool_)
+    pending = [store.pending.any() for store in stores if isinstance(store, Ring)]
+    return jnp.any(jnp.stack(pending)) if pending else jnp.zeros((), jnp.bool_)
 
 
 class Chunk(NamedTuple):
     """A chunk of generation; columns from `steps` on hold nothing."""
 
     tokens: jax.Array  # [B, CHUNK_STEPS] int32
-    margins: jax.Array  # [B, CHUNK_STEPS] float32: see `sampling.choose`
+    margins: jax.Array  # [B, CHUNK_STEPS] float32: see `sampling.next_token`
     logprobs: jax.Array  # [B, CHUNK_STEPS] float32, nats, of the tokens under the model's own distribution
     token: jax.Array  # [B] int32, to be fed next
     done: jax.Array  # [B] bool: a stop token has been produced
@@ -124,7 +124,7 @@ def is_stop(token: jax.Array, eos: jax.Array) -> jax.Array:
 
 def generate_chunk(decoder: Decoder, params, kv: KVState, token, done, eos, n, draw=None) -> tuple[Chunk, KVState]:
     """Up to n <= CHUNK_STEPS steps from `token` [B]; ends early when every sequence is done, and after a step that leaves
-    rows due.
+    rows pending.
 
     draw: a `sampling.Draw` or `Forced`, or None for greedy steps.
     """
@@ -135,7 +135,7 @@ def generate_chunk(decoder: Decoder, params, kv: KVState, token, done, eos, n, d
     def body(carry):
         out, kv = carry
         logits, kv, _ = decode(decoder, params, kv, out.token)
-        token, margin, logprob = sampling.choose(logits, draw, out.steps)
+        token, margin, logprob = sampling.next_token(logits, draw, out.steps)
         return Chunk(
             jax.lax.dynamic_update_slice(out.tokens, token[:, None], (0, out.steps)),
             jax.lax.dynamic_update_slice(out.margins, margin[:, None], (0, out.steps)),

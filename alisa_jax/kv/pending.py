@@ -6,27 +6,29 @@ import flax
 import jax
 import jax.numpy as jnp
 
-DUE_ROWS = 16  # per layer, sequence and selection head; an exchange that needs more breaks off and is called again
+PENDING_ROWS = 16  # per layer, sequence and selection head; an exchange that needs more breaks off and is called again
 
 
 @flax.struct.dataclass
-class Due:
+class Pending:
     """Rows that slots wait for; -1 where none."""
 
-    pos: jax.Array  # [B, P, DUE_ROWS] int32
-    slot: jax.Array  # [B, P, DUE_ROWS] int32
+    pos: jax.Array  # [B, P, PENDING_ROWS] int32
+    slot: jax.Array  # [B, P, PENDING_ROWS] int32
     more: jax.Array  # [] bool: the exchange broke off
 
     @staticmethod
-    def empty(B: int, P: int) -> Due:
-        """Nothing is due."""
-        pos, slot = (jnp.full((B, P, DUE_ROWS), -1, jnp.int32) for _ in range(2))  # two buffers: each may be donated
-        return Due(pos, slot, jnp.zeros((), jnp.bool_))
+    def empty(B: int, P: int) -> Pending:
+        """Nothing is pending."""
+        pos, slot = (
+            jnp.full((B, P, PENDING_ROWS), -1, jnp.int32) for _ in range(2)
+        )  # two buffers: each may be donated
+        return Pending(pos, slot, jnp.zeros((), jnp.bool_))
 
-    def note(self, slot: jax.Array, pos: jax.Array, absent: jax.Array) -> Due:
-        """With the loads `slot`, `pos` [B, P, E] that are `absent` [B, P, E] added behind those that are due already."""
+    def note(self, slot: jax.Array, pos: jax.Array, absent: jax.Array) -> Pending:
+        """With the loads `slot`, `pos` [B, P, E] that are `absent` [B, P, E] added behind those that are pending already."""
         rank = jnp.cumsum(absent, axis=-1, dtype=jnp.int32) - 1
-        at = jnp.where(absent, rank + self.count()[..., None], DUE_ROWS)
+        at = jnp.where(absent, rank + self.count()[..., None], PENDING_ROWS)
         b, p = (jax.lax.broadcasted_iota(jnp.int32, at.shape, i) for i in (0, 1))
         put = lambda old, new: old.at[b, p, at].set(new, mode="drop")
         return self.replace(pos=put(self.pos, pos), slot=put(self.slot, slot))
@@ -37,10 +39,10 @@ class Due:
 
     def room(self, E: int) -> jax.Array:
         """[] bool: `E` more fit for each sequence and head."""
-        return jnp.max(self.count()) + E <= DUE_ROWS
+        return jnp.max(self.count()) + E <= PENDING_ROWS
 
     def any(self) -> jax.Array:
-        """[] bool: something is due, or the exchange broke off."""
+        """[] bool: something is pending, or the exchange broke off."""
         return self.more | jnp.any(self.pos >= 0)
 
     def hide(self, bias: jax.Array) -> jax.Array:

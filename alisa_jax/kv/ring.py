@@ -1,7 +1,7 @@
 """The part of a store that is on the device when older tokens are elsewhere: a ring of the newest rows.
 
 Position p lies in row p mod C, C a multiple of the page, so a page is one run of rows and nothing ever shifts. Rows below
-`host` [B] are not here, whatever the ring still holds of them. What a policy asks for and is not here becomes *due*: the
+`host` [B] are not here, whatever the ring still holds of them. What a policy asks for and is not here becomes *pending*: the
 slot of the working set waits for its row, and somebody outside has to bring it.
 """
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax.kv import rows
-from alisa_jax.kv.pending import Due
+from alisa_jax.kv.pending import Pending
 
 
 @flax.struct.dataclass
@@ -24,13 +24,13 @@ class Ring:
     k: Any  # packed [B, C, K, H]
     v: Any  # packed [B, C, K, H]
     host: jax.Array  # [B] int32: positions below are not here
-    due: Due
+    pending: Pending
 
     @staticmethod
     def empty(codec, B: int, C: int, K: int, H: int, P: int) -> Ring:
         """A ring of C rows that holds nothing."""
-        k, v = (codec.empty((B, C, K, H), "tokens", part) for part in "kv")
-        return Ring(k, v, jnp.zeros((B,), jnp.int32), Due.empty(B, P))
+        k, v = (codec.empty((B, C, K, H), "tokens", side) for side in "kv")
+        return Ring(k, v, jnp.zeros((B,), jnp.int32), Pending.empty(B, P))
 
     def append(self, codec, k: jax.Array, v: jax.Array, length: jax.Array) -> Ring:
         """Write `k`, `v` [B, K, H] of the token at position `length` [B]."""

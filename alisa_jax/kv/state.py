@@ -62,7 +62,7 @@ class WorkingSet:
     def load(self, codec, store, slot: jax.Array, pos: jax.Array) -> WorkingSet:
         """Copy codes of tokens `pos` [B, P, E] of the store or ring into `slot` [B, P, E]; -1 copies nothing."""
         k, v = store.take(codec, pos)
-        return self.replace(k=codec.put(self.k, k, slot), v=codec.put(self.v, v, slot))
+        return self.replace(k=codec.copy_in(self.k, k, slot), v=codec.copy_in(self.v, v, slot))
 
     def freeze(self, codec) -> WorkingSet:
         """The same tokens, all of them encoded (`Codec.freeze`)."""

@@ -12,11 +12,11 @@ import numpy as np
 
 from alisa_jax.kv.buckets import bucket
 from alisa_jax.kv.state import tree_bytes
-from alisa_jax.offload.run import Base, page_range
+from alisa_jax.offload.run import PlacedRun, page_range
 from alisa_jax.placement.plan import PAGE_TOKENS, Plan, pages, stream_pages
 
 
-class Streaming(Base):
+class LayerRun(PlacedRun):
     """See above."""
 
     layout_of_pages = "slots"
@@ -63,7 +63,7 @@ class Streaming(Base):
         self.kv = tuple(kv)
         self.meter.recomputed_rows += L * sum(prefixes.values())
         self.meter.recomputed_tokens += sum(prefixes.values())
-        self._take(programs.choose(programs.unembed(self.params, x), self._draw(), jnp.int32(0)))
+        self._take(programs.next_token(programs.unembed(self.params, x), self._draw(), jnp.int32(0)))
 
     def _stream(self, layer: int, ranges: dict[int, tuple[int, int]]):
         """(leaves of each group, first position of each away sequence) of a layer's host rows; ((), zeros) for nothing."""

@@ -1,7 +1,7 @@
 """Placed runs of policies that select.
 
-Rows that a working set wants and the device does not have are *due* after a step. They are loaded or recomputed before the
-next step (lag 0), or while it runs, without them (lag 1).
+Rows that a working set wants and the device does not have are *pending* after a step. They are loaded or recomputed
+before the next step (lag 0), or while it runs, without them (lag 1).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 
 from alisa_jax.kv.buckets import bucket
 from alisa_jax.kv.state import tree_bytes
-from alisa_jax.offload.run import Base
+from alisa_jax.offload.run import PlacedRun
 from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Positions, Rows
 
 
-class Wishes(NamedTuple):
+class Requests(NamedTuple):
     """n tokens that slots of the away part are to hold, in the order of placed layer, sequence and position."""
 
     layer: np.ndarray  # [n] int32
@@ -26,9 +26,9 @@ class Wishes(NamedTuple):
     pos: np.ndarray  # [n] int32
     slots: np.ndarray  # [n, P] int32, -1 for a selection head that does not hold the token
 
-    def where(self, chosen: np.ndarray) -> Wishes:
+    def where(self, chosen: np.ndarray) -> Requests:
         """Those where `chosen` [n] is true."""
-        return Wishes(*(x[chosen] for x in self))
+        return Requests(*(x[chosen] for x in self))
 
     def by_key(self, first: int) -> Positions:
         """{(layer, sequence): positions}, sequences of the batch, of which `first` are before the away part."""
@@ -41,7 +41,7 @@ class Wishes(NamedTuple):
         }
 
 
-def wishes(pos: np.ndarray, slot: np.ndarray) -> Wishes:
+def requests(pos: np.ndarray, slot: np.ndarray) -> Requests:
     """Tokens `pos` [L, B, P, E] (-1: none) in slots `slot` of their selection head, as one list."""
     layer, sequence, head, e = np.nonzero(pos >= 0)
     found = pos[layer, sequence, head, e]
@@ -51,10 +51,10 @@ def wishes(pos: np.ndarray, slot: np.ndarray) -> Wishes:
     new[1:] = (np.diff(key, axis=0) != 0).any(axis=1)
     slots = np.full((int(new.sum()), pos.shape[2]), -1, np.int32)
     slots[np.cumsum(new) - 1, head[order]] = slot[layer, sequence, head, e][order]
-    return Wishes(*key[new].T, slots)
+    return Requests(*key[new].T, slots)
 
 
-def rounds(rows: Wishes, pages: int, gather: bool) -> Iterable[Wishes]:
+def rounds(rows: Requests, pages: int, gather: bool) -> Iterable[Requests]:
     """`rows` in pieces that staging has room for: `pages` pages of single rows, or the rows of `pages` pages, each whole.
 
     A page that lay in two pieces would travel twice, and its plan says once.
@@ -68,10 +68,10 @@ def rounds(rows: Wishes, pages: int, gather: bool) -> Iterable[Wishes]:
         yield rows.where((place >= i) & (place < i + pages))
 
 
-NOTHING = Wishes(*(np.zeros(0, np.int32) for _ in range(3)), np.zeros((0, 1), np.int32))
+NOTHING = Requests(*(np.zeros(0, np.int32) for _ in range(3)), np.zeros((0, 1), np.int32))
 
 
-class Selecting(Base):
+class RowRun(PlacedRun):
     """See above."""
 
     layout_of_pages = "tokens"
@@ -79,7 +79,7 @@ class Selecting(Base):
     def __init__(self, *args):
         super().__init__(*args)
         self.lag = getattr(self.controller, "lag", 0)
-        self.due = NOTHING
+        self.pending = NOTHING
         self.waiting = None
 
     def step(self) -> None:
@@ -90,14 +90,14 @@ class Selecting(Base):
             self._step_behind(now)
             return
         more = False if self.waiting is None else bool(self.waiting.more)
-        if quiet == now or asks or len(self.due.pos) or more:
+        if quiet == now or asks or len(self.pending.pos) or more:
             held = self._held() if asks else None
             self._bring(self._ask(now, held), held)
             while more:
                 self.kv, self.waiting = self.programs.resume(self.kv)
                 more = self._read_due(self.waiting)
-                if len(self.due.pos):
-                    self._bring(self._ask(now, self.due if asks else None), None)
+                if len(self.pending.pos):
+                    self._bring(self._ask(now, self.pending if asks else None), None)
             away = any(span.host for span in self.spans)
             asks = self.controller.reads_wanted and away
         n = 1 if asks or (self.lag and away) else max(1, self.quiet_until(now + 1) - now)
@@ -107,16 +107,16 @@ class Selecting(Base):
         self._take(self._columns(out, taken))
 
     def _step_behind(self, now: int) -> None:
-        """lag 1: rows that became due at the last step come while this one runs, and count from the next one on."""
+        """lag 1: rows that became pending at the last step come while this one runs, and count from the next one on."""
         held = self._held() if self.controller.reads_wanted else None
-        self.due, before = NOTHING, self.waiting
+        self.pending, before = NOTHING, self.waiting
         plan = self._ask(now, held)
         out, self.waiting = self._chunk(1)
         if held is not None:
             self._bring(plan, held)
         elif before is not None:
             self._read_due(before)
-            if len(self.due.pos):
+            if len(self.pending.pos):
                 self._bring(self._ask(now, None), None)
         self._take(self._columns(out, 1))
 
@@ -124,28 +124,28 @@ class Selecting(Base):
         host = jnp.asarray([span.host for span in self.spans[self.whole :]], jnp.int32)
         self.kv = self.programs.move_host(self.kv, host)
 
-    def _ask(self, now: int, held: Wishes | None) -> Plan:
+    def _ask(self, now: int, held: Requests | None) -> Plan:
         wanted = {} if held is None else held.by_key(self.whole)
-        return self.decide(now, wanted, self.due.by_key(self.whole))
+        return self.decide(now, wanted, self.pending.by_key(self.whole))
 
-    def _held(self) -> Wishes:
+    def _held(self) -> Requests:
         """What the next query attends besides its own token."""
         pos = np.asarray(self.programs.held(self.kv))
-        return wishes(pos, np.broadcast_to(np.arange(pos.shape[3], dtype=np.int32), pos.shape))
+        return requests(pos, np.broadcast_to(np.arange(pos.shape[3], dtype=np.int32), pos.shape))
 
     def _read_due(self, waiting) -> bool:
-        """Note what is due; returns whether an exchange broke off."""
-        self.due = NOTHING
+        """Note what is pending; returns whether an exchange broke off."""
+        self.pending = NOTHING
         if waiting is None:
             return False
         pos = np.asarray(waiting.pos)
         if (pos >= 0).any():
-            self.due = wishes(pos, np.asarray(waiting.slot))
+            self.pending = requests(pos, np.asarray(waiting.slot))
         return bool(waiting.more)
 
-    def _bring(self, plan: Plan, held: Wishes | None) -> None:
+    def _bring(self, plan: Plan, held: Requests | None) -> None:
         """Load and recompute what `plan` says, into the slots that wait for it or hold it."""
-        asked = self.due if held is None else held
+        asked = self.pending if held is None else held
         S = max(self.setting.final_tokens)
         loaded = np.zeros((self.setting.layers, self.setting.batch - self.whole, S), bool)
         for row in plan.load:
@@ -155,15 +155,15 @@ class Selecting(Base):
         dropped = np.asarray([span.dropped for span in self.spans[self.whole :]], np.int32)
         load = loaded[asked.layer, asked.sequence, asked.pos]
         again = (asked.pos < dropped[asked.sequence]) & bool(plan.recompute)
-        at = self.due.layer, self.due.sequence, self.due.pos
-        if not (loaded[at] | (self.due.pos < dropped[self.due.sequence])).all():
+        at = self.pending.layer, self.pending.sequence, self.pending.pos
+        if not (loaded[at] | (self.pending.pos < dropped[self.pending.sequence])).all():
             raise RuntimeError("the plan leaves rows out that are waited for")
         for rows in rounds(asked.where(load), self.setting.layers * loaded.shape[1], self.setting.gather):
             self._load(rows)
         if again.any():
             self._recompute(asked.where(again), plan.recompute)
 
-    def _load(self, rows: Wishes) -> None:
+    def _load(self, rows: Requests) -> None:
         for leaves, index in self.mover.fetch(rows.layer, rows.sequence, rows.pos):
             size = tree_bytes(leaves)
             self._hold(size)
@@ -174,7 +174,7 @@ class Selecting(Base):
             del leaves
             self.meter.hold("device", -size)
 
-    def _recompute(self, rows: Wishes, prefixes: Iterable[Rows]) -> None:
+    def _recompute(self, rows: Requests, prefixes: Iterable[Rows]) -> None:
         stops = {b: stop for b, (_, stop) in self._ranges(prefixes).items()}
         sequences = np.unique(rows.sequence)
         L, P = self.setting.layers, rows.slots.shape[1]

@@ -18,22 +18,22 @@ from alisa_jax import placement
 from alisa_jax.engine.progress import progress_bar
 from alisa_jax.engine.prompts import condensed
 from alisa_jax.offload import settings
-from alisa_jax.offload.by_layers import Streaming
-from alisa_jax.offload.by_rows import Selecting
+from alisa_jax.offload.by_layers import LayerRun
+from alisa_jax.offload.by_rows import RowRun
 from alisa_jax.offload.programs import Programs
 from alisa_jax.placement import mover
 from alisa_jax.placement.plan import Controller, Setting
 
 
 @dataclass(frozen=True)
-class Run:
+class PlacedResult:
     """What `Placed.generate` returns. Bytes are of K, V and all else that a cache keeps: working sets, statistics, staging.
 
     A row is a token of one layer and sequence. tokens_per_s = batch * new tokens / (prefill_s + decode_s).
     """
 
     tokens: list[list[int]]  # new tokens of each prompt
-    margins: list[np.ndarray]  # by how much each was chosen: see `sampling.choose`
+    margins: list[np.ndarray]  # by how much each was chosen: see `sampling.next_token`
     logprobs: list[np.ndarray]  # nats, of each new token
     prefill_s: float  # until the first new tokens are known
     decode_s: float
@@ -99,7 +99,7 @@ class Placed:
         settings.check(self.controller, setting)
         return setting
 
-    def generate(self, prompts, max_new_tokens: int, progress: bool = False) -> Run:
+    def generate(self, prompts, max_new_tokens: int, progress: bool = False) -> PlacedResult:
         """Greedy continuation of a ragged batch by `max_new_tokens` tokens each.
 
         prompts: as of `Engine.generate`. Raises ValueError, before anything runs, for what the controller refuses and for
@@ -107,11 +107,11 @@ class Placed:
         """
         return self._run(prompts, max_new_tokens, None, progress)
 
-    def score(self, sequences, prompt_tokens: int, progress: bool = False) -> Run:
+    def score(self, sequences, prompt_tokens: int, progress: bool = False) -> PlacedResult:
         """Log-probabilities of sequences, all of one length, from token `prompt_tokens` on, fed token by token.
 
-        The first `prompt_tokens` are a dense prompt. `Run.logprobs` has an entry for each later token, `Run.tokens` repeats
-        them. Raises ValueError as `generate` does, and for sequences of different lengths.
+        The first `prompt_tokens` are a dense prompt. `PlacedResult.logprobs` has an entry for each later token,
+        `PlacedResult.tokens` repeats them. Raises ValueError as `generate` does, and for sequences of different lengths.
         """
         batch = self.engine.batch(sequences)
         if len(set(batch.length.tolist())) > 1 or not 1 <= prompt_tokens < batch.length[0]:
@@ -122,7 +122,7 @@ class Placed:
         prompts = [row[:prompt_tokens].tolist() for row in batch.tokens]
         return self._run(prompts, int(batch.length[0]) - prompt_tokens, batch.tokens[:, prompt_tokens:], progress)
 
-    def _run(self, prompts, new_tokens: int, forced: np.ndarray | None, progress: bool) -> Run:
+    def _run(self, prompts, new_tokens: int, forced: np.ndarray | None, progress: bool) -> PlacedResult:
         start, compiles = time.perf_counter(), self.engine.compiles
         batch = self.engine.batch(prompts)
         if new_tokens < 1:
@@ -134,7 +134,7 @@ class Placed:
         batch = condensed(self.engine, batch)
         reading = time.perf_counter() - reading
         setting = self.check(batch.length.tolist(), new_tokens)
-        kind = Selecting if setting.selects else Streaming
+        kind = RowRun if setting.selects else LayerRun
         runs, first = [], 0
         meter = mover.Meter(self.device_kv_bytes, self.host_kv_bytes)
         with progress_bar(progress, new_tokens * setting.batch, str(self.controller)) as shown:
@@ -146,7 +146,7 @@ class Placed:
                 run.run(lambda tokens, batch=part.batch: shown.update(tokens * batch))
                 runs.append(run)
         columns = [[row for run in runs for row in np.concatenate(run.columns[i], axis=1)] for i in range(3)]
-        return Run(
+        return PlacedResult(
             tokens=[row.tolist() for row in columns[0]],
             margins=columns[1],
             logprobs=columns[2],

@@ -16,7 +16,7 @@ from alisa_jax.attention import parts
 from alisa_jax.attention.compute import causal
 from alisa_jax.attention.parts import Leaves, Part, Parts, Streamed
 from alisa_jax.engine import step
-from alisa_jax.engine.sampling import choose
+from alisa_jax.engine.sampling import next_token
 from alisa_jax.models.decoder import Decoder
 from alisa_jax.placement.plan import PAGE_TOKENS
 
@@ -30,10 +30,10 @@ class Cut(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """What the away parts of the placed layers wait for; shapes as in `kv.pending.Due` with a layer axis in front."""
+    """What the away parts of the placed layers wait for; shapes as in `kv.pending.Pending` with a layer axis in front."""
 
-    pos: jax.Array  # [L, B, P, DUE_ROWS] int32
-    slot: jax.Array  # [L, B, P, DUE_ROWS] int32
+    pos: jax.Array  # [L, B, P, PENDING_ROWS] int32
+    slot: jax.Array  # [L, B, P, PENDING_ROWS] int32
     more: jax.Array  # [] bool
 
 
@@ -65,19 +65,19 @@ def prefill_layer(
 
 
 def steps(decoder: Decoder, placed: tuple[int, ...], params, kv, token, done, eos, n, draw):
-    """`step.generate_chunk` on layers in parts, with what is due after it (None: no part is away)."""
+    """`step.generate_chunk` on layers in parts, with what is pending after it (None: no part is away)."""
     out, kv = step.generate_chunk(decoder, params, kv, token, done, eos, n, draw)
     return out, kv, waiting(placed, kv)
 
 
 def waiting(placed: tuple[int, ...], kv) -> Waiting | None:
-    """What is due in `kv`, as one set of arrays of its own."""
+    """What is pending in `kv`, as one set of arrays of its own."""
     stores = [kv[layer][-1].store for layer in placed]
-    if not all(hasattr(store, "due") for store in stores):
+    if not all(hasattr(store, "pending") for store in stores):
         return None
-    due = [store.due for store in stores]
-    more = jnp.any(jnp.stack([d.more for d in due]))
-    return Waiting(jnp.stack([d.pos for d in due]), jnp.stack([d.slot for d in due]), more)
+    pending = [store.pending for store in stores]
+    more = jnp.any(jnp.stack([d.more for d in pending]))
+    return Waiting(jnp.stack([d.pos for d in pending]), jnp.stack([d.slot for d in pending]), more)
 
 
 def held(placed: tuple[int, ...], kv) -> jax.Array:
@@ -107,7 +107,7 @@ def deliver(placed: tuple[int, ...], clear: bool, kv, leaves: Leaves, layer, seq
 
 
 def resume(placed: tuple[int, ...], kv):
-    """The exchanges that broke off, continued; and what is due then."""
+    """The exchanges that broke off, continued; and what is pending then."""
     kv = _away(placed, kv, lambda _, state: parts.resume(state))
     return kv, waiting(placed, kv)
 
@@ -200,7 +200,7 @@ class Programs:
         self.embed = jit(on(embed, decoder))
         self.last_logits = jit(on(last_logits, decoder))
         self.prefill_layer = jit(on(prefill_layer, decoder), static_argnums=(0, 1, 2))
-        self.choose = jit(choose)
+        self.next_token = jit(next_token)
         self.steps = jit(on(steps, decoder, placed), donate_argnums=1)
         self.held = jit(on(held, placed))
         self.ring_pages = jit(on(ring_pages, placed))

@@ -18,7 +18,7 @@ from alisa_jax.placement.mover import Meter, Mover
 from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Rows, Setting, Span, View, pages
 
 
-class Base:
+class PlacedRun:
     """What both kinds share: the prompt, the loop, and stores and drops. `placed` is the `offload.engine.Placed`."""
 
     layout_of_pages = ""
@@ -70,7 +70,7 @@ class Base:
         raise NotImplementedError
 
     def prefill(self) -> tuple:
-        """The prompt, layer by layer; the first new token as `choose` gives it."""
+        """The prompt, layer by layer; the first new token as `next_token` gives it."""
         setting, placed = self.setting, self.placed
         T = PAGE_TOKENS * pages(max(setting.prompt_tokens))
         tokens = np.zeros((setting.batch, T), np.int32)
@@ -101,7 +101,7 @@ class Base:
             self.meter.hold("device", -size)
         self.kv = tuple(kv)
         logits = self.programs.last_logits(self.params, x, length)
-        return self.programs.choose(logits, self._draw(), jnp.int32(0))
+        return self.programs.next_token(logits, self._draw(), jnp.int32(0))
 
     def decide(self, step_: int, wanted, entering) -> Plan:
         """Ask the controller, carry out drops and what it stores of the ring, and move to its spans."""
@@ -202,7 +202,7 @@ class Base:
         return [np.asarray(x)[:, :taken] for x in (out.tokens, out.margins, out.logprobs)]
 
     def _chunk(self, n: int):
-        """Up to n steps in one program; returns what is due after them."""
+        """Up to n steps in one program; returns what is pending after them."""
         n = jnp.int32(min(n, step.CHUNK_STEPS))
         out, self.kv, waiting = self.programs.steps(
             self.params, self.kv, self.token, self.done, self.eos, n, self._draw()

@@ -13,7 +13,7 @@ def full_pages(tokens: int) -> int:
     return tokens // PAGE_TOKENS * PAGE_TOKENS
 
 
-def settle(view: View, spans: Sequence[Span]) -> tuple[tuple[Rows, ...], tuple[Rows, ...]]:
+def moves_between(view: View, spans: Sequence[Span]) -> tuple[tuple[Rows, ...], tuple[Rows, ...]]:
     """(store, drop): the rows that take the tokens from `view.spans` to `spans`.
 
     What is deleted without having been on the host goes from the device straight to nowhere.

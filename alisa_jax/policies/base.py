@@ -166,7 +166,7 @@ class Policy:
         each sequence; "sum": [B, mass_heads, S] float32, summed over all queries; "none": None. length: [B].
         Returns the statistics and `pos` [B, P, M]: which token each slot of the working set is to hold.
         """
-        return stats, settle(self.select(stats, length, dims.S), dims.M)
+        return stats, slots_of(self.select(stats, length, dims.S), dims.M)
 
     def compact(self, k: jax.Array, v: jax.Array, rows, length: jax.Array, dims: Dims) -> Compacted:
         """Keys and values of a dense prompt as the slots are to hold them, for a policy that `compacts`.
@@ -253,7 +253,7 @@ def column(length: jax.Array) -> jax.Array:
     return length[:, None, None]
 
 
-def settle(keep: jax.Array, M: int) -> jax.Array:
+def slots_of(keep: jax.Array, M: int) -> jax.Array:
     """Slots for a mask: `keep` [B, P, S] bool -> `pos` [B, P, M] int32, -1 where a slot stays empty.
 
     With M = S slot p holds position p; otherwise the kept positions are packed in ascending order.

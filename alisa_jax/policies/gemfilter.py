@@ -81,7 +81,7 @@ class GemFilter(Dense):
         T = k.shape[1]
         inside = base.positions(T) < base.column(length)  # [B, 1, T]
         best = swap.top_mask(jnp.where(inside, self.scores(q, k, length)[:, None], -jnp.inf), jnp.int32(self.tokens))
-        return base.settle(best, min(self.tokens, T))[:, 0]
+        return base.slots_of(best, min(self.tokens, T))[:, 0]
 
     def scores(self, q: jax.Array, k: jax.Array, length: jax.Array) -> jax.Array:
         """What tokens compete by, [B, T] float32, no NaN: q [B, N, H] of the last token, k [B, T, K, H], length [B]."""

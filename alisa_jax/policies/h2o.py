@@ -90,7 +90,7 @@ class H2O(base.Policy):
         p, n = base.positions(dims.S), base.column(length)
         rows = jnp.where(jnp.isnan(rows), jnp.float32(0.0), rows)
         old = jnp.where(p < first, self._rank(rows, p, n, dims.K), -jnp.inf)
-        pos = base.settle(swap.top_mask(old, heavy) | ((p >= first) & (p < n)), dims.M)
+        pos = base.slots_of(swap.top_mask(old, heavy) | ((p >= first) & (p < n)), dims.M)
         at = _for_each(pos, rows.shape[1])
         return jnp.where(at >= 0, swap.take(rows, jnp.maximum(at, 0)), jnp.float32(0.0)), pos
 

@@ -107,7 +107,7 @@ class Merge(base.Policy):
         return int(self.counts(S)[2].max())
 
     def seed(self, stats, rows, length, dims):
-        pos = base.settle(base.positions(dims.S) < base.column(length), dims.M)
+        pos = base.slots_of(base.positions(dims.S) < base.column(length), dims.M)
         return stats, jnp.broadcast_to(pos, (dims.B, dims.K, dims.M))
 
     def exchange(self, stats, pos, bias, length, S):

@@ -76,7 +76,7 @@ class SnapKV(base.Policy):
         paid = jnp.sum(jnp.where(jnp.isnan(rows), jnp.float32(0.0), rows), axis=2)
         score = jnp.where(old, self.pooled(paid, old), -jnp.inf)
         keep = swap.top_mask(score, jnp.full_like(n, self.tokens - self.window))
-        return stats, base.settle(keep | (~old & (p < n)), dims.M)
+        return stats, base.slots_of(keep | (~old & (p < n)), dims.M)
 
     def pooled(self, paid: jax.Array, old: jax.Array) -> jax.Array:
         """What `paid` [B, K, S] ranks as, position by position, where nothing outside `old` [B, 1, S] counts.

@@ -139,7 +139,7 @@ class Swa(base.Policy):
     def seed(self, stats: SwaStats, rows, length, dims):
         width = budget.lookup(self.counts(dims.S).width, length)
         stats = stats.replace(sums=window_sum.seed(stats.sums, _without_nan(rows), width, self.decay))
-        pos = base.settle(self.select(stats, length, dims.S), dims.M)
+        pos = base.slots_of(self.select(stats, length, dims.S), dims.M)
         return stats.replace(slot_of=swap.index_slots(pos, dims.S)), pos
 
     def refresh(self, length):

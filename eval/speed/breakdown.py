@@ -142,7 +142,7 @@ def selection(sums: jax.Array, kept: int) -> jax.Array:
     n, local = sums.shape[-1], -(-kept // 2)
     recent = base.positions(n) >= n - local
     want = jnp.full((sums.shape[0], 1, 1), kept - local, jnp.int32)
-    return base.settle(recent | swap.top_mask(jnp.where(recent, -jnp.inf, sums), want), kept)
+    return base.slots_of(recent | swap.top_mask(jnp.where(recent, -jnp.inf, sums), want), kept)
 
 
 def gather(codec, x, pos) -> jax.Array:

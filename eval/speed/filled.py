@@ -23,9 +23,9 @@ from tqdm import tqdm
 from alisa_jax import placement, policies
 from alisa_jax.attention import parts
 from alisa_jax.models import Model
-from alisa_jax.offload.by_layers import Streaming
-from alisa_jax.offload.by_rows import Selecting
-from alisa_jax.offload.run import Base
+from alisa_jax.offload.by_layers import LayerRun
+from alisa_jax.offload.by_rows import RowRun
+from alisa_jax.offload.run import PlacedRun
 from alisa_jax.placement import mover
 from alisa_jax.placement.modelled import planner
 from alisa_jax.placement.modelled.cost import Cost
@@ -114,7 +114,7 @@ def filling(placed, seed: int):
     return programs
 
 
-class Bounded(Base):
+class Bounded(PlacedRun):
     """A run whose chunks end where `stop` tokens are made, so that it can be timed in rounds."""
 
     stop = 1
@@ -123,29 +123,31 @@ class Bounded(Base):
         return super()._chunk(min(n, self.stop - self.made))
 
 
-class BoundedSelecting(Bounded, Selecting):
+class BoundedRowRun(Bounded, RowRun):
     """See `Bounded`."""
 
 
-class BoundedStreaming(Bounded, Streaming):
+class BoundedLayerRun(Bounded, LayerRun):
     """See `Bounded`."""
 
 
-def begun(placed, work: Work, seed: int) -> Base:
+def begun(placed, work: Work, seed: int) -> PlacedRun:
     """A run of `placed` behind prompts that were filled, its first new token made."""
     rng = np.random.default_rng([seed, 1])
     length = np.asarray(work.prompt_tokens, np.int32)
     tokens = rng.integers(0, work.config.vocab_size, (len(length), int(length.max()))).astype(np.int32)
     setting = placed.check(work.prompt_tokens, work.new_tokens)
     meter = mover.Meter(placed.device_kv_bytes, placed.host_kv_bytes)
-    kind = BoundedSelecting if setting.selects else BoundedStreaming
+    kind = BoundedRowRun if setting.selects else BoundedLayerRun
     run = kind(placed, setting, meter, tokens, length, None)
     run.programs = filling(placed, seed)
     run._take(run.prefill())
     return run
 
 
-def rounds(placed: Mapping[System, object], work: Work, steps: int, seed: int) -> dict[System, tuple[Base, list[dict]]]:
+def rounds(
+    placed: Mapping[System, object], work: Work, steps: int, seed: int
+) -> dict[System, tuple[PlacedRun, list[dict]]]:
     """All steps of `work` under every system, in rounds of `steps` steps, in turn: the runs, and what each round took.
 
     The new tokens of `work` are one and a multiple of `steps`.
@@ -165,7 +167,7 @@ def rounds(placed: Mapping[System, object], work: Work, steps: int, seed: int) -
     return {system: (run, found[system]) for system, run in runs.items()}
 
 
-def _counts(run: Base) -> dict:
+def _counts(run: PlacedRun) -> dict:
     meter, names = run.meter, ("loaded_rows", "load_bytes", "store_bytes")
     counts = {name: getattr(meter, name) for name in names}
     return counts | {"decide_s": run.decide_s, "decisions": run.decisions, "compiles": run.placed.engine.compiles}

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from alisa_jax import Engine, placement, policies
-from alisa_jax.offload.engine import Placed, Run
+from alisa_jax.offload.engine import Placed, PlacedResult
 from alisa_jax.placement.modelled.cost import Cost
 from alisa_jax.placement.modelled.simulate import simulate, swa_trace
 from alisa_jax.placement.plan import Setting
@@ -52,7 +52,7 @@ def measure(
 
     A system that the device has no memory for is OOM from there on and its times are not kept.
     """
-    runs: dict[System, list[Run]] = {system: [] for system in placed}
+    runs: dict[System, list[PlacedResult]] = {system: [] for system in placed}
     seconds, alive = dict.fromkeys(placed, 0.0), dict(placed)
     with tqdm(total=len(placed) * (repeats + 1), desc="runs", unit="run", disable=None, leave=False) as bar:
         for turn in range(repeats + 1):
@@ -86,7 +86,7 @@ def oom(reason: str) -> dict:
     return {"tokens_per_s": "OOM", "note": reason}
 
 
-def measured(warm: Run, *runs: Run) -> dict:
+def measured(warm: PlacedResult, *runs: PlacedResult) -> dict:
     """Values of the timed `runs`; counts and tokens are those of the first, and a note says where others differ."""
     one, values = runs[0], {}
     for name in TIMES:

@@ -204,4 +204,4 @@ def test_what_no_kernel_does_is_refused_and_not_left_out():
         with pytest.raises(ValueError, match="by xla alone; got impl='interpret'"):
             compute.slots(replay.CODEC, q, k, k, bias, "interpret", **more)
     with pytest.raises(ValueError, match="turned by xla alone"):
-        compute.rows(replay.CODEC, q, k, k, jnp.zeros((1, 1, 3), jnp.int32), bias, "interpret", turn)
+        compute.by_index(replay.CODEC, q, k, k, jnp.zeros((1, 1, 3), jnp.int32), bias, "interpret", turn)

@@ -87,7 +87,7 @@ def test_tokens_written_one_by_one_equal_a_filled_prompt_and_move_bit_for_bit(H,
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(np.swapaxes(c, 1, 2), a)
     pos, to = jnp.array([[[7, -1, 2]], [[0, 10, 5]]]), jnp.array([[[4, -1, 0]], [[1, 3, 2]]])
-    moved = jax.jit(codec.put)(codec.empty((B, K, M, H), "slots", "k"), codec.take(store, pos), to)
+    moved = jax.jit(codec.copy_in)(codec.empty((B, K, M, H), "slots", "k"), codec.take(store, pos), to)
     for old, new in zip(jax.tree.leaves(store), jax.tree.leaves(moved), strict=True):
         for b, e in [(0, 0), (0, 2), (1, 0), (1, 1), (1, 2)]:
             np.testing.assert_array_equal(new[b, :, to[b, 0, e]], old[b, pos[b, 0, e]])

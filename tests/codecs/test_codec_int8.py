@@ -178,7 +178,7 @@ def test_tokens_written_one_by_one_equal_a_filled_prompt_and_move_bit_for_bit(co
     np.testing.assert_array_equal(np.swapaxes(slots.codes, 1, 2), filled.codes)
     pos = jnp.array([[[7, -1, 2]], [[0, 10, 5]]], jnp.int32)
     to = jnp.array([[[4, -1, 0]], [[1, 3, 2]]], jnp.int32)
-    moved = jax.jit(codec.put)(
+    moved = jax.jit(codec.copy_in)(
         codec.freeze(codec.empty((B, K, M, H), "slots", "k"), "slots"), codec.take(store, pos), to
     )
     for b, e in [(0, 0), (0, 2), (1, 0), (1, 1), (1, 2)]:
@@ -201,7 +201,7 @@ def test_tokens_stay_raw_until_the_range_is_frozen():
     np.testing.assert_array_equal(store.high, x.max(1))
     assert not np.asarray(CHANNEL.clipped(store, jnp.asarray(1e6 * x[:, 0]))).any()
     rows = CHANNEL.take(store, jnp.zeros((B, 1, 1), jnp.int32))
-    slots = CHANNEL.put(CHANNEL.empty((B, K, M, H), "slots", "v"), rows, jnp.zeros((B, 1, 1), jnp.int32))
+    slots = CHANNEL.copy_in(CHANNEL.empty((B, K, M, H), "slots", "v"), rows, jnp.zeros((B, 1, 1), jnp.int32))
     np.testing.assert_array_equal(slots.values[:, :, 0], x[:, 0])
     np.testing.assert_array_equal(slots.low, store.low)
 

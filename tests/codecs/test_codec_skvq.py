@@ -64,7 +64,9 @@ def is_raw(asked: Skvq, pos, count):
 def jitted(asked: Skvq, dtype="float32"):
     """The codec and its compiled methods; writes are donated, as in a step."""
     codec = asked.resolve(jnp.dtype(dtype))
-    donated = {name: jax.jit(getattr(codec, name), donate_argnums=0) for name in ("write_slot", "write_token", "put")}
+    donated = {
+        name: jax.jit(getattr(codec, name), donate_argnums=0) for name in ("write_slot", "write_token", "copy_in")
+    }
     return codec, donated | {name: jax.jit(getattr(codec, name)) for name in ("values", "take", "logits", "mix")}
 
 
@@ -278,7 +280,7 @@ def test_tokens_that_move_from_a_store_to_a_working_set_stay_what_they_are(asked
     packed, oracle, raw = codec.empty((B, K, M, H), "slots", "k"), Oracle(asked, x, M), 0
 
     def load(packed, pos, slot):
-        packed = run["put"](packed, run["take"](store, jnp.asarray(pos)), jnp.asarray(slot))
+        packed = run["copy_in"](packed, run["take"](store, jnp.asarray(pos)), jnp.asarray(slot))
         pos, slot = (np.broadcast_to(y, (B, K, y.shape[2])) for y in (pos, slot))
         b, k, e = np.nonzero(slot >= 0)
         oracle.pos[b, k, slot[b, k, e]] = pos[b, k, e]

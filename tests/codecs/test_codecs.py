@@ -24,7 +24,7 @@ def test_a_token_written_is_read_back_rounded_once_and_moved_bit_for_bit(dtype):
     store = codec.write_token(codec.empty((B, S, K, H), "tokens", "k"), x, jnp.array([2, 6]))
     np.testing.assert_array_equal(np.asarray(store)[[0, 1], [2, 6]], rounded)
     codes = codec.take(store, jnp.array([[[2]], [[6]]]))
-    slots = codec.put(codec.empty((B, K, M, H), "slots", "k"), codes, jnp.array([[[4]], [[0]]]))
+    slots = codec.copy_in(codec.empty((B, K, M, H), "slots", "k"), codes, jnp.array([[[4]], [[0]]]))
     np.testing.assert_array_equal(np.asarray(slots)[[0, 1], :, [4, 0]], rounded)
     direct = codec.write_slot(codec.empty((B, K, M, H), "slots", "k"), x, jnp.array([[4], [0]]))
     np.testing.assert_array_equal(direct, slots)

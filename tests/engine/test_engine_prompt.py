@@ -86,7 +86,7 @@ class RawDense(Dense):
 def test_keys_that_are_turned_when_they_are_read_give_the_same_numbers(random_model, texts):
     model, last = random_model(), [3] * 3
     exact, engine = alisa_jax.Engine(model, "dense"), alisa_jax.Engine(model, RawDense())
-    assert engine.chosen.reason == "keys that are stored before their rotation are turned by XLA"
+    assert engine.attention_choice.reason == "keys that are stored before their rotation are turned by XLA"
     for protocol in ("decode", "prompt", "prefill_mask"):
         found, wanted = (e.score(texts, protocol, last=last).logprobs for e in (engine, exact))
         np.testing.assert_allclose(found, wanted, atol=3e-5)

@@ -141,13 +141,13 @@ def test_logits_that_are_not_numbers_never_win(s):
 def test_the_margin_is_that_of_the_numbers_compared_and_the_log_probability_that_of_the_model():
     logits, keys = jnp.asarray([LOGITS]), sequence_keys(5, [2])
     exact = np.log(probabilities(LOGITS, Sampling(1.0)))
-    choose = jitted(sampling.choose)
-    token, margin, logprob = choose(logits, None, jnp.int32(4))
+    next_token = jitted(sampling.next_token)
+    token, margin, logprob = next_token(logits, None, jnp.int32(4))
     best = np.sort(LOGITS)[::-1]
     assert int(token[0]) == LOGITS.argmax() and float(margin[0]) == best[0] - best[1]
     assert math.isclose(logprob[0], exact[token[0]], rel_tol=1e-5)
     s = Sampling(2.0, top_k=5)
-    token, margin, logprob = choose(logits, sampling.Draw(keys, jnp.int32(3), s.settings()), jnp.int32(4))
+    token, margin, logprob = next_token(logits, sampling.Draw(keys, jnp.int32(3), s.settings()), jnp.int32(4))
     noise = np.asarray(jax.random.gumbel(jax.random.fold_in(keys[0], 7), (V,)), np.float64)
     ids = kept(LOGITS, 2.0, 5, 1.0)[1]
     ranked = sorted(ids, key=lambda v: -(LOGITS[v] / 2 + noise[v]))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from alisa_jax.offload.engine import Run
+from alisa_jax.offload.engine import PlacedResult
 from eval.figures import base, fig1, fig9, fig12a, fig12b, fig12c, modelled
 from eval.modelled import paper_fits, paper_system
 from eval.script import common, inputs, tables
@@ -46,9 +46,9 @@ class MadeUp:
 
     def generate(self, prompts, new_tokens, progress=False):
         self.calls.append((self.name, len(prompts), new_tokens))
-        counts = dict.fromkeys((field.name for field in dataclasses.fields(Run)), 0)
+        counts = dict.fromkeys((field.name for field in dataclasses.fields(PlacedResult)), 0)
         made = dict(tokens=[[7] * new_tokens for _ in prompts], prefill_s=0.0, decode_s=SECONDS[self.name], notes=())
-        return Run(**counts | made | dict(host_reads="", load_bytes=3 * 2**20))
+        return PlacedResult(**counts | made | dict(host_reads="", load_bytes=3 * 2**20))
 
 
 def raises(*given):

@@ -16,7 +16,7 @@ import pytest
 import alisa_jax
 from alisa_jax import policies
 from alisa_jax.models import Decoder, checkpoint, hub
-from alisa_jax.offload.engine import Run
+from alisa_jax.offload.engine import PlacedResult
 from alisa_jax.placement import mover
 from eval import throughput
 from eval.modelled import machines, shapes
@@ -32,10 +32,10 @@ SWA = "swa(kv_sparsity=0.8)"
 # The command with runs that are made up.
 
 
-def made_run(tokens, **changes) -> Run:
+def made_run(tokens, **changes) -> PlacedResult:
     """A run that took 1 + 3 seconds."""
-    counts = dict.fromkeys((field.name for field in dataclasses.fields(Run)), 0)
-    return Run(**counts | dict(tokens=tokens, prefill_s=1.0, decode_s=3.0, notes=(), host_reads="") | changes)
+    counts = dict.fromkeys((field.name for field in dataclasses.fields(PlacedResult)), 0)
+    return PlacedResult(**counts | dict(tokens=tokens, prefill_s=1.0, decode_s=3.0, notes=(), host_reads="") | changes)
 
 
 class MadeUp:

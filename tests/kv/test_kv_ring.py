@@ -1,4 +1,4 @@
-"""The ring against NumPy, jitted: rows, what is due, what is hidden."""
+"""The ring against NumPy, jitted: rows, what is pending, what is hidden."""
 
 import functools
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from alisa_jax.codecs import parse
 from alisa_jax.codecs.base import Rotation
 from alisa_jax.kv import ring
-from alisa_jax.kv.pending import DUE_ROWS, Due
+from alisa_jax.kv.pending import PENDING_ROWS, Pending
 from alisa_jax.kv.ring import Ring
 from alisa_jax.kv.store import Store
 
@@ -70,19 +70,19 @@ def test_a_ring_is_filled_with_the_rows_of_a_prompt_in_both_layouts():
 
 
 def test_due_rows_are_noted_behind_each_other_and_hide_their_slots():
-    note = jax.jit(lambda due, slot, pos, absent: due.note(slot, pos, absent))
-    due = Due.empty(2, 1)
+    note = jax.jit(lambda pending, slot, pos, absent: pending.note(slot, pos, absent))
+    pending = Pending.empty(2, 1)
     pos = jnp.asarray([[[7, 8, 9]], [[1, 2, -1]]], jnp.int32)
     slot = jnp.asarray([[[0, 1, 2]], [[3, 4, -1]]], jnp.int32)
-    due = note(due, slot, pos, jnp.asarray([[[True, False, True]], [[False, True, False]]]))
-    due = note(due, slot + 2, pos + 10, jnp.asarray([[[False, True, False]], [[False, False, False]]]))
-    np.testing.assert_array_equal(due.pos[:, 0, :4], [[7, 9, 18, -1], [2, -1, -1, -1]])
-    np.testing.assert_array_equal(due.slot[:, 0, :4], [[0, 2, 3, -1], [4, -1, -1, -1]])
-    assert due.any() and due.count().tolist() == [[3], [1]]
-    assert due.room(DUE_ROWS - 3) and not due.room(DUE_ROWS - 2)
-    bias = np.asarray(due.hide(jnp.zeros((2, 1, 6), jnp.float32)))
+    pending = note(pending, slot, pos, jnp.asarray([[[True, False, True]], [[False, True, False]]]))
+    pending = note(pending, slot + 2, pos + 10, jnp.asarray([[[False, True, False]], [[False, False, False]]]))
+    np.testing.assert_array_equal(pending.pos[:, 0, :4], [[7, 9, 18, -1], [2, -1, -1, -1]])
+    np.testing.assert_array_equal(pending.slot[:, 0, :4], [[0, 2, 3, -1], [4, -1, -1, -1]])
+    assert pending.any() and pending.count().tolist() == [[3], [1]]
+    assert pending.room(PENDING_ROWS - 3) and not pending.room(PENDING_ROWS - 2)
+    bias = np.asarray(pending.hide(jnp.zeros((2, 1, 6), jnp.float32)))
     assert [np.flatnonzero(np.isinf(row)).tolist() for row in bias[:, 0]] == [[0, 2, 3], [4]]
-    assert not Due.empty(2, 1).any()
+    assert not Pending.empty(2, 1).any()
 
 
 def test_delivered_rows_go_to_their_slots_and_nowhere_else():

@@ -159,7 +159,7 @@ def test_every_controller_gives_the_tokens_of_resident_within_its_budgets(placed
 )
 def test_rounds_hold_no_more_than_staging_and_no_page_travels_twice(wanted, room, gather):
     layer, sequence, pos = (np.array(x, np.int32) for x in (zip(*sorted(set(wanted))) if wanted else ((), (), ())))
-    rows = by_rows.Wishes(layer, sequence, pos, np.zeros((len(pos), 1), np.int32))
+    rows = by_rows.Requests(layer, sequence, pos, np.zeros((len(pos), 1), np.int32))
     got = [list(zip(r.layer, r.sequence, r.pos)) for r in by_rows.rounds(rows, room, gather)]
     assert [row for some in got for row in some] == sorted(set(wanted)) and all(got)
     if gather:

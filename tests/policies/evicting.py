@@ -39,7 +39,7 @@ class HeavyHitters(base.Policy):
     def seed(self, stats, rows, length, dims):
         p, old = base.positions(dims.S), base.column(length) - self.recent
         keep = swap.top_mask(jnp.where(p < old, rows, -jnp.inf), jnp.full((1, 1, 1), self.heavy, jnp.int32))
-        pos = base.settle(keep | ((p >= old) & (p < base.column(length))), dims.M)
+        pos = base.slots_of(keep | ((p >= old) & (p < base.column(length))), dims.M)
         return jnp.where(pos >= 0, swap.take(rows, jnp.maximum(pos, 0)), jnp.float32(0)), pos
 
     def observe(self, stats, mass, pos, slot, length, dense=None):

@@ -276,7 +276,7 @@ def test_best_is_the_highest_score_and_the_lowest_order_among_equals(scores):
 def test_settle_packs_kept_positions_in_order_and_is_the_identity_for_equal_sizes(size):
     keep = np.random.default_rng(3).random((2, 3, S)) < 0.25
     keep[0, 0] = False
-    got = np.asarray(base.settle(jnp.asarray(keep), size))
+    got = np.asarray(base.slots_of(jnp.asarray(keep), size))
     for b in range(2):
         for p in range(3):
             kept = np.flatnonzero(keep[b, p]).tolist()

@@ -97,8 +97,8 @@ class Skvq(Asked):
         c = calibration
         layers = [
             tuple(
-                dataclasses.replace(part, groups=groups.ordered(low, high))
-                for part, low, high in ((k, k_low, k_high), (v, v_low, v_high))
+                dataclasses.replace(bits, groups=groups.ordered(low, high))
+                for bits, low, high in ((k, k_low, k_high), (v, v_low, v_high))
             )
             for k_low, k_high, v_low, v_high in zip(c.k_min, c.k_max, c.v_min, c.v_max, strict=True)
         ]
@@ -111,7 +111,7 @@ class Held:
 
     rows: Rows  # [B, K or U, M, *] or [B, S, K or U, *]
     recent: Recent
-    part: str = flax.struct.field(pytree_node=False)  # "k" | "v"
+    side: str = flax.struct.field(pytree_node=False)  # "k" | "v"
 
 
 @dataclass(frozen=True)
@@ -149,19 +149,19 @@ class SlidingCodec(Codec):
         row = H * jnp.dtype(self.raw.dtype).itemsize + 4
         return 2.0 * (self.reach.rows * K * row + 4)
 
-    def empty(self, shape, layout, part):
+    def empty(self, shape, layout, side):
         B, H = shape[0], shape[3]
         K = shape[1] if layout == "slots" else shape[2]
-        like = jax.eval_shape(lambda: self._encoded(jnp.zeros(shape), layout, part))
+        like = jax.eval_shape(lambda: self._encoded(jnp.zeros(shape), layout, side))
         none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return Held(none, Recent.empty(self.reach, B, K, H, jnp.dtype(self.raw.dtype), layout), part)
+        return Held(none, Recent.empty(self.reach, B, K, H, jnp.dtype(self.raw.dtype), layout), side)
 
     def grow(self, packed, size, layout):
         return packed.replace(rows=_each(lambda x: rows.pad_axis(x, TOKEN_AXIS(layout), size, 0), packed.rows))
 
     def fill(self, packed, x, layout):
         """As the base says; all of x is the prompt (`upto` for less)."""
-        filled = packed.replace(rows=self._encoded(x, layout, packed.part))
+        filled = packed.replace(rows=self._encoded(x, layout, packed.side))
         return self.upto(filled, x, jnp.full((x.shape[0],), x.shape[TOKEN_AXIS(layout)], jnp.int32), layout)
 
     def upto(self, packed, x, length, layout):
@@ -169,12 +169,12 @@ class SlidingCodec(Codec):
         return packed.replace(recent=packed.recent.after(x, length, layout))
 
     def write_slot(self, packed, x, slot):
-        new, at = self._bits(packed.part).encode(x), slot[:, :, None]
+        new, at = self._bits(packed.side).encode(x), slot[:, :, None]
         held = _each(lambda old, new: rows.put_slots(old, new[:, :, None], at), packed.rows, new)
         return packed.replace(rows=held, recent=packed.recent.append(x, slot, packed.rows.codes.shape[2]))
 
     def write_token(self, packed, x, pos):
-        new = self._bits(packed.part).encode(x)
+        new = self._bits(packed.side).encode(x)
         held = _each(lambda old, new: rows.put_tokens(old, new, pos), packed.rows, new)
         return packed.replace(rows=held, recent=packed.recent.append(x, None, packed.rows.codes.shape[1]))
 
@@ -182,9 +182,9 @@ class SlidingCodec(Codec):
         taken = _each(lambda x: rows.take_tokens(x, pos), packed.rows)
         return packed.replace(rows=taken, recent=packed.recent.taken(pos))
 
-    def put(self, packed, codes, slot):
+    def copy_in(self, packed, codes, slot):
         held = _each(lambda old, new: rows.put_slots(old, new, slot), packed.rows, codes.rows)
-        return packed.replace(rows=held, recent=packed.recent.put(codes.recent, slot, packed.rows.codes.shape[2]))
+        return packed.replace(rows=held, recent=packed.recent.copy_in(codes.recent, slot, packed.rows.codes.shape[2]))
 
     def slice_tokens(self, packed, start, size):
         cut = _each(lambda x: rows.slice_tokens(x, start, size), packed.rows)
@@ -192,7 +192,7 @@ class SlidingCodec(Codec):
 
     def values(self, packed):
         recent = packed.recent
-        values = self._bits(packed.part).values(packed.rows, recent.x.shape[1], recent.x.shape[3])
+        values = self._bits(packed.side).values(packed.rows, recent.x.shape[1], recent.x.shape[3])
         return rows.put_slots(values, recent.x.astype(jnp.float32), recent.slot)
 
     def logits(self, q, k):
@@ -200,7 +200,7 @@ class SlidingCodec(Codec):
 
     def turned_logits(self, q, k, turn):
         q = q.astype(jnp.float32)
-        z, recent = self._bits(k.part).logits(q, k.rows, turn), k.recent
+        z, recent = self._bits(k.side).logits(q, k.rows, turn), k.recent
         x = recent.x
         if turn is not None:
             places = jnp.broadcast_to(turn.places, (*recent.slot.shape[:2], turn.places.shape[2]))
@@ -213,20 +213,20 @@ class SlidingCodec(Codec):
         own = jnp.where(slot >= 0, jnp.take_along_axis(p, at, axis=-1), jnp.float32(0.0))
         p = _at_slots(p, v.recent.slot).set(jnp.float32(0.0), mode="drop")
         x = v.recent.x
-        return self._bits(v.part).mix(p, v.rows, x.shape[-1]) + self.raw.mix(own, x)
+        return self._bits(v.side).mix(p, v.rows, x.shape[-1]) + self.raw.mix(own, x)
 
     def clipped(self, packed, x):
         """As the base says; with clip < 1 that is some of every group, tokens of sinks and window included."""
-        return self._bits(packed.part).clipped(jnp.moveaxis(x, 1, -2))
+        return self._bits(packed.side).clipped(jnp.moveaxis(x, 1, -2))
 
-    def _bits(self, part: str) -> GroupBits:
-        return self.k if part == "k" else self.v
+    def _bits(self, side: str) -> GroupBits:
+        return self.k if side == "k" else self.v
 
-    def _encoded(self, x, layout, part) -> Rows:
+    def _encoded(self, x, layout, side) -> Rows:
         """Rows of x in `layout`, in that layout."""
         if layout == "tokens":
-            return self._bits(part).encode(x)
-        return _each(lambda y: jnp.swapaxes(y, 1, 2), self._bits(part).encode(jnp.swapaxes(x, 1, 2)))
+            return self._bits(side).encode(x)
+        return _each(lambda y: jnp.swapaxes(y, 1, 2), self._bits(side).encode(jnp.swapaxes(x, 1, 2)))
 
 
 def _each(move, *held: Rows) -> Rows:

@@ -33,10 +33,10 @@ from alisa_jax.placement.moves import (
     fetch,
     full_pages,
     host_bytes,
+    moves_between,
     refuse_device,
     refuse_host,
     refuse_store,
-    settle,
 )
 from alisa_jax.placement.plan import PAGE_TOKENS, Controller, Layout, Plan, Setting, Span, View, pages
 
@@ -114,7 +114,7 @@ class Alisa(Controller):
 
     def decide(self, view):
         spans = self.spans(view)
-        store, drop = settle(view, spans)
+        store, drop = moves_between(view, spans)
         load, again = ((), ()) if view.step == 0 else fetch(view, spans, self._to_fetch(view))
         notes = (_CLAMPED.format(view.step),) if self._clamped(view) else ()
         return Plan(store, drop, load, again, ahead=_ahead(view.setting), lag=self.lag, notes=notes)

@@ -15,10 +15,10 @@ from alisa_jax.placement.moves import (
     fetch,
     full_pages,
     host_bytes,
+    moves_between,
     refuse_device,
     refuse_host,
     refuse_store,
-    settle,
 )
 from alisa_jax.placement.plan import Controller, Layout, Plan, Span
 
@@ -62,7 +62,7 @@ class FlexGen(Controller):
 
     def decide(self, view):
         spans = self.spans(view)
-        store, _ = settle(view, spans)
+        store, _ = moves_between(view, spans)
         load, _ = ((), ()) if view.step == 0 else fetch(view, spans, view.wanted)
         return Plan(store=store, load=load, ahead=1)
 
