@@ -1,6 +1,7 @@
 # make setup      a virtual environment with what the library, its tests, plots and notebooks need; at once when nothing changed
 # make test       lint, format check and the tests
 # make reproduce  the figures of the paper, beside its numbers, on the bundled model: ARGS=--full, ARGS=--only=fig8
+# make docs       the API reference, in build/docs
 # make lint | format | clean
 #
 # PYTHON  the interpreter that the environment is made with, 3.11 or newer         make setup PYTHON=python3.12
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit("alisa-jax needs Python 3.11 or newer, and " + \
   sys.executable + " is " + sys.version.split()[0] + "; name another one: make setup PYTHON=python3.12 VENV=.venv-new")
 
-.PHONY: setup parity test reproduce lint format clean
+.PHONY: setup parity test reproduce docs lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.setup
@@ -61,6 +62,21 @@ test: setup parity lint
 
 reproduce: setup
 	$(BIN)/python -m eval.reproduce $(ARGS)
+
+# pdoc lists only what a package names in __all__, so every module is given. Two of its warnings are no faults: a module that
+# is given and also found, and type hints of NamedTuples, which it cannot resolve. alisa_jax.lm_eval needs an extra.
+DOCUMENTED = $(filter-out alisa_jax.lm_eval,$(shell find alisa_jax pallas_kernels -name '*.py' | LC_ALL=C sort | \
+  sed 's,/__init__\.py$$,,; s,\.py$$,,; s,/,.,g'))
+
+docs: $(VENV)/.docs
+	rm -rf build/docs
+	@$(BIN)/python -W error::UserWarning -W 'ignore:Error parsing type annotation ForwardRef:UserWarning' \
+	  -W 'ignore:The module specification:UserWarning' -m pdoc --output-directory build/docs $(DOCUMENTED)
+	@echo "the API reference is build/docs/index.html"
+
+$(VENV)/.docs: $(VENV)/.setup
+	@$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check .
