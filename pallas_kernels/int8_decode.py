@@ -2,9 +2,10 @@
 
 A value x stands as a code c: x = (c - zero) * scale, with one scale and zero point
 
-    per token and kv head    z_m = scale_m (q . (c_m - zero_m))               out = sum_m (p_m scale_m) (c_m -
-    zero_m) per channel of a kv head z_m = (q * scale) . c_m - (q * scale) . zero     out = scale * (sum_m p_m
-    c_m - zero), sum p = 1
+    per token and kv head       z_m = scale_m (q . (c_m - zero_m))
+                                out = sum_m (p_m scale_m) (c_m - zero_m)
+    per channel of a kv head    z_m = (q * scale) . c_m - (q * scale) . zero
+                                out = scale * (sum_m p_m c_m - zero), sum p = 1
 
 so no tile of unpacked values exists, in memory or in a register: codes become float on their way into the
 product, per token without their zero point (a whole number of at most 255, exact in bfloat16), and scales

@@ -2,8 +2,10 @@
 
 For sequence b and query head n of kv head h = n // G,
 
-    z_m = q . k[b, h, m] / sqrt(H) + bias[b, p, m]      out = sum_m softmax(z)_m v[b, h, m]      lse = log
-    sum_m exp(z_m) mass[b, p, m] = sum of softmax(z)_m over the heads that share bias p
+    z_m = q . k[b, h, m] / sqrt(H) + bias[b, p, m]
+    out = sum_m softmax(z)_m v[b, h, m]
+    lse = log sum_m exp(z_m)
+    mass[b, p, m] = sum of softmax(z)_m over the heads that share bias p
 
 q [B, N, H]; k, v [B, K, M, H]; bias [B, P, M] float32, P = 1 or K: -inf for an empty or parked slot, which is
 not read, log n for one that stands for n tokens.

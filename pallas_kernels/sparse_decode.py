@@ -2,8 +2,10 @@
 
 For sequence b and query head n of kv head h = n // G, with rows r = index[b, p, m] of the list that head h reads,
 
-    z_m = q . k[b, r, h] / sqrt(H) + bias[b, p, m]      out = sum_m softmax(z)_m v[b, r, h]      lse = log
-    sum_m exp(z_m) mass[b, p, m] = sum of softmax(z)_m over the heads that read list p
+    z_m = q . k[b, r, h] / sqrt(H) + bias[b, p, m]
+    out = sum_m softmax(z)_m v[b, r, h]
+    lse = log sum_m exp(z_m)
+    mass[b, p, m] = sum of softmax(z)_m over the heads that read list p
 
 q [B, N, H]; k, v [B, S, K, H]; index [B, P, M] int32, P = 1 (all heads share a list) or K (each kv head has
 its own). Rows may repeat, then each counts, and come in any order; an index outside [0, S) names no row; bias
