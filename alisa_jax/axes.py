@@ -8,7 +8,8 @@
     W  rows of the statistics window        V  vocabulary
     P  heads that select: 1 when all heads share a selection, K when each has its own
 
-A comment such as ``k: jax.Array,  # [B, K, M, H]`` states a shape; `check` enforces it at public entry
+A comment such as ``k: jax.Array,  # [B, K, M, H]`` states a shape; `check` enforces it at public
+                                   entry
 points. Shapes are static under ``jax.jit``, so a check costs nothing in a compiled step.
 """
 
@@ -20,14 +21,18 @@ import jax.numpy as jnp
 LETTERS = "BLTSMWNKGHDVP"
 
 
-def check(spec: str, array: Any, sizes: Mapping[str, int] | None = None, name: str = "") -> dict[str, int]:
+def check(
+    spec: str, array: Any, sizes: Mapping[str, int] | None = None, name: str = ""
+) -> dict[str, int]:
     """Compare the shape of `array` with `spec` and return the size of every letter seen so far.
 
     Args:
-      spec: axes separated by spaces, each a letter of the alphabet or a plain integer: ``"B K M H"``,
+      spec: axes separated by spaces, each a letter of the alphabet or a plain integer: ``"B K M
+      H"``,
         ``"B 1 W S"``. The empty string stands for a scalar.
       array: anything with a ``shape``: a NumPy or JAX array, a tracer, a ``jax.ShapeDtypeStruct``.
-      sizes: letters whose size is known already, usually what an earlier call returned; equal letters must
+      sizes: letters whose size is known already, usually what an earlier call returned; equal
+      letters must
         agree.
       name: what the error calls the array.
 
@@ -35,19 +40,23 @@ def check(spec: str, array: Any, sizes: Mapping[str, int] | None = None, name: s
       A new dict from letter to size: `sizes` and the letters of `spec`.
 
     Raises:
-      ValueError: the array has no shape, another rank or another size than `spec` says, or `spec` itself
+      ValueError: the array has no shape, another rank or another size than `spec` says, or `spec`
+      itself
         holds something that is neither a letter of the alphabet nor an integer.
     """
     axes = spec.split()
     for axis in axes:
         if not (_is_integer(axis) or (len(axis) == 1 and axis in LETTERS)):
             raise ValueError(
-                f"the axes {spec!r} hold {axis!r}; allowed are integers and the letters {' '.join(LETTERS)}"
+                f"the axes {spec!r} hold {axis!r}; allowed are integers and the letters "
+                f"{' '.join(LETTERS)}"
             )
     who = name or "array"
     shape = getattr(array, "shape", None)
     if shape is None:
-        raise ValueError(f"{who} must be an array of axes [{', '.join(axes)}], got {type(array).__name__}")
+        raise ValueError(
+            f"{who} must be an array of axes [{', '.join(axes)}], got {type(array).__name__}"
+        )
     found = dict(sizes or {})
     if len(shape) != len(axes):
         raise ValueError(_mismatch(who, shape, axes, found, f"{len(axes)} axes, not {len(shape)}"))
@@ -60,7 +69,8 @@ def check(spec: str, array: Any, sizes: Mapping[str, int] | None = None, name: s
 
 
 def adopted(array, other, rows, which, axis: int = 0):
-    """`array` with those of its sequences that `which` [B] bool names replaced by the sequences `rows` [B] of `other`.
+    """`array` with those of its sequences that `which` [B] bool names replaced by the sequences
+    `rows` [B] of `other`.
 
     Sequences are counted along `axis`; all other sizes of the two arrays are equal.
     """

@@ -1,13 +1,15 @@
-"""What a model's queries, keys and values are like over a corpus: the statistics that some methods choose channels by.
+"""What a model's queries, keys and values are like over a corpus: the statistics that some methods
+choose channels by.
 
-Double Sparsity ranks the channels of a head by the means of |q|, |k| or |q k| (arXiv 2408.07092, Section 3); SKVQ puts
-channels of a like range together (arXiv 2405.06219, Section 3). Both do so once, offline, from a few numbers of each
-channel, which are made by
+Double Sparsity ranks the channels of a head by the means of |q|, |k| or |q k|
+(arXiv 2408.07092, Section 3); SKVQ puts channels of a like range together
+(arXiv 2405.06219, Section 3). Both do so once, offline, from a few numbers of each channel, which
+are made by
 
     python -m eval.calibrate --model=MODEL --text=FILE --out=calibration.json
 
-and kept as JSON, beside a model's weights for instance. The file is one object: `format`, `model`, `data`, `n_tokens`, and
-the arrays below as nested lists.
+and kept as JSON, beside a model's weights for instance. The file is one object: `format`, `model`,
+`data`, `n_tokens`, and the arrays below as nested lists.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ OF_QUERY_HEADS = ("q_abs", "qk_abs")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
-    """Statistics of every channel of every head over `n_tokens` tokens; float32 arrays, which nobody may write to.
+    """Statistics of every channel of every head over `n_tokens` tokens; float32 arrays, which
+    nobody may write to.
 
-    q and k are as the projections gave them, before their rotation, but for `qk_abs`. Raises ValueError, in one sentence,
-    for arrays that do not fit together or hold what no statistics can be.
+    q and k are as the projections gave them, before their rotation, but for `qk_abs`. Raises
+    ValueError, in one sentence, for arrays that do not fit together or hold what no statistics can
+    be.
     """
 
     k_min: np.ndarray  # [L, K, H]
@@ -41,7 +45,9 @@ class Calibration:
     k_abs: np.ndarray  # [L, K, H] mean of |k|
     qk_abs: (
         np.ndarray
-    )  # [L, N, H] mean of |q k| of a token with itself, after the rotation; query head n with its kv head
+        # [L, N, H] mean of |q k| of a token with itself, after the rotation; query head n with its
+        # kv head
+    )
     n_tokens: int
     model: str
     data: str = ""  # what the tokens were
@@ -52,23 +58,31 @@ class Calibration:
         for name in ("model", "data"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} is a text; got {getattr(self, name)!r}")
-        if isinstance(self.n_tokens, bool) or not isinstance(self.n_tokens, int) or self.n_tokens < 1:
+        if (
+            isinstance(self.n_tokens, bool)
+            or not isinstance(self.n_tokens, int)
+            or self.n_tokens < 1
+        ):
             raise ValueError(f"n_tokens is a whole number of at least 1; got {self.n_tokens!r}")
         for names in (OF_KV_HEADS, OF_QUERY_HEADS):
             for name in names:
                 if (mine := getattr(self, name).shape) != (first := getattr(self, names[0]).shape):
                     raise ValueError(
-                        f"{name} has shape {mine}, and {names[0]} has {first}; they have the same channels"
+                        f"{name} has shape {mine}, and {names[0]} has {first}; they have the same "
+                        "channels"
                     )
         (L, N, H), (layers, K, channels) = self.q_abs.shape, self.k_abs.shape
         if (L, H) != (layers, channels) or N % K:
             raise ValueError(
-                f"q_abs has shape {(L, N, H)} and k_abs {(layers, K, channels)}; layers and channels are the same, and the"
+                f"q_abs has shape {(L, N, H)} and k_abs {(layers, K, channels)}; layers and "
+                "channels are the same, and the"
                 " query heads a multiple of the kv heads"
             )
         for name in ("q_abs", "k_abs", "qk_abs"):
             if (getattr(self, name) < 0).any():
-                raise ValueError(f"{name} holds a number below 0, which is no mean of absolute values")
+                raise ValueError(
+                    f"{name} holds a number below 0, which is no mean of absolute values"
+                )
         for part in ("k", "v"):
             if (getattr(self, f"{part}_min") > getattr(self, f"{part}_max")).any():
                 raise ValueError(f"{part}_min lies above {part}_max in a channel")
@@ -79,15 +93,19 @@ class Calibration:
         return (*self.q_abs.shape[:2], *self.k_abs.shape[1:])
 
     def check(self, config) -> None:
-        """Raise ValueError unless these can be the statistics of a model with the numbers of `config`, a `ModelConfig`."""
+        """Raise ValueError unless these can be the statistics of a model with the numbers of
+        `config`, a `ModelConfig`.
+        """
         wanted = config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim
         if self.sizes != wanted:
             raise ValueError(
-                f"the calibration is of {self.model}, with {_said(self.sizes)}; the model has {_said(wanted)}"
+                f"the calibration is of {self.model}, with {_said(self.sizes)}; the model has "
+                f"{_said(wanted)}"
             )
 
     def save(self, path: str | os.PathLike, digits: int = 9) -> None:
-        """Write the file in one step, numbers with so many significant digits; 9 give every float32 back as it was.
+        """Write the file in one step, numbers with so many significant digits; 9 give every float32
+        back as it was.
 
         Raises ValueError, in one sentence, where it cannot be written.
         """
@@ -98,7 +116,9 @@ class Calibration:
             part.write_text(self.to_json(digits), encoding="utf-8")
             os.replace(part, path)
         except OSError as error:
-            raise ValueError(f"the calibration {path.name!r} cannot be written: {error.strerror}") from None
+            raise ValueError(
+                f"the calibration {path.name!r} cannot be written: {error.strerror}"
+            ) from None
         finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
@@ -107,21 +127,32 @@ class Calibration:
         """The text of the file, one head a line."""
         if digits < 1:
             raise ValueError(f"digits must be at least 1; got {digits}")
-        first = {"format": FORMAT, "model": self.model, "data": self.data, "n_tokens": self.n_tokens}
+        first = {
+            "format": FORMAT,
+            "model": self.model,
+            "data": self.data,
+            "n_tokens": self.n_tokens,
+        }
         parts, line = [f'"{name}": {json.dumps(value)}' for name, value in first.items()], ",\n"
         for name in (*OF_KV_HEADS, *OF_QUERY_HEADS):
-            layers = ([_list(f"{x:.{digits}g}" for x in head) for head in layer] for layer in getattr(self, name))
+            layers = (
+                [_list(f"{x:.{digits}g}" for x in head) for head in layer]
+                for layer in getattr(self, name)
+            )
             parts.append(f'"{name}": {_list(_list(heads, line) for heads in layers)}')
         return "{\n" + line.join(parts) + "\n}\n"
 
     @staticmethod
     def load(path: str | os.PathLike) -> Calibration:
-        """Read a file that `save` wrote. Raises ValueError, in one sentence, for what is no such file."""
+        """Read a file that `save` wrote. Raises ValueError, in one sentence, for what is no such
+        file.
+        """
         try:
             found = json.loads(Path(path).read_bytes().decode("utf-8"))
         except OSError as error:
             raise ValueError(
-                f"no calibration at {os.fspath(path)!r}: {error.strerror}; python -m eval.calibrate makes one"
+                f"no calibration at {os.fspath(path)!r}: {error.strerror}; python -m "
+                "eval.calibrate makes one"
             ) from None
         except ValueError:
             raise ValueError(f"{os.fspath(path)!r} is not a calibration: it is not JSON") from None
@@ -138,7 +169,9 @@ def _read(found) -> Calibration:
     given = {name: value for name, value in found.items() if name != "format"}
     for what, odd in (("lacks", set(names) - set(given)), ("has", set(given) - set(names))):
         if odd:
-            raise ValueError(f"it {what} {', '.join(sorted(odd))}; its fields are {', '.join(names)}")
+            raise ValueError(
+                f"it {what} {', '.join(sorted(odd))}; its fields are {', '.join(names)}"
+            )
     return Calibration(**given)
 
 

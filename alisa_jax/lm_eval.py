@@ -1,16 +1,20 @@
 """The model `alisa` of EleutherAI's lm-evaluation-harness (the extra `lm_eval`).
 
-    alisa-lm-eval run --model alisa --tasks arc_easy --batch_size 8 --model_args pretrained=FOLDER \\
+    alisa-lm-eval run --model alisa --tasks arc_easy --batch_size 8 --model_args pretrained=FOLDER
+    \\
         'policy=swa(kv_sparsity=0.8,window=2k)' 'codec=int8(axis=token)'
 
-`alisa-lm-eval` is the harness's own command line with this model registered. `lm-eval run --model alisa` is the same where
-the harness reads the entry points `lm_eval.models`, which release 0.4.13 does not. In Python, import this module, then call
-`lm_eval.simple_evaluate(model="alisa", model_args={"pretrained": ...}, ...)`; a text of model_args will do as well.
+`alisa-lm-eval` is the harness's own command line with this model registered.
+`lm-eval run --model alisa` is the same where the harness reads the entry points `lm_eval.models`,
+which release 0.4.13 does not. In Python, import this module, then call
+`lm_eval.simple_evaluate(model="alisa", model_args={"pretrained": ...}, ...)`; a text of model_args
+will do as well.
 
-What is tokenised, how it is cut to `max_length` from the left and what a result is made of follow the harness's backend for
-Hugging Face models, so that dense attention gives that backend's numbers. Two things differ: `max_length` is by default one
-token less, because the token that is predicted last has to lie in the model's context too, and sampling has no top-k of 50
-unless it is asked for. There are no chat templates.
+What is tokenised, how it is cut to `max_length` from the left and what a result is made of follow
+the harness's backend for Hugging Face models, so that dense attention gives that backend's numbers.
+Two things differ: `max_length` is by default one token less, because the token that is predicted
+last has to lie in the model's context too, and sampling has no top-k of 50 unless it is asked for.
+There are no chat templates.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ except ModuleNotFoundError as error:
     if error.name != "lm_eval":
         raise
     raise ImportError(
-        "alisa_jax.lm_eval needs the lm-evaluation-harness; install it with pip install 'alisa-jax[lm-eval]'"
+        "alisa_jax.lm_eval needs the lm-evaluation-harness; install it with pip install "
+        "'alisa-jax[lm-eval]'"
     ) from None
 
 from alisa_jax import codecs, policies, spec
@@ -48,7 +53,8 @@ from alisa_jax.offload.engine import Placed
 from alisa_jax.offload.serving import Serving
 from alisa_jax.placement import bytes_text
 
-ASKED = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")  # of a request to generate
+# of a request to generate
+ASKED = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")
 log = logging.getLogger(__name__)
 
 
@@ -69,18 +75,22 @@ class _Asked:
 class AlisaLM(TemplateLM):
     """A model under a policy, a codec and a placement, as the harness calls it.
 
-    pretrained: a Hugging Face folder, a name of the Hub, or "bundled". policy, codec, route, attention_impl: as of
-    `alisa_jax.Engine`. placement: a controller such as "alisa" or "flexgen(cache_device_frac=0.5)", "" for a cache that is
-    all on the device without one; it is given the budgets device_kv_bytes and host_kv_bytes: "2GB", "512MiB", bytes, or
-    "0.3x" for a share of the dense cache of batch_size sequences of max_length tokens. protocol: of log-likelihoods,
-    "decode", "prefill_mask" or "prompt", as of `Engine.score`: with "prompt" a context is read densely, which is where
-    methods that cut prompts show. dtype: as of `alisa_jax.load`. batch_size: sequences at a time. max_length: most tokens
-    that are read. max_gen_toks: new tokens where a task does not say. add_bos_token: whether the BOS token precedes every
-    text; by default as tokenizer.json says. seed: of sampling; request i draws from `sequence_keys(seed, [i])`. device and
-    max_batch_size, which the harness always hands over, speak of PyTorch: JAX_PLATFORMS says where JAX runs.
+    pretrained: a Hugging Face folder, a name of the Hub, or "bundled". policy, codec, route,
+    attention_impl: as of `alisa_jax.Engine`. placement: a controller such as "alisa" or
+    "flexgen(cache_device_frac=0.5)", "" for a cache that is all on the device without one; it is
+    given the budgets device_kv_bytes and host_kv_bytes: "2GB", "512MiB", bytes, or "0.3x" for a
+    share of the dense cache of batch_size sequences of max_length tokens. protocol: of
+    log-likelihoods, "decode", "prefill_mask" or "prompt", as of `Engine.score`: with "prompt" a
+    context is read densely, which is where methods that cut prompts show. dtype: as of
+    `alisa_jax.load`. batch_size: sequences at a time. max_length: most tokens that are read.
+    max_gen_toks: new tokens where a task does not say. add_bos_token: whether the BOS token
+    precedes every text; by default as tokenizer.json says. seed: of sampling; request i draws from
+    `sequence_keys(seed, [i])`. device and max_batch_size, which the harness always hands over,
+    speak of PyTorch: JAX_PLATFORMS says where JAX runs.
 
-    Under a placement the first token, or those that the codec calibrates on, are a dense prompt and the others are decoded;
-    tokens are greedy, and all `max_gen_toks` are made. Raises UserError, before anything runs, for what cannot be served.
+    Under a placement the first token, or those that the codec calibrates on, are a dense prompt and
+    the others are decoded; tokens are greedy, and all `max_gen_toks` are made. Raises UserError,
+    before anything runs, for what cannot be served.
     """
 
     def __init__(
@@ -108,18 +118,27 @@ class AlisaLM(TemplateLM):
         _check_specs(policy=policy, codec=codec, placement=placement)
         if others:
             known = ", ".join(AlisaLM.__init__.__annotations__)
-            raise UserError(f"the model alisa has no argument {', '.join(others)}; its arguments are {known}")
+            raise UserError(
+                f"the model alisa has no argument {', '.join(others)}; its arguments are {known}"
+            )
         name = str(pretrained)
         if not name or name.startswith("random:"):
             says = f"{name} has no tokenizer" if name else "it is missing"
-            raise UserError(f"pretrained must name a folder, a model of the Hub, or bundled; {says}")
+            raise UserError(
+                f"pretrained must name a folder, a model of the Hub, or bundled; {says}"
+            )
         if protocol not in PROTOCOLS:
             raise UserError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
         if placement and protocol != "decode":
-            raise UserError(f"under a placement tokens are decoded; leave out placement or protocol={protocol}")
+            raise UserError(
+                f"under a placement tokens are decoded; leave out placement or protocol={protocol}"
+            )
         budgets = {"device_kv_bytes": device_kv_bytes, "host_kv_bytes": host_kv_bytes}
         if not placement and any(value != math.inf for value in budgets.values()):
-            raise UserError("device_kv_bytes and host_kv_bytes are budgets of a placement; give placement=alisa, say")
+            raise UserError(
+                "device_kv_bytes and host_kv_bytes are budgets of a placement; give "
+                "placement=alisa, say"
+            )
         self.batch_size = _count("batch_size", batch_size)
         self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
         self.protocol, self.seed, self.add_bos_token = protocol, seed, add_bos_token
@@ -127,25 +146,47 @@ class AlisaLM(TemplateLM):
             self.named = {  # as they are printed
                 "policy": spec.to_text(policies.parse(policy), policies.POLICIES),
                 "codec": spec.to_text(codecs.parse(codec), codecs.CODECS),
-                "placement": spec.to_text(placements.parse(placement or "resident"), placements.CONTROLLERS),
+                "placement": spec.to_text(
+                    placements.parse(placement or "resident"), placements.CONTROLLERS
+                ),
             }
             sequence_keys(seed, [0])
             self.model = load(name, dtype)
             if self.model.tokenizer is None:
-                raise UserError(f"the model {name} has no tokenizer.json, and the harness speaks text")
+                raise UserError(
+                    f"the model {name} has no tokenizer.json, and the harness speaks text"
+                )
             self.engine = Engine(self.model, policy, codec, route, attention_impl)
-            c, stored = self.model.decoder.config, codecs.Raw(jax.tree.leaves(self.model.params)[0].dtype.name)
-            self.max_length = c.max_positions - 1 if max_length is None else _count("max_length", max_length)
+            c, stored = (
+                self.model.decoder.config,
+                codecs.Raw(jax.tree.leaves(self.model.params)[0].dtype.name),
+            )
+            self.max_length = (
+                c.max_positions - 1 if max_length is None else _count("max_length", max_length)
+            )
             if self.max_length >= c.max_positions:
-                raise UserError(f"max_length must be below {c.max_positions}, the model's context; got {max_length}")
+                raise UserError(
+                    f"max_length must be below {c.max_positions}, the model's context; got "
+                    f"{max_length}"
+                )
             self.engine.validate(self.max_length + 1)
-            dense = c.n_layers * stored.token_bytes(c.n_kv_heads, c.head_dim) * self.batch_size * self.max_length
-            limits = [bytes_text.read_bytes(str(value), dense, f"{key}: ") for key, value in budgets.items()]
+            dense = (
+                c.n_layers
+                * stored.token_bytes(c.n_kv_heads, c.head_dim)
+                * self.batch_size
+                * self.max_length
+            )
+            limits = [
+                bytes_text.read_bytes(str(value), dense, f"{key}: ")
+                for key, value in budgets.items()
+            ]
             placed = Placed(self.engine, placement, *limits) if placement else None
             self.serving = Serving(self.engine, placed, protocol)
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> AlisaLM:
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict | None = None
+    ) -> AlisaLM:
         """A model from "key=value,key=value"; commas inside brackets are part of the value."""
         pairs = [part.partition("=") for part in re.findall(r"(?:\([^)]*\)?|[^,(])+", arg_string)]
         if bad := [key for key, sign, _ in pairs if not sign]:
@@ -160,10 +201,15 @@ class AlisaLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: BOS, or the end of text where there is none."""
+        """What stands before a text that has no context: BOS, or the end of text where there is
+        none.
+        """
         token = self.eot_token_id if self.model.bos_id is None else self.model.bos_id
         if token is None:
-            raise UserError(f"the model {self.model.name} has neither a BOS nor an EOS token to begin a text with")
+            raise UserError(
+                f"the model {self.model.name} has neither a BOS nor an EOS token to begin a text "
+                "with"
+            )
         return token
 
     @property
@@ -171,10 +217,16 @@ class AlisaLM(TemplateLM):
         return self.model.name.replace("/", "__")
 
     def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
-        raise UserError("the model alisa applies no chat templates; leave --apply_chat_template out")
+        raise UserError(
+            "the model alisa applies no chat templates; leave --apply_chat_template out"
+        )
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Token ids; None: special tokens as `add_bos_token` says, and none before a text that begins with BOS."""
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs
+    ) -> list[int]:
+        """Token ids; None: special tokens as `add_bos_token` says, and none before a text that
+        begins with BOS.
+        """
         tokenizer = self.model.tokenizer
         if add_special_tokens is None:
             bos = tokenizer.decode([self.prefix_token_id], skip_special_tokens=False)
@@ -201,44 +253,66 @@ class AlisaLM(TemplateLM):
         windows, owner = [], []
         for i, request in enumerate(requests):
             pieces = utils.get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+                self.tok_encode(request.args[0]),
+                self.prefix_token_id,
+                self.max_length,
+                context_len=1,
             )
             found = [(None, *utils.make_disjoint_window(piece)) for piece in pieces]
             windows += found
             owner += [i] * len(found)
         totals = [0.0] * len(requests)
-        for i, (value, _) in zip(owner, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+        for i, (value, _) in zip(
+            owner, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
+        ):
             totals[i] += value
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests, disable_tqdm: bool = False, **kwargs
+    ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the greedy one.
 
-        requests: (texts or None, context ids, continuation ids). The choices of one context come one after another.
+        requests: (texts or None, context ids, continuation ids). The choices of one context come
+        one after another.
         """
         sequences, longest = [], {}
         for texts, context, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
-                says = f"has {len(continuation)} tokens; 1 to max_length={self.max_length} can be scored"
-                raise UserError(f"the continuation {texts[1] if texts else ''!r:.60} {says}")
+                given = texts[1] if texts else ""
+                raise UserError(
+                    f"the continuation {given!r:.60} has {len(continuation)} tokens; "
+                    f"1 to max_length={self.max_length} can be scored"
+                )
             whole = context + continuation
             if len(whole) > self.max_length + 1:
-                log.warning("a context is cut from the left: %d tokens, max_length=%d", len(whole), self.max_length)
+                log.warning(
+                    "a context is cut from the left: %d tokens, max_length=%d",
+                    len(whole),
+                    self.max_length,
+                )
             sequences.append(whole[-(self.max_length + 1) :])
             longest[tuple(context)] = max(len(sequences[-1]), longest.get(tuple(context), 0))
         contexts = [tuple(context) for _, context, _ in requests]
         wanted = [len(continuation) for *_, continuation in requests]
-        order = sorted(range(len(requests)), key=lambda i: (-longest[contexts[i]], contexts[i], -len(sequences[i])))
+        order = sorted(
+            range(len(requests)),
+            key=lambda i: (-longest[contexts[i]], contexts[i], -len(sequences[i])),
+        )
         batches = self._batches(order)
         with _sentences():
             for batch in batches:
                 self.serving.check_scores([sequences[i] for i in batch], [wanted[i] for i in batch])
         results: list = [None] * len(requests)
-        with tqdm(total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
+        with tqdm(
+            total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm
+        ) as bar:
             for batch in batches:
-                scored = self.serving.score([sequences[i] for i in batch], [wanted[i] for i in batch])
+                scored = self.serving.score(
+                    [sequences[i] for i in batch], [wanted[i] for i in batch]
+                )
                 for i, (logprobs, greedy) in zip(batch, scored, strict=True):
                     results[i] = float(logprobs.sum(dtype=np.float64)), bool(greedy.all())
                     if requests[i][0] is not None:
@@ -254,11 +328,17 @@ class AlisaLM(TemplateLM):
             asked = self._asked(kwargs)
             room = self.max_length - asked.new_tokens
             if room < 1:
-                says = f"below max_length={self.max_length}, to leave room for a prompt; got {asked.new_tokens}"
-                raise UserError(f"max_gen_toks must be {says}")
+                raise UserError(
+                    f"max_gen_toks must be below max_length={self.max_length}, "
+                    f"to leave room for a prompt; got {asked.new_tokens}"
+                )
             ids = self.tok_encode(context) or [self.prefix_token_id]
             if len(ids) > room:
-                log.warning("a prompt is cut from the left: %d tokens, %d fit before max_gen_toks", len(ids), room)
+                log.warning(
+                    "a prompt is cut from the left: %d tokens, %d fit before max_gen_toks",
+                    len(ids),
+                    room,
+                )
             prompts.append(ids[-room:])
             groups.setdefault(asked, []).append(i)
         batches = [
@@ -270,7 +350,9 @@ class AlisaLM(TemplateLM):
             for asked, batch in batches:
                 self.serving.check_prompts([prompts[i] for i in batch], asked.new_tokens)
         results: list = [None] * len(requests)
-        with tqdm(total=len(requests), desc="Running generate_until requests", disable=disable_tqdm) as bar:
+        with tqdm(
+            total=len(requests), desc="Running generate_until requests", disable=disable_tqdm
+        ) as bar:
             for asked, batch in batches:
                 rows = self.serving.generate(
                     [prompts[i] for i in batch],
@@ -282,7 +364,9 @@ class AlisaLM(TemplateLM):
                     ],  # text alone may begin without its space
                 )
                 for i, row in zip(batch, rows, strict=True):
-                    results[i] = postprocess_generated_text(self.model.decode(row), list(asked.until), None)
+                    results[i] = postprocess_generated_text(
+                        self.model.decode(row), list(asked.until), None
+                    )
                     self.cache_hook.add_partial("generate_until", requests[i].args, results[i])
                 bar.update(len(batch))
         return results
@@ -292,17 +376,26 @@ class AlisaLM(TemplateLM):
         if found.get("num_beams") == 1:
             del found["num_beams"]
         if unknown := [key for key in found if key not in ASKED]:
-            raise UserError(f"no setting {', '.join(unknown)} of generation is known; known are {', '.join(ASKED)}")
+            raise UserError(
+                f"no setting {', '.join(unknown)} of generation is known; known are "
+                f"{', '.join(ASKED)}"
+            )
         until = found.get("until") or []
         temperature = float(found.get("temperature") or 0.0) if found["do_sample"] else 0.0
         if found["do_sample"] and temperature == 0:
             raise UserError("do_sample=true needs a temperature above 0")
         if temperature and self.serving.placed is not None:
-            raise UserError("generation under a placement is greedy; leave the placement or do_sample out")
+            raise UserError(
+                "generation under a placement is greedy; leave the placement or do_sample out"
+            )
         top_p = found.get("top_p")
         with _sentences():
-            sampling = Sampling(temperature, found.get("top_k") or 0, 1.0 if top_p is None else top_p)
-        return _Asked(_count("max_gen_toks", found["max_gen_toks"]), tuple(t for t in until if t), sampling)
+            sampling = Sampling(
+                temperature, found.get("top_k") or 0, 1.0 if top_p is None else top_p
+            )
+        return _Asked(
+            _count("max_gen_toks", found["max_gen_toks"]), tuple(t for t in until if t), sampling
+        )
 
     def _batches(self, order: Sequence[int]) -> list[Sequence[int]]:
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
@@ -330,8 +423,11 @@ def _check_specs(**texts: str) -> None:
         if not isinstance(text, str):
             raise UserError(f"{name} is a spec, a text such as 'dense'; got {text!r}")
         if text.count("(") != text.count(")"):
-            says = "write it as a word of its own after --model_args, or give model_args as a dictionary or as JSON"
-            raise UserError(f"{name}={text} lacks a bracket, as a spec does that was cut at a comma; {says}")
+            raise UserError(
+                f"{name}={text} lacks a bracket, as a spec does that was cut at a comma; "
+                "write it as a word of its own after --model_args, "
+                "or give model_args as a dictionary or as JSON"
+            )
 
 
 def main() -> None:

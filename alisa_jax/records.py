@@ -2,15 +2,19 @@
 
 A record is a flat dict. Four kinds of fields stand beside each other:
 
-* the **cell**, what was computed: model, data, policy, codec, placement, protocol, context, seed, ...;
-* the **values**, with the unit in the key: ``token_perplexity``, ``kv_bytes_per_token``, ``decode_s``,
-  ``n``, ``stderr``, ... What did not fit in memory is the text ``"OOM"``; a cell without a record is
-  printed as ``-``;
-* how it was got: ``basis`` is ``"measured"`` or ``"modelled"``, ``wall_s`` in seconds, ``implementation``
+* the **cell**, what was computed: model, data, policy, codec, placement, protocol, context, seed,
+...;
+* the **values**, with the unit in the key: ``token_perplexity``, ``kv_bytes_per_token``,
+``decode_s``,
+  ``n``, ``stderr``, ... What did not fit in memory is the text ``"OOM"``; a cell without a record
+  is printed as ``-``;
+* how it was got: ``basis`` is ``"measured"`` or ``"modelled"``, ``wall_s`` in seconds,
+``implementation``
   (what really ran), ``warmup``, ``repeats``, ...;
 * the **environment**: git commit, versions, device (see `environment`).
 
-JSON has no infinite number and no NaN: they are written as the texts ``"inf"``, ``"-inf"`` and ``"nan"``.
+JSON has no infinite number and no NaN: they are written as the texts ``"inf"``, ``"-inf"`` and
+``"nan"``.
 """
 
 import importlib.metadata
@@ -32,9 +36,10 @@ def environment() -> dict[str, Any]:
     """Where a number was computed.
 
     Returns:
-      ``git_commit`` (None outside a checkout of this project), ``git_dirty`` (a Python file differs from that
-      commit; None without one), versions ``python``, ``jax``, ``jaxlib``, ``flax``, the default device's
-      ``platform`` and ``device_kind``, and ``cpu_count``.
+      ``git_commit`` (None outside a checkout of this project), ``git_dirty``
+      (a Python file differs from that commit; None without one), versions ``python``, ``jax``,
+      ``jaxlib``, ``flax``, the default device's ``platform`` and ``device_kind``, and
+      ``cpu_count``.
     """
     here = Path(__file__)
     ours = _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None
@@ -66,7 +71,8 @@ def make_record(
       values: the results, with units in the keys.
       measured: False for a number that a cost model gave.
       wall_s: seconds that the cell took, compilation included; None where nothing ran.
-      **extra: whatever else tells how the number was got, for instance ``implementation="working_set"``.
+      **extra: whatever else tells how the number was got, for instance
+      ``implementation="working_set"``.
 
     Raises:
       ValueError: a field stands in two of the groups, or there is no value.
@@ -79,7 +85,9 @@ def make_record(
     for group in (cell, values, extra, how, environment()):
         for key, value in group.items():
             if key in record:
-                raise ValueError(f"the field {key!r} stands twice in one record; rename one of the two")
+                raise ValueError(
+                    f"the field {key!r} stands twice in one record; rename one of the two"
+                )
             record[key] = _plain(value, key)
     return record
 
@@ -87,8 +95,8 @@ def make_record(
 class Results:
     """A file of records that an interrupted run can continue.
 
-    Opening the file repairs it: a last line that an interrupted run wrote only in part is removed, with a
-    warning on stderr.
+    Opening the file repairs it: a last line that an interrupted run wrote only in part is removed,
+    with a warning on stderr.
 
     Args:
       path: the file; it and its folders are made when absent.
@@ -108,11 +116,16 @@ class Results:
                 self._records, keep = _decode(content, self.path)
                 if keep < len(content):
                     file.truncate(keep)
-                    _warn(f"{self.path}: removed a half-written last line of {len(content) - keep} bytes")
+                    _warn(
+                        f"{self.path}: removed a half-written last line of {len(content) - keep} "
+                        "bytes"
+                    )
                 elif content and not content.endswith(b"\n"):
                     file.write(b"\n")
         except OSError as error:
-            raise OSError(f"cannot write results to {self.path}: {error.strerror or error}") from error
+            raise OSError(
+                f"cannot write results to {self.path}: {error.strerror or error}"
+            ) from error
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self._records)
@@ -123,7 +136,8 @@ class Results:
     def find(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
         """The newest record that holds every field of `cell` with an equal value, or None.
 
-        `cell` must hold all that identifies a result: a field that it leaves out may have any value.
+        `cell` must hold all that identifies a result: a field that it leaves out may have any
+        value.
         """
         wanted = {key: _plain(value, key) for key, value in cell.items()}
         missing = object()
@@ -153,12 +167,15 @@ class Results:
             finally:
                 os.close(file)
         except OSError as error:
-            raise OSError(f"cannot write results to {self.path}: {error.strerror or error}") from error
+            raise OSError(
+                f"cannot write results to {self.path}: {error.strerror or error}"
+            ) from error
         self._records.append(plain)
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """All records of a file, oldest first; a half-written last line is left out with a warning, not removed.
+    """All records of a file, oldest first; a half-written last line is left out with a warning, not
+    removed.
 
     Raises:
       OSError: the file cannot be read.
@@ -208,7 +225,9 @@ def _plain(value: Any, key: str) -> Any:
         return [_plain(item, key) for item in value]
     if isinstance(value, Mapping):
         return {str(name): _plain(item, key) for name, item in value.items()}
-    raise TypeError(f"the field {key!r} of a record holds {type(value).__name__}, which JSON cannot say")
+    raise TypeError(
+        f"the field {key!r} of a record holds {type(value).__name__}, which JSON cannot say"
+    )
 
 
 def _same(one: Any, other: Any) -> bool:

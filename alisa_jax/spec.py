@@ -1,14 +1,15 @@
-"""Specs: a line of text such as ``swa(kv_sparsity=0.8,window=16)`` that is a frozen dataclass, and back.
+"""Specs: a line of text such as ``swa(kv_sparsity=0.8,window=16)`` that is a frozen dataclass, and
+back.
 
     spec  = name [ "(" [ key "=" value { "," key "=" value } [","] ] ")" ]
     value = bare word | 'quoted text' | "quoted text"
 
-Inside quotes a backslash takes the next character as it is. The annotation of the dataclass field decides
-how a bare word is read: of the types that the field allows the first that fits wins, in the order none,
-bool, int, float, str. Quoted text is always a str. So ``window: int | str`` reads ``16`` as an integer and
-``2k`` as text. Which values make sense is the dataclass's own business: its ``__post_init__`` raises
-ValueError. A field that is hidden (``repr=False``) or not for the constructor is no part of a spec; one whose metadata
-has a name under ``spec`` goes by that name.
+Inside quotes a backslash takes the next character as it is. The annotation of the dataclass field
+decides how a bare word is read: of the types that the field allows the first that fits wins, in the
+order none, bool, int, float, str. Quoted text is always a str. So ``window: int | str`` reads
+``16`` as an integer and ``2k`` as text. Which values make sense is the dataclass's own business:
+its ``__post_init__`` raises ValueError. A field that is hidden (``repr=False``) or not for the
+constructor is no part of a spec; one whose metadata has a name under ``spec`` goes by that name.
 """
 
 import dataclasses
@@ -36,7 +37,9 @@ _CALLED = types.MappingProxyType(
 
 
 class SpecError(ValueError):
-    """A spec that cannot be read or printed. The message is one sentence that starts with the spec."""
+    """A spec that cannot be read or printed. The message is one sentence that starts
+    with the spec.
+    """
 
 
 def parse(text: str, registry: Mapping[str, type]) -> Any:
@@ -47,10 +50,12 @@ def parse(text: str, registry: Mapping[str, type]) -> Any:
       registry: from name to frozen dataclass.
 
     Returns:
-      An instance of the dataclass that `registry` lists under the name, fields coerced to their annotations.
+      An instance of the dataclass that `registry` lists under the name, fields coerced to their
+      annotations.
 
     Raises:
-      SpecError: a syntax error, an unknown name or key (the known ones are listed), a key given twice or
+      SpecError: a syntax error, an unknown name or key (the known ones are listed), a key given
+      twice or
         missing, a value of the wrong type, or a value that the dataclass refuses.
     """
     if not isinstance(text, str):
@@ -70,7 +75,9 @@ def parse(text: str, registry: Mapping[str, type]) -> Any:
         try:
             given[key] = _read(value, quoted, fields[key].type)
         except _Misfit:
-            raise SpecError(f"{text}: {key} must be {_expected(fields[key].type)}, got {value!r}") from None
+            raise SpecError(
+                f"{text}: {key} must be {_expected(fields[key].type)}, got {value!r}"
+            ) from None
     missing = [key for key, field in fields.items() if field.required and key not in given]
     if missing:
         raise SpecError(f"{text}: {name} needs a value for {', '.join(missing)}")
@@ -81,16 +88,21 @@ def parse(text: str, registry: Mapping[str, type]) -> Any:
 
 
 def to_text(obj: Any, registry: Mapping[str, type]) -> str:
-    """Print a spec: the name and, in the order of the fields, those that differ from their defaults.
+    """Print a spec: the name and, in the order of the fields, those that differ from their
+    defaults.
 
-    ``parse(to_text(obj, registry), registry) == obj`` wherever the fields hold what their annotations say.
+    ``parse(to_text(obj, registry), registry) == obj`` wherever the fields hold what their
+    annotations say.
 
     Raises:
-      SpecError: the class of `obj` is not in `registry`, or a field holds something that a spec cannot say.
+      SpecError: the class of `obj` is not in `registry`, or a field holds something that a spec
+      cannot say.
     """
     name = next((name for name, cls in registry.items() if cls is type(obj)), None)
     if name is None:
-        raise SpecError(f"{obj!r}: {type(obj).__name__} has no name; known names are {_listed(registry)}")
+        raise SpecError(
+            f"{obj!r}: {type(obj).__name__} has no name; known names are {_listed(registry)}"
+        )
     pairs = []
     for key, field in _fields(type(obj)).items():
         value = getattr(obj, field.name)
@@ -156,7 +168,9 @@ def _split(text: str) -> tuple[str, list[tuple[str, tuple[str, bool]]]]:
             _, key = take(("word",), "key=value")
             take(("=",), f"key=value, that is '=' after {key}")
             kind, value = take(("word", "quoted"), f"a value for {key}")
-            plain = re.sub(r"\\(.)", r"\1", value[1:-1], flags=re.DOTALL) if kind == "quoted" else value
+            plain = (
+                re.sub(r"\\(.)", r"\1", value[1:-1], flags=re.DOTALL) if kind == "quoted" else value
+            )
             pairs.append((key, (plain, kind == "quoted")))
             if tokens[-1][0] != ")":
                 take((",",), f"',' or ')' after {key}={value}")
@@ -171,7 +185,9 @@ def _choices(annotation: Any) -> tuple[tuple[type, ...], tuple[Any, ...]]:
     kinds = tuple(part for part in parts if part in _CALLED)
     literal = [part for part in parts if typing.get_origin(part) is typing.Literal]
     if len(kinds) + len(literal) < len(parts):
-        raise TypeError(f"a spec field is none, bool, int, float, str, Literal or their union, not {annotation}")
+        raise TypeError(
+            f"a spec field is none, bool, int, float, str, Literal or their union, not {annotation}"
+        )
     literals = tuple(value for part in literal for value in typing.get_args(part))
     return kinds, literals
 
@@ -183,7 +199,9 @@ def _is_union(annotation: Any) -> bool:
 def _read(word: str, quoted: bool, annotation: Any) -> Any:
     kinds, literals = _choices(annotation)
     for value in [word] if quoted else _readings(word):
-        if type(value) in kinds or any(value == one and type(value) is type(one) for one in literals):
+        if type(value) in kinds or any(
+            value == one and type(value) is type(one) for one in literals
+        ):
             return value
     raise _Misfit
 
@@ -212,7 +230,9 @@ def _write(value: Any, where: str) -> str:
     if isinstance(value, numbers.Real) and not math.isnan(value):
         return float.__repr__(float(value))
     if not isinstance(value, str):
-        raise SpecError(f"{where} holds {value!r}, and a spec can only say {', '.join(_CALLED.values())}")
+        raise SpecError(
+            f"{where} holds {value!r}, and a spec can only say {', '.join(_CALLED.values())}"
+        )
     match = _TOKEN.fullmatch(value)
     if match and match["word"] == value and _readings(value) == [value]:
         return value
@@ -221,7 +241,9 @@ def _write(value: Any, where: str) -> str:
 
 def _expected(annotation: Any) -> str:
     kinds, literals = _choices(annotation)
-    return " or ".join([*(_write(one, "a literal") for one in literals), *(_CALLED[kind] for kind in kinds)])
+    return " or ".join(
+        [*(_write(one, "a literal") for one in literals), *(_CALLED[kind] for kind in kinds)]
+    )
 
 
 def _listed(names: Mapping[str, Any], like: str | None = None) -> str:

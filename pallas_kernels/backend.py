@@ -5,14 +5,14 @@
     interpret   the kernel's own body, run by Pallas' interpreter: every device, for tests
     auto        pallas where it can run, else xla; `Choice.reason` says why
 
-`auto` may fall back; a named implementation runs or is refused in one sentence. Before `auto` settles on
-kernels it compiles a small one on the device at hand and compares it with its reference, once per process
-(`works`).
+`auto` may fall back; a named implementation runs or is refused in one sentence. Before `auto`
+settles on kernels it compiles a small one on the device at hand and compares it with its reference,
+once per process (`works`).
 
-Kernel bodies are written in core `pallas` with the few functions below. Pallas' Triton backend lowers on
-every jax from 0.10 to 0.12 and is announced to go, Mosaic GPU is to follow it: a change of backend is a
-change of this file. The default backend of `pallas_call` differs between releases, so it is always named
-here.
+Kernel bodies are written in core `pallas` with the few functions below. Pallas' Triton backend
+lowers on every jax from 0.10 to 0.12 and is announced to go, Mosaic GPU is to follow it: a change
+of backend is a change of this file. The default backend of `pallas_call` differs between releases,
+so it is always named here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, get_abstract_mesh, use_abstract_mesh
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    get_abstract_mesh,
+    use_abstract_mesh,
+)
 
 IMPLS = ("auto", "xla", "pallas", "interpret")
 GPUS = (
@@ -50,7 +56,8 @@ def choose(impl: str = "auto", why_not: str | None = None) -> Choice:
     """What `impl` means here.
 
     why_not: what about the call kernels do not serve, as the end of a sentence, if anything.
-    Raises ValueError for an unknown name, and where "pallas" or "interpret" is named and cannot run.
+    Raises ValueError for an unknown name, and where "pallas" or "interpret" is named and cannot
+    run.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
@@ -67,10 +74,16 @@ def choose(impl: str = "auto", why_not: str | None = None) -> Choice:
 
 
 def unsupported_device() -> str | None:
-    """Why kernels cannot be compiled for the default device, or for the device that is being lowered for; None: they can."""
+    """Why kernels cannot be compiled for the default device, or for the device that is being
+    lowered for; None: they can.
+    """
     target = get_abstract_mesh().abstract_device
     if target is not None:
-        return None if target.platform == "gpu" else f"it needs a GPU, and the target is {target.device_kind}"
+        return (
+            None
+            if target.platform == "gpu"
+            else f"it needs a GPU, and the target is {target.device_kind}"
+        )
     device = jax.devices()[0]
     if device.platform != "gpu":
         return f"it needs a GPU, and the device is {device.device_kind}"
@@ -86,7 +99,9 @@ def cores() -> int:
     """Multiprocessors of the device that is compiled for; 132, an H100's, where there is none."""
     target = get_abstract_mesh().abstract_device
     device = jax.devices()[0]
-    return int((target.num_cores if target is not None else getattr(device, "core_count", None)) or 132)
+    return int(
+        (target.num_cores if target is not None else getattr(device, "core_count", None)) or 132
+    )
 
 
 def chip() -> str:
@@ -97,30 +112,42 @@ def chip() -> str:
 
 @functools.cache
 def works(device_kind: str) -> str | None:
-    """Compile and run a small kernel on the default device: None when it agrees with its reference, else what went wrong."""
+    """Compile and run a small kernel on the default device: None when it agrees with its reference,
+    else what went wrong.
+    """
     from pallas_kernels import sparse_decode
 
     keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, [(1, 2, 64), (1, 64, 1, 64), (1, 64, 1, 64)]))
+    q, k, v = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(keys, [(1, 2, 64), (1, 64, 1, 64), (1, 64, 1, 64)])
+    )
     index = jnp.arange(63, -1, -3, dtype=jnp.int32)[None, None]
     try:
         got, _ = sparse_decode.sparse_decode(q, k, v, index, impl="pallas")
         want, _ = sparse_decode.reference(q, k, v, index)
         error = float(jnp.max(jnp.abs(got.out - want.out)))
     except Exception as wrong:  # whatever a compiler may raise: the reason is recorded
-        return f"a small kernel fails on {device_kind}: {type(wrong).__name__}: {str(wrong).splitlines()[0]:.120}"
+        said = f"{type(wrong).__name__}: {str(wrong).splitlines()[0]:.120}"
+        return f"a small kernel fails on {device_kind}: {said}"
     return None if error < 1e-4 else f"a small kernel is off by {error:.1e} on {device_kind}"
 
 
 def call(kernel, *, name: str, impl: str, warps: int, stages: int, **spec):
-    """`pl.pallas_call` of `kernel`, interpreted or lowered through Triton. spec: grid, in_specs, out_specs, out_shape."""
+    """`pl.pallas_call` of `kernel`, interpreted or lowered through Triton. spec: grid, in_specs,
+    out_specs, out_shape.
+    """
     if impl == "interpret":
         return pl.pallas_call(kernel, name=name, interpret=True, **spec)
-    return pl.pallas_call(kernel, name=name, compiler_params=triton.CompilerParams(warps, stages), **spec)
+    return pl.pallas_call(
+        kernel, name=name, compiler_params=triton.CompilerParams(warps, stages), **spec
+    )
 
 
 def dot(a: jax.Array, b: jax.Array, trans_b: bool = False) -> jax.Array:
-    """Product of two tiles of one dtype with float32 accumulation; float32 tiles are not rounded to tf32."""
+    """Product of two tiles of one dtype with float32 accumulation; float32 tiles are not rounded to
+    tf32.
+    """
     return triton.dot(a, b, trans_b=trans_b, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -130,12 +157,16 @@ def power_of_two(n: int) -> int:
 
 
 def lower_for(gpu: str, function, *args, cores: int = 132) -> str:
-    """The program that `function` becomes on the GPU named `gpu`, which need not be there, as StableHLO text.
+    """The program that `function` becomes on the GPU named `gpu`, which need not be there, as
+    StableHLO text.
 
-    Inside, `impl="pallas"` means that GPU. args: arrays or `jax.ShapeDtypeStruct`s. Raises what lowering raises.
+    Inside, `impl="pallas"` means that GPU. args: arrays or `jax.ShapeDtypeStruct`s. Raises what
+    lowering raises.
     """
     device = AbstractDevice(device_kind=gpu, num_cores=cores, platform="gpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     with warnings.catch_warnings(), use_abstract_mesh(mesh):
-        warnings.filterwarnings("ignore", message=".*Pallas Triton backend is deprecated", category=DeprecationWarning)
+        warnings.filterwarnings(
+            "ignore", message=".*Pallas Triton backend is deprecated", category=DeprecationWarning
+        )
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()

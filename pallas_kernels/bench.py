@@ -1,22 +1,27 @@
 """Times the kernels, their references and what others offer, on the device at hand.
 
-    python -m pallas_kernels.bench                                          on 2 CPU cores about half a minute
-    python -m pallas_kernels.bench --kernel packed_decode --shape llama-3-8b/b64/c8192 --json --out kernels.jsonl
-    python -m pallas_kernels.bench --tilings --shape llama-3-8b/b64/c8192   looks for tilings that beat those of tilings.py
+    python -m pallas_kernels.bench                                          on 2 CPU cores about
+    half a minute
+    python -m pallas_kernels.bench --kernel packed_decode --shape llama-3-8b/b64/c8192 --json --out
+    kernels.jsonl
+    python -m pallas_kernels.bench --tilings --shape llama-3-8b/b64/c8192   looks for tilings that
+    beat those of tilings.py
 
-Kernels are those of `cases.py`, at `--kv_sparsity`; `swa_layer` sets a layer's step on the kept tokens (packed_decode
-with mass) beside dense attention at the same context. A row is a kernel or a peer at a shape: `timing.py` says how its
-seconds are got, `cases.py` which bytes and FLOPs are counted. In the same process a copy of a large array and a product
-of large matrices are timed, and rows say which share of those rates they reach. A copy writes half of what it moves and
-attention reads, so a share above 1 can be true, all the more where K and V fit into a cache.
+Kernels are those of `cases.py`, at `--kv_sparsity`; `swa_layer` sets a layer's step on the kept
+tokens (packed_decode with mass) beside dense attention at the same context. A row is a kernel or a
+peer at a shape: `timing.py` says how its seconds are got, `cases.py` which bytes and FLOPs are
+counted. In the same process a copy of a large array and a product of large matrices are timed, and
+rows say which share of those rates they reach. A copy writes half of what it moves and attention
+reads, so a share above 1 can be true, all the more where K and V fit into a cache.
 
-Peers: the reference compiled by XLA, for whole contexts also jax.nn.dot_product_attention, the decode kernels that ship
-with jax, and torch. What cannot run has no seconds ("-") and a reason, what does not fit is "OOM". `ratio_to_best_peer`
-is the seconds of the quickest peer over those of the kernel; `max_error`, in the row of the reference, the greatest
-difference of the two on the same inputs over the greatest value.
+Peers: the reference compiled by XLA, for whole contexts also jax.nn.dot_product_attention, the
+decode kernels that ship with jax, and torch. What cannot run has no seconds ("-") and a reason,
+what does not fit is "OOM". `ratio_to_best_peer` is the seconds of the quickest peer over those of
+the kernel; `max_error`, in the row of the reference, the greatest difference of the two on the same
+inputs over the greatest value.
 
-A row is a flat record of JSON with units in its keys. Exit codes: 0 done, 1 a kernel failed (its row says how), 2 a
-mistake on the command line, 130 interrupted.
+A row is a flat record of JSON with units in its keys. Exit codes: 0 done, 1 a kernel failed
+(its row says how), 2 a mistake on the command line, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -38,7 +43,12 @@ FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 SHAPES = MappingProxyType(  # platform -> shapes for kernels of one token, and of prompts
     {
         "gpu": (
-            ("opt-6.7b/b64/c640", "llama-3-8b/b4/c8192", "llama-3-8b/b64/c8192", "llama-3-8b/b16/c32768"),
+            (
+                "opt-6.7b/b64/c640",
+                "llama-3-8b/b4/c8192",
+                "llama-3-8b/b64/c8192",
+                "llama-3-8b/b16/c32768",
+            ),
             ("llama-3-8b/b4/c2048", "llama-3-8b/b1/c8192", "llama-3-8b/b1/c32768"),
         ),
         "cpu": (("llama-3-8b/b1/c640", "llama-3-8b/b4/c640"), ("llama-3-8b/b1/c256",)),
@@ -79,7 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if records:
             print(table(records), file=sys.stderr if flags.json else sys.stdout, flush=True)
-    ran = {(r["kernel"], r["shape"]) for r in records if r["contender"] == bench_rows.SELF and r["time_s"] is not None}
+    ran = {
+        (r["kernel"], r["shape"])
+        for r in records
+        if r["contender"] == bench_rows.SELF and r["time_s"] is not None
+    }
     return 0 if ran == {(r["kernel"], r["shape"]) for r in records} else FAILED
 
 
@@ -128,19 +142,53 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--kernel", action="append", metavar="NAME", help=f"repeatable; all of {', '.join(bench_rows.KERNELS)}")
-    add("--shape", action="append", metavar="MODEL/bBATCH/cCONTEXT", help="repeatable; a few that suit the device")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU, else float32")
-    add("--kv_sparsity", type=float, default=0.8, help="share of the context that is not attended (0.8)")
-    add("--repeats", type=int, default=5, help=f"timed runs of a program, after {timing.WARM_UP} to warm up (5)")
+    add(
+        "--kernel",
+        action="append",
+        metavar="NAME",
+        help=f"repeatable; all of {', '.join(bench_rows.KERNELS)}",
+    )
+    add(
+        "--shape",
+        action="append",
+        metavar="MODEL/bBATCH/cCONTEXT",
+        help="repeatable; a few that suit the device",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="bfloat16 on a GPU, else float32",
+    )
+    add(
+        "--kv_sparsity",
+        type=float,
+        default=0.8,
+        help="share of the context that is not attended (0.8)",
+    )
+    add(
+        "--repeats",
+        type=int,
+        default=5,
+        help=f"timed runs of a program, after {timing.WARM_UP} to warm up (5)",
+    )
     add("--calls", type=int, help=f"calls in a program; as many as fill {timing.TARGET_S:g} s")
     add("--impl", choices=backend.IMPLS, default="auto", help="what runs the kernels (auto)")
     add(
-        "--max_bytes", type=float, help="memory that a row may use; 70 %% of the device's, 4 GiB where it does not tell"
+        "--max_bytes",
+        type=float,
+        help="memory that a row may use; 70 %% of the device's, 4 GiB where it does not tell",
     )
-    add("--json", action="store_true", help="one JSON line for each row on stdout, all else on stderr")
+    add(
+        "--json",
+        action="store_true",
+        help="one JSON line for each row on stdout, all else on stderr",
+    )
     add("--out", metavar="FILE", help="JSON lines are appended to it, whole lines only")
-    add("--tilings", action="store_true", help=f"time tilings instead, of {', '.join(bench_rows.TILED)}")
+    add(
+        "--tilings",
+        action="store_true",
+        help=f"time tilings instead, of {', '.join(bench_rows.TILED)}",
+    )
     flags = parser.parse_args(argv)
     for name, good, allowed in (
         ("kv_sparsity", 0 <= flags.kv_sparsity < 1, "at least 0 and below 1"),
@@ -154,7 +202,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if flags.dtype is None:
         flags.dtype = "bfloat16" if device.platform == "gpu" else "float32"
     if flags.max_bytes is None:
-        limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+        limit = (
+            (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+        )
         flags.max_bytes = 0.7 * limit if limit else 2.0**32
     try:
         ran = backend.choose(flags.impl)
@@ -165,7 +215,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if flags.tilings and ran.impl != "pallas":
         raise Mistake(f"--tilings has nothing to time: {ran.reason}")
     if flags.tilings and flags.dtype == "float32":
-        raise Mistake("--tilings has nothing to time in float32: the table is for bfloat16 and float16")
+        raise Mistake(
+            "--tilings has nothing to time in float32: the table is for bfloat16 and float16"
+        )
     flags.pairs = _pairs(flags, device.platform)
     return flags
 
@@ -188,7 +240,9 @@ def _pairs(flags, kind: str) -> dict[str, list[str]]:
 
 
 def appendable(path: str) -> str:
-    """`path`, made where it is absent, and ending with a whole line: half a line is cut off with a warning on stderr."""
+    """`path`, made where it is absent, and ending with a whole line: half a line is cut off with a
+    warning on stderr.
+    """
     try:
         with open(path, "ab+") as file:
             file.seek(0)
@@ -246,18 +300,43 @@ def table(records: Sequence[dict]) -> str:
     )
     lines = [head]
     for r in records:
-        note = r["note"] or (r["impl_reason"] if r["impl"] == "xla" and r["contender"] == bench_rows.SELF else "") or ""
-        rates = (("gb_per_s", 1), ("fraction_of_copy", 1), ("tflop_per_s", 1), ("fraction_of_matmul", 1))
+        note = (
+            r["note"]
+            or (
+                r["impl_reason"] if r["impl"] == "xla" and r["contender"] == bench_rows.SELF else ""
+            )
+            or ""
+        )
+        rates = (
+            ("gb_per_s", 1),
+            ("fraction_of_copy", 1),
+            ("tflop_per_s", 1),
+            ("fraction_of_matmul", 1),
+        )
         numbers = [_number(r["time_s"], 1e3), *(_number(r.get(key), by) for key, by in rates)]
         more = [_number(r["ratio_to_best_peer"], 1), _number(r["max_error"], 1)]
-        lines.append((r["kernel"], r["shape"], r["tiling"] or r["contender"], r["impl"], *numbers, *more, note))
+        lines.append(
+            (
+                r["kernel"],
+                r["shape"],
+                r["tiling"] or r["contender"],
+                r["impl"],
+                *numbers,
+                *more,
+                note,
+            )
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     lines.insert(1, tuple("-" * width for width in widths))
     pads = [str.ljust] * 4 + [str.rjust] * 7 + [str.ljust]
-    text = ["  ".join(pad(c, w) for pad, c, w in zip(pads, line, widths, strict=True)).rstrip() for line in lines]
+    text = [
+        "  ".join(pad(c, w) for pad, c, w in zip(pads, line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
     about = (
         f"{one['device_kind']} ({one['platform']}), jax {one['jax']}, {one['dtype']}: a copy moves "
-        f"{one['copy_gb_per_s']:.4g} GB/s, a matrix product does {one['matmul_tflop_per_s']:.4g} TFLOP/s"
+        f"{one['copy_gb_per_s']:.4g} GB/s, a matrix product does {one['matmul_tflop_per_s']:.4g} "
+        "TFLOP/s"
     )
     return "\n".join(["", about, "", *text])
 

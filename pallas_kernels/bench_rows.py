@@ -1,4 +1,6 @@
-"""Rows of the benchmark: a kernel at a shape and its peers, each measured and told as a flat record, units in its keys."""
+"""Rows of the benchmark: a kernel at a shape and its peers, each measured and told as a flat
+record, units in its keys.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,22 @@ KERNELS = (*cases.DECODE, *cases.PROMPT, "swa_layer")
 TILED = ("sparse_decode", "packed_decode", "flash_prefill")
 SELF, REFERENCE, DENSE = "kernel", "xla", "dense_decode"  # contenders beside those of `peers`
 _IMPLS = MappingProxyType(
-    {peers.CUDNN: "cudnn", peers.XLA: "xla", peers.GQA: "pallas", peers.PAGED: "pallas", peers.TORCH: "torch"}
+    {
+        peers.CUDNN: "cudnn",
+        peers.XLA: "xla",
+        peers.GQA: "pallas",
+        peers.PAGED: "pallas",
+        peers.TORCH: "torch",
+    }
 )
 _MEASURED = tuple(
-    "basis time_s time_min_s time_max_s gb_per_s tflop_per_s fraction_of_copy fraction_of_matmul calls repeats warmup "
+    "basis time_s time_min_s time_max_s gb_per_s tflop_per_s fraction_of_copy fraction_of_matmul "
+    "calls repeats warmup "
     "temporary_bytes best_peer ratio_to_best_peer max_error note".split()
 )
-_TILES = MappingProxyType({"rows": (16, 256), "queries": (16, 256), "warps": (1, 16), "stages": (1, 6)})
+_TILES = MappingProxyType(
+    {"rows": (16, 256), "queries": (16, 256), "warps": (1, 16), "stages": (1, 6)}
+)
 
 
 class Settings(NamedTuple):
@@ -37,7 +48,9 @@ class Settings(NamedTuple):
 
 
 def contenders(kernel: str, impl: str) -> tuple[str, ...]:
-    """The kernel itself, and what is timed beside it; its reference is not where `impl` runs it as the kernel."""
+    """The kernel itself, and what is timed beside it; its reference is not where `impl` runs it as
+    the kernel.
+    """
     if kernel == "swa_layer":
         return SELF, DENSE, *peers.DENSE
     reference = () if backend.choose(impl).impl == "xla" else (REFERENCE,)
@@ -47,7 +60,8 @@ def contenders(kernel: str, impl: str) -> tuple[str, ...]:
 def group(kernel: str, name: str, how: Settings, rates: timing.Ceilings, known: dict) -> list[dict]:
     """The rows of a kernel at the shape `name`, the kernel's first.
 
-    known: rows of this shape by what was measured; `swa_layer` is made of rows that other kernels have, too.
+    known: rows of this shape by what was measured; `swa_layer` is made of rows that other kernels
+    have, too.
     """
     rows, kept = [], None
     for contender in contenders(kernel, how.impl):
@@ -60,7 +74,10 @@ def group(kernel: str, name: str, how: Settings, rates: timing.Ceilings, known: 
         rows.append(known[subject] | {"kernel": kernel, "contender": contender})
     own, best = rows[0], min(rows[1:], key=_seconds, default=rows[0])
     if max(_seconds(own), _seconds(best)) < math.inf and best is not own:
-        own |= {"best_peer": best["contender"], "ratio_to_best_peer": best["time_s"] / own["time_s"]}
+        own |= {
+            "best_peer": best["contender"],
+            "ratio_to_best_peer": best["time_s"] / own["time_s"],
+        }
     return rows
 
 
@@ -68,13 +85,19 @@ def _subject(kernel: str, contender: str) -> tuple[str, str]:
     """What is measured for a row: a kernel of `cases` and a contender."""
     if kernel != "swa_layer":
         return kernel, contender
-    return ("packed_decode", SELF) if contender == SELF else (DENSE, SELF if contender == DENSE else contender)
+    return (
+        ("packed_decode", SELF)
+        if contender == SELF
+        else (DENSE, SELF if contender == DENSE else contender)
+    )
 
 
 def measure(
     kernel: str, contender: str, name: str, how: Settings, rates: timing.Ceilings, tiling=None
 ) -> tuple[dict, object]:
-    """One row, without what relates it to others, and what the last call returned (None where nothing ran)."""
+    """One row, without what relates it to others, and what the last call returned
+    (None where nothing ran).
+    """
     shape, causal = shapes.named(name), kernel in cases.PROMPT
     own = contender in (SELF, REFERENCE)
     ran = backend.choose(how.impl if contender == SELF else "xla")
@@ -98,21 +121,34 @@ def measure(
         if contender == peers.TORCH:
             found, row["note"] = peers.torch_sdpa(causal, shape, how.dtype, **limits)
         else:
-            found = timing.measure(case or peers.build(contender, causal, shape, how.dtype), **limits)
+            found = timing.measure(
+                case or peers.build(contender, causal, shape, how.dtype), **limits
+            )
     except timing.TooLarge as large:
         row |= {"time_s": "OOM", "note": str(large)}
     except peers.Missing as missing:
         row["note"] = str(missing)
-    except Exception as wrong:  # whatever a compiler or a device may raise: the row tells it, the other rows go on
+    # whatever a compiler or a device may raise: the row tells it, the other rows go on
+    except Exception as wrong:
         text = " ".join(str(wrong).split())[:200]
-        full = "RESOURCE_EXHAUSTED" in text and "hared memory" not in text  # a kernel's own shared memory is its tiling
-        row |= {"time_s": "OOM" if full else None, "note": text if full else f"{type(wrong).__name__}: {text}"}
+        # a kernel's own shared memory is its tiling
+        full = "RESOURCE_EXHAUSTED" in text and "hared memory" not in text
+        row |= {
+            "time_s": "OOM" if full else None,
+            "note": text if full else f"{type(wrong).__name__}: {text}",
+        }
     return row | _numbers(found, work, how, rates), None if found is None else found.outs
 
 
-def _numbers(found: timing.Timed | None, work: timing.Work, how: Settings, rates: timing.Ceilings) -> dict:
+def _numbers(
+    found: timing.Timed | None, work: timing.Work, how: Settings, rates: timing.Ceilings
+) -> dict:
     """What was measured and what follows from it; only what a call must do where nothing ran."""
-    counts = {"read_bytes": work.read_bytes, "written_bytes": work.written_bytes, "flops": work.flops}
+    counts = {
+        "read_bytes": work.read_bytes,
+        "written_bytes": work.written_bytes,
+        "flops": work.flops,
+    }
     if found is None:
         return counts
     moved, done = work.bytes / found.time_s, work.flops / found.time_s
@@ -134,7 +170,9 @@ def _numbers(found: timing.Timed | None, work: timing.Work, how: Settings, rates
 
 
 def _error(got, want) -> float | str | None:
-    """Greatest difference over the greatest value, of all arrays; "nan" is a text; None where one of the two did not run."""
+    """Greatest difference over the greatest value, of all arrays; "nan" is a text; None where one
+    of the two did not run.
+    """
     if got is None or want is None:
         return None
     errors = []
@@ -171,15 +209,21 @@ def _seconds(row: dict) -> float:
 
 
 def climb(start, seconds: Callable) -> dict:
-    """tiling -> `seconds(tiling)`: of `start`, of its neighbours, of those of the quickest, until these are all known."""
+    """tiling -> `seconds(tiling)`: of `start`, of its neighbours, of those of the quickest, until
+    these are all known.
+    """
     tried = {start: seconds(start)}
-    while new := [tiling for tiling in neighbours(min(tried, key=tried.get)) if tiling not in tried]:
+    while new := [
+        tiling for tiling in neighbours(min(tried, key=tried.get)) if tiling not in tried
+    ]:
         tried |= {tiling: seconds(tiling) for tiling in new}
     return tried
 
 
 def neighbours(tiling) -> Iterator:
-    """Tilings that differ in one number: half or twice as many rows, queries or warps, a stage more or less."""
+    """Tilings that differ in one number: half or twice as many rows, queries or warps, a stage more
+    or less.
+    """
     for field, (least, most) in _TILES.items():
         if field in tiling._fields:
             value = getattr(tiling, field)

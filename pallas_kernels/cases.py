@@ -1,17 +1,25 @@
-"""The kernels as they are timed: inputs of one layer, and the bytes and FLOPs of a call, by the kernels' own docstrings.
+"""The kernels as they are timed: inputs of one layer, and the bytes and FLOPs of a call, by the
+kernels' own docstrings.
 
-For B sequences of S tokens, N query and K kv heads of H channels, M tokens attended at `kv_sparsity`, elements of e bytes:
+For B sequences of S tokens, N query and K kv heads of H channels, M tokens attended at
+`kv_sparsity`, elements of e bytes:
 
-    sparse_decode, packed_decode    reads  B N H e + 2 B K M H e, 8 or 4 B M of index and bias     4 B N M H FLOPs
+    sparse_decode, packed_decode    reads  B N H e + 2 B K M H e, 8 or 4 B M of index and bias     4
+                                           B N M H FLOPs
                                     writes 4 B N (H + 1) + 4 B M of mass
-    ... int8_token, int8_channel    e = 1 for K and V, and 6 B K M or 16 B K H of scales and zero points
+    ... int8_token, int8_channel    e = 1 for K and V, and 6 B K M or 16 B K H of scales and zero
+                                    points
     dense_decode                    packed_decode with M = S, without bias and mass
-    flash_prefill                   reads  B S (N + 2 K) H e, writes 4 B S N (H + 1)               2 B N H S^2 FLOPs
-    prompt_mass_rows                reads  B (W N + S K) H e + 4 B W N, writes 4 B W S             2 B N H W S FLOPs
-    prompt_mass_sum                 reads  B S (N + K) H e + 4 B S N, writes 4 B S                 B N H S^2 FLOPs
+    flash_prefill                   reads  B S (N + 2 K) H e, writes 4 B S N (H + 1)               2
+                                           B N H S^2 FLOPs
+    prompt_mass_rows                reads  B (W N + S K) H e + 4 B W N, writes 4 B W S             2
+                                           B N H W S FLOPs
+    prompt_mass_sum                 reads  B S (N + K) H e + 4 B S N, writes 4 B S                 B
+                                           N H S^2 FLOPs
 
-Selections are shared by all heads (P = 1); a list names one random row of every S / M, in order. Values are uniform with
-variance 1. W is WINDOW, or S if that is less. Logits that are written and read again between are not counted.
+Selections are shared by all heads (P = 1); a list names one random row of every S / M, in order.
+Values are uniform with variance 1. W is WINDOW, or S if that is less. Logits that are written and
+read again between are not counted.
 """
 
 from __future__ import annotations
@@ -38,16 +46,24 @@ DECODE = (
 PROMPT = ("flash_prefill", "prompt_mass_rows", "prompt_mass_sum")
 
 
-def build(kernel: str, shape: Shape, dtype: str, kv_sparsity: float, impl: str, tiling=None) -> Case:
-    """One of DECODE or PROMPT on one layer of `shape`. dtype: of q, and of K and V where they are no codes."""
+def build(
+    kernel: str, shape: Shape, dtype: str, kv_sparsity: float, impl: str, tiling=None
+) -> Case:
+    """One of DECODE or PROMPT on one layer of `shape`. dtype: of q, and of K and V where they are
+    no codes.
+    """
     if kernel in PROMPT:
         return _prompt(kernel, shape, jnp.dtype(dtype), impl, tiling)
-    return _decode(kernel, shape, jnp.dtype(dtype), attended(kernel, shape, kv_sparsity), impl, tiling)
+    return _decode(
+        kernel, shape, jnp.dtype(dtype), attended(kernel, shape, kv_sparsity), impl, tiling
+    )
 
 
 def attended(kernel: str, shape: Shape, kv_sparsity: float) -> int:
     """Tokens that the last query of a sequence attends."""
-    return shape.context if kernel == "dense_decode" or kernel in PROMPT else shape.kept(kv_sparsity)
+    return (
+        shape.context if kernel == "dense_decode" or kernel in PROMPT else shape.kept(kv_sparsity)
+    )
 
 
 def _decode(kernel: str, shape: Shape, dtype, M: int, impl: str, tiling) -> Case:
@@ -57,7 +73,9 @@ def _decode(kernel: str, shape: Shape, dtype, M: int, impl: str, tiling) -> Case
     rows = (B, S, K, H) if indexed else (B, K, M, H)
 
     def inputs(seed):
-        make = lambda seed: _codes(seed, codes, rows, 1 if indexed else 2) if codes else uniform(seed, rows, dtype)
+        make = lambda seed: (
+            _codes(seed, codes, rows, 1 if indexed else 2) if codes else uniform(seed, rows, dtype)
+        )
         index = (_lists(seed + 3, B, M, S),) if indexed else ()
         bias = () if dense else (jnp.zeros((B, 1, M), jnp.float32),)
         return uniform(seed, (B, N, H), dtype), make(seed + 1), make(seed + 2), *index, *bias
@@ -69,7 +87,12 @@ def _decode(kernel: str, shape: Shape, dtype, M: int, impl: str, tiling) -> Case
     }[name]
     scales = {"": 0, "token": 6 * B * K * M, "channel": 16 * B * K * H}[codes]
     listed = 0 if dense else (8 if indexed else 4) * B * M
-    read = B * N * H * dtype.itemsize + 2 * B * K * M * H * (1 if codes else dtype.itemsize) + scales + listed
+    read = (
+        B * N * H * dtype.itemsize
+        + 2 * B * K * M * H * (1 if codes else dtype.itemsize)
+        + scales
+        + listed
+    )
     written = 4 * B * N * (H + 1) + (0 if dense else 4 * B * M)
     run = functools.partial(function, mass=not dense, impl=impl, tiling=tiling)
     return Case(run, inputs, Work(read, written, 4 * B * N * M * H))
@@ -102,15 +125,20 @@ def _prompt(kernel: str, shape: Shape, dtype, impl: str, tiling) -> Case:
         if kernel == "flash_prefill":
             return q, k, v
         seen = jax.lax.broadcasted_iota(jnp.float32, (B, T, N), 1) + jnp.float32(1.0)
-        return q, k, jnp.log(seen) + jnp.float32(0.5)  # about what queries and keys of variance 1 come to
+        # about what queries and keys of variance 1 come to
+        return q, k, jnp.log(seen) + jnp.float32(0.5)
 
     if kernel == "flash_prefill":
         work = Work(B * T * (N + 2 * K) * H * e, 4 * B * T * N * (H + 1), 2 * B * N * H * T * T)
-        return Case(functools.partial(flash_prefill.flash_prefill, impl=impl, tiling=tiling), inputs, work)
+        return Case(
+            functools.partial(flash_prefill.flash_prefill, impl=impl, tiling=tiling), inputs, work
+        )
     W = min(WINDOW, T) if kernel == "prompt_mass_rows" else T
     read = B * (W * N + T * K) * H * e + 4 * B * W * N
     if kernel == "prompt_mass_rows":
         how, work = dict(queries=W, reduce="rows"), Work(read, 4 * B * W * T, 2 * B * N * H * W * T)
     else:
         how, work = dict(reduce="sum"), Work(read, 4 * B * T, B * N * H * T * T)
-    return Case(functools.partial(flash_prefill.prompt_mass, impl=impl, tiling=tiling, **how), inputs, work)
+    return Case(
+        functools.partial(flash_prefill.prompt_mass, impl=impl, tiling=tiling, **how), inputs, work
+    )

@@ -1,25 +1,30 @@
-"""Prompts attend themselves causally, and a second pass tells how much attention each of their tokens got.
+"""Prompts attend themselves causally, and a second pass tells how much attention each of their
+tokens got.
 
-For sequence b of length[b] tokens, query head n of kv head h = n // (N / K) and query i < length[b],
+For sequence b of length[b] tokens, query head n of kv head h = n // (N / K) and query i <
+length[b],
 
     z_ij = q[b, i, n] . k[b, j, h] / sqrt(H) for j <= i      lse[b, i, n] = log sum_j exp(z_ij)
     out[b, i, n] = sum_j w_ij v[b, j, h]                     w_ij = exp(z_ij - lse[b, i, n])
     rows[b, p, r, j] = sum of w_ij over the heads of group p, i = length[b] - W + r
     sum[b, p, j] = sum_r rows[b, p, r, j]
 
-q [B, T, N, H]; k, v [B, T, K, H]; length [B] int32: prompts begin at position 0, what lies behind them is not read. The
-rows of the last W queries seed SWA and SnapKV, the sum over all queries H2O. No T x T array is ever held.
+q [B, T, N, H]; k, v [B, T, K, H]; length [B] int32: prompts begin at position 0, what lies behind
+them is not read. The rows of the last W queries seed SWA and SnapKV, the sum over all queries H2O.
+No T x T array is ever held.
 
-`flash_prefill` does 2 B N H T^2 FLOPs for full prompts, moves B T (N + 2 K) H elements and writes 4 B T N (H + 1) bytes.
-K and V are read again for each tile of queries, as a rule from cache; T is in the hundreds or more, so arithmetic is the
-limit. A program keeps a tile of queries of one head and passes over the keys before it with the running softmax of
-`online.py`. Key tiles that end before the first query need no mask, those that begin after the last are skipped; the longest
-programs start first.
+`flash_prefill` does 2 B N H T^2 FLOPs for full prompts, moves B T (N + 2 K) H elements and writes 4
+B T N (H + 1) bytes. K and V are read again for each tile of queries, as a rule from cache; T is in
+the hundreds or more, so arithmetic is the limit. A program keeps a tile of queries of one head and
+passes over the keys before it with the running softmax of `online.py`. Key tiles that end before
+the first query need no mask, those that begin after the last are skipped; the longest programs
+start first.
 
-`prompt_mass` does 2 B N H W T FLOPs (half of that for W = T), reads B (W N + T K) H elements and writes 4 B P W T bytes, or
-4 B N T for the sum. Given the lse no tile of weights depends on another. For rows a program makes one tile of queries and
-keys and passes over the heads of its group; for the sum it keeps a tile of keys and passes over the queries of one head, and
-the heads of a group are added afterwards. Both add in registers: there are no atomics.
+`prompt_mass` does 2 B N H W T FLOPs (half of that for W = T), reads B (W N + T K) H elements and
+writes 4 B P W T bytes, or 4 B N T for the sum. Given the lse no tile of weights depends on another.
+For rows a program makes one tile of queries and keys and passes over the heads of its group; for
+the sum it keeps a tile of keys and passes over the queries of one head, and the heads of a group
+are added afterwards. Both add in registers: there are no atomics.
 """
 
 from __future__ import annotations
@@ -45,15 +50,17 @@ _LOG2_E = math.log2(math.e)
 def reference(q, k, v, length=None) -> Partial:
     """`flash_prefill` in plain jnp, a block of queries after the other.
 
-    A long prompt is cut in `_parts`, whose queries pass over the keys up to the part's end: few keys behind a query are
-    looked at.
+    A long prompt is cut in `_parts`, whose queries pass over the keys up to the part's end: few
+    keys behind a query are looked at.
     """
     B, T, N, H = q.shape
     length = _lengths(q, length)
     size = min(T, _QUERY_BLOCK)
     real = jnp.arange(T, dtype=jnp.int32)[None] < length[:, None]
-    v = jnp.where(real[..., None, None], v, jnp.zeros((), v.dtype))  # padding may hold anything, and 0 * nan is nan
-    keys, values = (jnp.swapaxes(x, 1, 2) for x in (k, v))  # not in the loop, where it would be done for each block
+    # padding may hold anything, and 0 * nan is nan
+    v = jnp.where(real[..., None, None], v, jnp.zeros((), v.dtype))
+    # not in the loop, where it would be done for each block
+    keys, values = (jnp.swapaxes(x, 1, 2) for x in (k, v))
     count = -(-T // size)
     parts, found = _parts(count), []
     for part in range(parts):
@@ -67,7 +74,10 @@ def reference(q, k, v, length=None) -> Partial:
             e = jnp.exp(z - jnp.where(top == -jnp.inf, jnp.float32(0.0), top))
             total = jnp.sum(e, axis=-1, keepdims=True)
             out = jnp.einsum(
-                "bkgqt,bkth->bkgqh", e.astype(v.dtype), values[:, :, :end], preferred_element_type=jnp.float32
+                "bkgqt,bkth->bkgqh",
+                e.astype(v.dtype),
+                values[:, :, :end],
+                preferred_element_type=jnp.float32,
             )
             out = jnp.moveaxis(out / jnp.where(total == 0, jnp.float32(1.0), total), 3, 1)
             lse = jnp.moveaxis((top + jnp.log(total))[..., 0], 3, 1)
@@ -84,7 +94,9 @@ def _parts(blocks: int) -> int:
     return 1 if blocks < 8 else 4
 
 
-def mass_reference(q, k, lse, length=None, *, queries: int | None = None, heads: int = 1, reduce: str = "rows"):
+def mass_reference(
+    q, k, lse, length=None, *, queries: int | None = None, heads: int = 1, reduce: str = "rows"
+):
     """`prompt_mass` in plain jnp, a block of queries after the other."""
     B, T, N, _ = q.shape
     length, P = _lengths(q, length), heads
@@ -102,17 +114,26 @@ def mass_reference(q, k, lse, length=None, *, queries: int | None = None, heads:
 
     zero = jnp.zeros((B, P, T if reduce == "sum" else 0), jnp.float32)
     total, rows = jax.lax.scan(block, zero, jnp.arange(count, dtype=jnp.int32))
-    return total if reduce == "sum" else jnp.moveaxis(rows, 0, 2).reshape(B, P, count * size, T)[:, :, ahead:]
+    return (
+        total
+        if reduce == "sum"
+        else jnp.moveaxis(rows, 0, 2).reshape(B, P, count * size, T)[:, :, ahead:]
+    )
 
 
 def _logits(q, keys, at, length, lse=None):
-    """Logits [B, K, G, Q, T] float32 of the queries at positions `at` [B, Q] for the first T keys [B, K, T, H], -inf where a
-    key is not seen: after the query, or when there is no such query; also the rows of `lse` [B, *, N] as [B, K, G, Q, 1]."""
+    """Logits [B, K, G, Q, T] float32 of the queries at positions `at` [B, Q] for the first T keys
+    [B, K, T, H], -inf where a
+    key is not seen: after the query, or when there is no such query; also the rows of `lse`
+    [B, *, N] as [B, K, G, Q, 1].
+    """
     B, K, T, H = keys.shape
     N, Q = q.shape[2], at.shape[1]
     b, row = jax.lax.broadcasted_iota(jnp.int32, at.shape, 0), jnp.clip(at, 0, q.shape[1] - 1)
     tiles = jnp.moveaxis(q[b, row].astype(keys.dtype), 1, 2).reshape(B, K, N // K * Q, H)
-    z = jnp.einsum("bkqh,bkth->bkqt", tiles, keys, preferred_element_type=jnp.float32) * jnp.float32(H**-0.5)
+    z = jnp.einsum(
+        "bkqh,bkth->bkqt", tiles, keys, preferred_element_type=jnp.float32
+    ) * jnp.float32(H**-0.5)
     real = (at >= 0) & (at < length[:, None])
     seen = real[..., None] & (jnp.arange(T, dtype=jnp.int32)[None, None] <= at[..., None])
     norm = None if lse is None else jnp.moveaxis(lse[b, row].reshape(B, Q, K, N // K, 1), 1, 3)
@@ -125,7 +146,8 @@ def _logits(q, keys, at, length, lse=None):
 def _attend_kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, T, H, rows, tiles):
     """One tile of queries of one head.
 
-    After the first tile of keys every maximum is finite, also in rows behind the prompt, since key 0 is before every query.
+    After the first tile of keys every maximum is finite, also in rows behind the prompt, since key
+    0 is before every query.
     """
     Q, Hp = q_ref.shape
     length = length_ref[...]
@@ -138,8 +160,12 @@ def _attend_kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, T, H, r
         o, m, l = carry
         span = pl.ds(j * rows, rows)
         key = j * rows + jax.lax.broadcasted_iota(jnp.int32, (rows,), 0)
-        wanted = channel & (key < length)[:, None] if masked else jnp.broadcast_to(channel, (rows, Hp))
-        z = backend.dot(q, backend.load(k_ref.at[span], mask=wanted, other=0), trans_b=True) * (H**-0.5 * _LOG2_E)
+        wanted = (
+            channel & (key < length)[:, None] if masked else jnp.broadcast_to(channel, (rows, Hp))
+        )
+        z = backend.dot(q, backend.load(k_ref.at[span], mask=wanted, other=0), trans_b=True) * (
+            H**-0.5 * _LOG2_E
+        )
         if masked:
             z = jnp.where((key[None] <= at[:, None]) & (key < length)[None], z, -jnp.inf)
         m2 = jnp.maximum(m, jnp.max(z, axis=1))
@@ -150,7 +176,11 @@ def _attend_kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, T, H, r
 
     end = jnp.where(first < length, (jnp.minimum(first + Q, length) + rows - 1) // rows, 0)
     plain = jnp.minimum((first + 1) // rows, end)  # tiles that end before every query
-    carry = jnp.zeros((Q, Hp), jnp.float32), jnp.full((Q,), -jnp.inf, jnp.float32), jnp.zeros((Q,), jnp.float32)
+    carry = (
+        jnp.zeros((Q, Hp), jnp.float32),
+        jnp.full((Q,), -jnp.inf, jnp.float32),
+        jnp.zeros((Q,), jnp.float32),
+    )
     carry = jax.lax.fori_loop(0, plain, functools.partial(tile, masked=False), carry)
     o, m, l = jax.lax.fori_loop(plain, end, functools.partial(tile, masked=True), carry)
     l = jnp.where(l == 0, 1.0, l)
@@ -161,7 +191,9 @@ def _attend_kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, T, H, r
 
 
 def _mass_kernel(length_ref, q_ref, k_ref, lse_ref, out_ref, *, T, H, G, W, Q, heads, summed):
-    """Weights of a tile of keys, summed over the `heads` of a group for a tile of queries, or over the queries of a head."""
+    """Weights of a tile of keys, summed over the `heads` of a group for a tile of queries, or over
+    the queries of a head.
+    """
     rows, _, Hp = k_ref.shape
     length = length_ref[...]
     first = pl.program_id(0) * rows
@@ -172,7 +204,11 @@ def _mass_kernel(length_ref, q_ref, k_ref, lse_ref, out_ref, *, T, H, G, W, Q, h
     low = jnp.maximum(jnp.maximum(start, first), 0) if summed else start  # the first query
 
     def keys(head):
-        place = jax.lax.broadcasted_iota(jnp.int32, (rows, Hp), 0), jnp.full((rows, Hp), head // G), channel
+        place = (
+            jax.lax.broadcasted_iota(jnp.int32, (rows, Hp), 0),
+            jnp.full((rows, Hp), head // G),
+            channel,
+        )
         return backend.load(k_ref.at[place], mask=(key < length)[:, None] & (channel < H), other=0)
 
     k = keys(head) if summed else None
@@ -192,7 +228,8 @@ def _mass_kernel(length_ref, q_ref, k_ref, lse_ref, out_ref, *, T, H, G, W, Q, h
     if summed:
         steps = jnp.maximum(length - low + Q - 1, 0) // Q
     else:
-        steps = (jnp.minimum(low + Q, length) > first).astype(jnp.int32) * heads  # 0: all keys are in the future
+        # 0: all keys are in the future
+        steps = (jnp.minimum(low + Q, length) > first).astype(jnp.int32) * heads
     total = jax.lax.fori_loop(0, steps, tile, jnp.zeros((Q, rows), jnp.float32))
     if summed:
         backend.store(out_ref, jnp.sum(total, axis=0), mask=key < T)
@@ -204,12 +241,16 @@ def _mass_kernel(length_ref, q_ref, k_ref, lse_ref, out_ref, *, T, H, G, W, Q, h
 # ---- what is called
 
 
-def flash_prefill(q, k, v, length=None, *, impl: str = "auto", tiling: Tiling | None = None) -> Partial:
+def flash_prefill(
+    q, k, v, length=None, *, impl: str = "auto", tiling: Tiling | None = None
+) -> Partial:
     """Causal attention of q [B, T, N, H], unscaled, over k and v [B, T, K, H].
 
-    length: [B] int32, tokens of each prompt; None: T. Returns Partial(out [B, T, N, H], lse [B, T, N]) float32; rows behind
-    a prompt have out = 0 and lse = -inf. Products of half-precision inputs run in their type, all else in float32.
-    impl: see `backend`. Raises ValueError for shapes that do not go together and for a named `impl` that cannot run.
+    length: [B] int32, tokens of each prompt; None: T. Returns
+    Partial(out [B, T, N, H], lse [B, T, N]) float32; rows behind a prompt have out = 0 and lse =
+    -inf. Products of half-precision inputs run in their type, all else in float32. impl: see
+    `backend`. Raises ValueError for shapes that do not go together and for a named `impl` that
+    cannot run.
     """
     _check(q, k, v, length)
     choice = backend.choose(impl, online.why_not(q=q, k=k, v=v))
@@ -232,7 +273,9 @@ def flash_prefill(q, k, v, length=None, *, impl: str = "auto", tiling: Tiling | 
             grid=(tiles, N, B),
             in_specs=[pl.BlockSpec((None,), lambda i, n, b: (b,)), query, whole, whole],
             out_specs=[query, pl.BlockSpec((None, Q, None), lambda i, n, b: (b, tiles - 1 - i, n))],
-            out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (q.shape, q.shape[:3])],
+            out_shape=[
+                jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (q.shape, q.shape[:3])
+            ],
         )(_lengths(q, length), q, k, v)
     )
 
@@ -249,20 +292,24 @@ def prompt_mass(
     impl: str = "auto",
     tiling: Tiling | None = None,
 ) -> jax.Array:
-    """Softmax weights of the last `queries` = W queries of each prompt, summed over the heads of `heads` = P groups.
+    """Softmax weights of the last `queries` = W queries of each prompt, summed over the heads of
+    `heads` = P groups.
 
-    q [B, T, N, H] unscaled, k [B, T, K, H] and length [B] as `flash_prefill` got them, lse [B, T, N] float32 as it returned
-    it. queries: None for all T; may exceed T. heads: 1 for the sum over all heads, K for the query heads of each kv head,
-    N for every head by itself. Returns float32: for reduce="rows" [B, P, W, T], where the last row is the last query's and
-    rows before the first query are zero; for reduce="sum" their sum [B, P, T]. A row that is not zero sums to N / P.
-    impl: see `backend`. Raises ValueError for shapes and options that do not go together, and for a named `impl` that cannot
-    run.
+    q [B, T, N, H] unscaled, k [B, T, K, H] and length [B] as `flash_prefill` got them, lse
+    [B, T, N] float32 as it returned it. queries: None for all T; may exceed T. heads: 1 for the sum
+    over all heads, K for the query heads of each kv head, N for every head by itself. Returns
+    float32: for reduce="rows" [B, P, W, T], where the last row is the last query's and rows before
+    the first query are zero; for reduce="sum" their sum [B, P, T]. A row that is not zero sums to N
+    / P. impl: see `backend`. Raises ValueError for shapes and options that do not go together, and
+    for a named `impl` that cannot run.
     """
     _check(q, k, None, length)
     B, T, N, H = q.shape
     P, W = heads, T if queries is None else queries
     if lse.shape != (B, T, N) or lse.dtype != jnp.float32:
-        raise ValueError(f"lse is float32 [B, T, N] = {(B, T, N)}; got {lse.dtype.name} {lse.shape}")
+        raise ValueError(
+            f"lse is float32 [B, T, N] = {(B, T, N)}; got {lse.dtype.name} {lse.shape}"
+        )
     if P < 1 or N % P:
         raise ValueError(f"heads is a number of groups that divides N = {N}; got {heads}")
     if W < 1:
@@ -274,7 +321,10 @@ def prompt_mass(
         return mass_reference(q, k, lse, length, queries=queries, heads=heads, reduce=reduce)
     summed, K = reduce == "sum", k.shape[2]
     tiling, Hp = _tiling(q, k, tiling), max(16, backend.power_of_two(H))
-    Q, rows = max(16, min(tiling.queries, backend.power_of_two(W))), max(16, min(tiling.rows, backend.power_of_two(T)))
+    Q, rows = (
+        max(16, min(tiling.queries, backend.power_of_two(W))),
+        max(16, min(tiling.rows, backend.power_of_two(T))),
+    )
     if summed:
         tiles, groups, shape = 1, N, (B, N, T)
         made = pl.BlockSpec((None, None, rows), lambda j, i, p, b: (b, p, j))
@@ -282,7 +332,9 @@ def prompt_mass(
         tiles, groups, shape = -(-W // Q), P, (B, P, W, T)
         made = pl.BlockSpec((None, None, Q, rows), lambda j, i, p, b: (b, p, i, j))
     found = backend.call(
-        functools.partial(_mass_kernel, T=T, H=H, G=N // K, W=W, Q=Q, heads=N // groups, summed=summed),
+        functools.partial(
+            _mass_kernel, T=T, H=H, G=N // K, W=W, Q=Q, heads=N // groups, summed=summed
+        ),
         name=f"prompt_mass_{reduce}",
         impl=choice.impl,
         warps=tiling.warps,
@@ -303,16 +355,23 @@ def prompt_mass(
 def _lengths(q, length):
     """[B] int32 within [0, T]."""
     B, T = q.shape[:2]
-    return jnp.full((B,), T, jnp.int32) if length is None else jnp.clip(length.astype(jnp.int32), 0, T)
+    return (
+        jnp.full((B,), T, jnp.int32) if length is None else jnp.clip(length.astype(jnp.int32), 0, T)
+    )
 
 
 def _tiling(q, k, tiling: Tiling | None) -> Tiling:
-    """The table's tiling unless one is given. Products of float32 are made without matrix units, with their operands in
+    """The table's tiling unless one is given. Products of float32 are made without matrix units,
+    with their operands in
     registers, so these tiles have an eighth of the size."""
     if tiling is not None:
         return tiling
     found = tiling_for("flash_prefill", backend.chip(), q.shape[-1])
-    return found._replace(queries=found.queries // 4, rows=found.rows // 2) if k.dtype == jnp.float32 else found
+    return (
+        found._replace(queries=found.queries // 4, rows=found.rows // 2)
+        if k.dtype == jnp.float32
+        else found
+    )
 
 
 def _check(q, k, v, length) -> None:
@@ -324,7 +383,12 @@ def _check(q, k, v, length) -> None:
     (B, T, N, H), K = q.shape, k.shape[2]
     if k.shape != (B, T, K, H) or T < 1 or K < 1 or N % K:
         raise ValueError(
-            f"q [B, T, N, H] and k [B, T, K, H] share B, T and H, and K divides N; got {q.shape} and {k.shape}"
+            f"q [B, T, N, H] and k [B, T, K, H] share B, T and H, and K divides N; got {q.shape} "
+            f"and {k.shape}"
         )
-    if length is not None and (length.shape != (B,) or not jnp.issubdtype(length.dtype, jnp.integer)):
-        raise ValueError(f"length is [B] = {(B,)} whole numbers; got {length.dtype.name} {length.shape}")
+    if length is not None and (
+        length.shape != (B,) or not jnp.issubdtype(length.dtype, jnp.integer)
+    ):
+        raise ValueError(
+            f"length is [B] = {(B,)} whole numbers; got {length.dtype.name} {length.shape}"
+        )

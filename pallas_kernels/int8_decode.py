@@ -7,13 +7,13 @@ A value x stands as a code c: x = (c - zero) * scale, with one scale and zero po
     per channel of a kv head    z_m = (q * scale) . c_m - (q * scale) . zero
                                 out = scale * (sum_m p_m c_m - zero), sum p = 1
 
-so no tile of unpacked values exists, in memory or in a register: codes become float on their way into the
-product, per token without their zero point (a whole number of at most 255, exact in bfloat16), and scales
-multiply logits, weights, queries or outputs. Per channel all of that is done once per query and once per
-output, outside the loop, and the kernel is the one for plain rows.
+so no tile of unpacked values exists, in memory or in a register: codes become float on their way
+into the product, per token without their zero point (a whole number of at most 255, exact in
+bfloat16), and scales multiply logits, weights, queries or outputs. Per channel all of that is done
+once per query and once per output, outside the loop, and the kernel is the one for plain rows.
 
-A call reads 2 B K M H bytes of codes (and 6 B K M of scales and zero points per token), against twice that in
-bfloat16; FLOPs are as in `sparse_decode`. Products run in the type of q.
+A call reads 2 B K M H bytes of codes (and 6 B K M of scales and zero points per token), against
+twice that in bfloat16; FLOPs are as in `sparse_decode`. Products run in the type of q.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class PerToken(NamedTuple):
 
 
 class PerChannel(NamedTuple):
-    """Codes with a scale and zero point for each channel of a kv head, the same for all tokens of a sequence."""
+    """Codes with a scale and zero point for each channel of a kv head, the same for all tokens of a
+    sequence.
+    """
 
     codes: jax.Array  # [B, S, K, H] or [B, K, M, H] int8
     scale: jax.Array  # [B, K, H], any float
@@ -61,7 +63,9 @@ def unpack(x: Int8, token_axis: int) -> jax.Array:
 
 def sparse_reference(q, k: Int8, v: Int8, index, bias=None, *, mass: bool = True):
     """Read, then attend: `sparse_decode.reference` of the unpacked values, in float32."""
-    return sparse.reference(q.astype(jnp.float32), unpack(k, 1), unpack(v, 1), index, bias, mass=mass)
+    return sparse.reference(
+        q.astype(jnp.float32), unpack(k, 1), unpack(v, 1), index, bias, mass=mass
+    )
 
 
 def packed_reference(q, k: Int8, v: Int8, bias=None, *, mass: bool = True):
@@ -70,9 +74,19 @@ def packed_reference(q, k: Int8, v: Int8, bias=None, *, mass: bool = True):
 
 
 def sparse_decode_int8(
-    q, k: Int8, v: Int8, index, bias=None, *, mass: bool = True, impl: str = "auto", tiling: Tiling | None = None
+    q,
+    k: Int8,
+    v: Int8,
+    index,
+    bias=None,
+    *,
+    mass: bool = True,
+    impl: str = "auto",
+    tiling: Tiling | None = None,
 ) -> tuple[Partial, jax.Array | None]:
-    """`sparse_decode` of q [B, N, H], unscaled, over rows `index` [B, P, M] of codes [B, S, K, H]. Raises as it does."""
+    """`sparse_decode` of q [B, N, H], unscaled, over rows `index` [B, P, M] of codes [B, S, K, H].
+    Raises as it does.
+    """
     online.check(q, k.codes, v.codes, index, 1, index.shape[-1])
     if bias is not None and bias.shape != index.shape:
         raise ValueError(f"index and bias have one shape; got {index.shape} and {bias.shape}")
@@ -84,9 +98,18 @@ def sparse_decode_int8(
 
 
 def packed_decode_int8(
-    q, k: Int8, v: Int8, bias=None, *, mass: bool = True, impl: str = "auto", tiling: Tiling | None = None
+    q,
+    k: Int8,
+    v: Int8,
+    bias=None,
+    *,
+    mass: bool = True,
+    impl: str = "auto",
+    tiling: Tiling | None = None,
 ) -> tuple[Partial, jax.Array | None]:
-    """`packed_decode` of q [B, N, H], unscaled, over codes [B, K, M, H] under `bias` [B, P, M]. Raises as it does."""
+    """`packed_decode` of q [B, N, H], unscaled, over codes [B, K, M, H] under `bias` [B, P, M].
+    Raises as it does.
+    """
     bias = packed.bias_of(k.codes, bias)
     online.check(q, k.codes, v.codes, bias, 2, k.codes.shape[2])
     choice = _choice(impl, q, k, v, 2)
@@ -100,20 +123,32 @@ def _choice(impl: str, q, k: Int8, v: Int8, token_axis: int) -> backend.Choice:
     B, K, H = k.codes.shape[0], k.codes.shape[3 - token_axis], k.codes.shape[3]
     for name, x in (("k", k), ("v", v)):
         shape = x.codes.shape[:3] if isinstance(x, PerToken) else (B, K, H)
-        if type(x) is not type(k) or x.codes.dtype != jnp.int8 or x.scale.shape != shape or x.zero.shape != shape:
+        if (
+            type(x) is not type(k)
+            or x.codes.dtype != jnp.int8
+            or x.scale.shape != shape
+            or x.zero.shape != shape
+        ):
             raise ValueError(
-                f"k and v are both PerToken or both PerChannel, codes int8, scale and zero {shape}; {name} is"
-                f" {type(x).__name__} of {x.codes.dtype.name} with {x.scale.shape} and {x.zero.shape}"
+                "k and v are both PerToken or both PerChannel, codes int8, scale and zero "
+                f"{shape}; {name} is"
+                f" {type(x).__name__} of {x.codes.dtype.name} with {x.scale.shape} and "
+                f"{x.zero.shape}"
             )
     return backend.choose(impl, online.why_not(online.ROWS, q=q, k=k.codes, v=v.codes))
 
 
 def _decode(q, k: Int8, v: Int8, index, bias, kernel, token_axis, mass, impl, tiling):
     B, N, H = q.shape
-    run = dict(kernel=kernel, token_axis=token_axis, kind=q.dtype, mass=mass, impl=impl, tiling=tiling)
+    run = dict(
+        kernel=kernel, token_axis=token_axis, kind=q.dtype, mass=mass, impl=impl, tiling=tiling
+    )
     if isinstance(k, PerToken):
-        return online.decode(q, k.codes, v.codes, index, bias, (k.scale, k.zero, v.scale, v.zero), **run)
-    heads = lambda x: jnp.repeat(x.astype(jnp.float32), N // x.shape[1], axis=1)  # [B, K, H] -> [B, N, H]
+        return online.decode(
+            q, k.codes, v.codes, index, bias, (k.scale, k.zero, v.scale, v.zero), **run
+        )
+    # [B, K, H] -> [B, N, H]
+    heads = lambda x: jnp.repeat(x.astype(jnp.float32), N // x.shape[1], axis=1)
     q = q.astype(jnp.float32) * heads(k.scale)
     part, weights = online.decode(q, k.codes, v.codes, index, bias, None, **run)
     lse = part.lse - jnp.sum(q * heads(k.zero), axis=-1) * jnp.float32(H**-0.5)

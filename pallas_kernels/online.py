@@ -1,17 +1,21 @@
-"""The loop that the decode kernels share: one query per head against the rows of one sequence and kv head, tile by tile.
+"""The loop that the decode kernels share: one query per head against the rows of one sequence and
+kv head, tile by tile.
 
 For a tile of rows with logits z the running maximum m, normaliser l and output o become
 
-    m' = max(m, max z)      p = exp(z - m')      l' = exp(m - m') l + sum p      o' = exp(m - m') o + p V
+    m' = max(m, max z)      p = exp(z - m')      l' = exp(m - m') l + sum p      o' = exp(m - m') o
+                                                 + p V
 
-so that out = o / l and lse = m + log l at the end. A grid program handles all G query heads of a kv head, which read the
-same rows; with `splits` programs a row list each does its share, and the pieces are joined by `partial.merge_axis`. Logits
-are written out as float32 (4 bytes a row and head, beside 2 H element bytes of K and V), and the mass of a row is
+so that out = o / l and lse = m + log l at the end. A grid program handles all G query heads of a kv
+head, which read the same rows; with `splits` programs a row list each does its share, and the
+pieces are joined by `partial.merge_axis`. Logits are written out as float32
+(4 bytes a row and head, beside 2 H element bytes of K and V), and the mass of a row is
 exp(z - lse), taken afterwards, since no program knows the lse of all.
 
-Rows that are not attended (bias -inf, index out of range) are not read. G = 1 runs on the plain arithmetic units, which
-memory outruns; with more heads the products are matrix products, whose 16 rows G is padded to. Matrix products of float32
-keep their operands in registers, so their tiles have 32 rows at most.
+Rows that are not attended (bias -inf, index out of range) are not read. G = 1 runs on the plain
+arithmetic units, which memory outruns; with more heads the products are matrix products, whose 16
+rows G is padded to. Matrix products of float32 keep their operands in registers, so their tiles
+have 32 rows at most.
 """
 
 from __future__ import annotations
@@ -31,13 +35,16 @@ ROWS = (*FLOATS, "int8")  # of K and V that one query reads
 
 
 def why_not(allowed: tuple[str, ...] = FLOATS, **arrays) -> str | None:
-    """What the kernels do not serve about these arrays, one of them q, as the end of a sentence; None: nothing.
+    """What the kernels do not serve about these arrays, one of them q, as the end of a sentence;
+    None: nothing.
 
     allowed: the types of all but q, which is a float.
     """
     H = arrays["q"].shape[-1]
     if H > backend.MAX_HEAD_DIM:
-        return f"the kernels serve head dimensions up to {backend.MAX_HEAD_DIM}, and this one is {H}"
+        return (
+            f"the kernels serve head dimensions up to {backend.MAX_HEAD_DIM}, and this one is {H}"
+        )
     for name, x in arrays.items():
         served = FLOATS if name == "q" else allowed
         if x.dtype.name not in served:
@@ -46,7 +53,9 @@ def why_not(allowed: tuple[str, ...] = FLOATS, **arrays) -> str | None:
 
 
 def check(q, k, v, bias, token_axis: int, rows: int | None = None) -> None:
-    """Raise ValueError, naming what was given, where shapes do not go together. rows: length that bias must have."""
+    """Raise ValueError, naming what was given, where shapes do not go together. rows: length that
+    bias must have.
+    """
     kv_axis = 3 - token_axis
     if q.ndim != 3 or k.ndim != 4:
         raise ValueError(f"q is [B, N, H] and k has four axes; got {q.shape} and {k.shape}")
@@ -55,11 +64,16 @@ def check(q, k, v, bias, token_axis: int, rows: int | None = None) -> None:
     B, N, H = q.shape
     K = k.shape[kv_axis]
     if (k.shape[0], k.shape[3]) != (B, H) or N % K:
-        raise ValueError(f"q [B, N, H] and k [B, *, *, H] share B and H, and K divides N; got {q.shape} and {k.shape}")
+        raise ValueError(
+            f"q [B, N, H] and k [B, *, *, H] share B and H, and K divides N; got {q.shape} and "
+            f"{k.shape}"
+        )
     if rows is not None and (
         bias.ndim != 3 or bias.shape[0] != B or bias.shape[1] not in (1, K) or bias.shape[2] != rows
     ):
-        raise ValueError(f"index and bias are [B, 1, {rows}] or [B, {K}, {rows}] with B = {B}; got {bias.shape}")
+        raise ValueError(
+            f"index and bias are [B, 1, {rows}] or [B, {K}, {rows}] with B = {B}; got {bias.shape}"
+        )
 
 
 def decode(
@@ -79,11 +93,12 @@ def decode(
 ) -> tuple[Partial, jax.Array | None]:
     """Launch the loop.
 
-    q [B, N, H], unscaled; kind: the type that matrix products with int8 codes run in; k, v token-major
-    (token_axis 1) or head-major (2); index [B, P, M] int32, or None: row m is row m; bias [B, P, M] float32;
-    scales: None, or scale and zero of k, then of v, each [B, S, K] or [B, K, M]: row r of k stands for (k[r]
-    - zero[r]) * scale[r]. Returns Partial(out [B, N, H], lse [B, N]) and the mass [B, P, M], None unless
-    wanted.
+    q [B, N, H], unscaled; kind: the type that matrix products with int8 codes run in; k, v
+    token-major (token_axis 1) or head-major (2); index [B, P, M] int32, or None: row m is row m;
+    bias [B, P, M] float32; scales: None, or scale and zero of k, then of v, each [B, S, K] or
+    [B, K, M]: row r of k stands for (k[r]
+    - zero[r]) * scale[r]. Returns Partial(out [B, N, H], lse [B, N]) and the mass [B, P, M], None
+    unless wanted.
     """
     B, N, H = q.shape
     S, K = k.shape[token_axis], k.shape[3 - token_axis]
@@ -116,10 +131,17 @@ def decode(
     args += [] if index is None else [(listed, index)]
     args += [] if scales is None else [(scale, x) for x in scales]
     outs = [
-        (pl.BlockSpec((None, None, None, Gp, Hp), lambda b, h, s: (b, h, s, 0, 0)), (B, K, splits, G, H)),
+        (
+            pl.BlockSpec((None, None, None, Gp, Hp), lambda b, h, s: (b, h, s, 0, 0)),
+            (B, K, splits, G, H),
+        ),
         (pl.BlockSpec((None, None, None, Gp), lambda b, h, s: (b, h, s, 0)), (B, K, splits, G)),
     ]
-    outs += [(pl.BlockSpec((None, None, Gp, M), lambda b, h, s: (b, h, 0, 0)), (B, K, G, M))] if mass else []
+    outs += (
+        [(pl.BlockSpec((None, None, Gp, M), lambda b, h, s: (b, h, 0, 0)), (B, K, G, M))]
+        if mass
+        else []
+    )
     body = functools.partial(
         _kernel,
         G=G,
@@ -190,9 +212,15 @@ def _kernel(q_ref, k_ref, v_ref, bias_ref, *refs, G, H, S, M, rows, tiles, index
         v, scale = centred(v_ref, scale_refs and scale_refs[2:], place, row, keep, wanted)
         return o * old[:, None] + _mix(p if scale is None else p * scale, v), m2, l
 
-    start = jnp.zeros((Gp, Hp), jnp.float32), jnp.full((Gp,), -jnp.inf, jnp.float32), jnp.zeros((Gp,), jnp.float32)
+    start = (
+        jnp.zeros((Gp, Hp), jnp.float32),
+        jnp.full((Gp,), -jnp.inf, jnp.float32),
+        jnp.zeros((Gp,), jnp.float32),
+    )
     o, m, l = jax.lax.fori_loop(0, tiles, tile, start)
-    backend.store(out_ref, o / jnp.where(l == 0, 1.0, l)[:, None], mask=head[:, None] & (channel < H))
+    backend.store(
+        out_ref, o / jnp.where(l == 0, 1.0, l)[:, None], mask=head[:, None] & (channel < H)
+    )
     backend.store(lse_ref, m + jnp.log(l), mask=head)
 
 

@@ -1,8 +1,9 @@
-"""What others offer for dense attention, to be timed beside the kernels: jax.nn, decode kernels that ship with jax, torch.
+"""What others offer for dense attention, to be timed beside the kernels: jax.nn, decode kernels
+that ship with jax, torch.
 
-None of them is asked for log-sum-exp or mass, and outputs are in the type of q. Each gets its inputs in the layout that
-it reads best. torch runs on the kind of device that jax runs on, with arrays of its own, and is launched call by call
-from Python.
+None of them is asked for log-sum-exp or mass, and outputs are in the type of q. Each gets its
+inputs in the layout that it reads best. torch runs on the kind of device that jax runs on, with
+arrays of its own, and is launched call by call from Python.
 """
 
 from __future__ import annotations
@@ -51,9 +52,13 @@ def build(peer: str, causal: bool, shape: Shape, dtype: str, interpret: bool = F
 
         def function(q, k, v):
             q = q if causal else q[:, None]
-            return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
+            return jax.nn.dot_product_attention(
+                q, k, v, is_causal=causal, implementation=implementation
+            )
 
-        return _case(function, (B, S, N, H) if causal else (B, N, H), (B, S, K, H), causal, shape, dtype)
+        return _case(
+            function, (B, S, N, H) if causal else (B, N, H), (B, S, K, H), causal, shape, dtype
+        )
     splits, block = split(S)
     if peer == GQA:
         function = _gqa(K, splits, block, interpret)
@@ -67,7 +72,9 @@ def _device() -> tuple[str, str]:
 
 
 def split(S: int) -> tuple[int, int]:
-    """Programs that share S tokens and tokens of a step, as the kernels of jax want them: factors of S. Raises Missing."""
+    """Programs that share S tokens and tokens of a step, as the kernels of jax want them: factors
+    of S. Raises Missing.
+    """
     for splits in (16, 8, 4, 2, 1):
         for block in (128, 64, 32, 16):
             if S % (splits * block) == 0:
@@ -77,13 +84,17 @@ def split(S: int) -> tuple[int, int]:
 
 def _case(function, q_shape, rows, causal: bool, shape: Shape, dtype: str) -> Case:
     def inputs(seed):
-        return tuple(uniform(seed + i, s, jnp.dtype(dtype)) for i, s in enumerate((q_shape, rows, rows)))
+        return tuple(
+            uniform(seed + i, s, jnp.dtype(dtype)) for i, s in enumerate((q_shape, rows, rows))
+        )
 
     return Case(_plainly(function), inputs, work(causal, shape, dtype))
 
 
 def _plainly(function):
-    """`function` under NumPy's rules of promotion, which others are written for, with its result in the type of q."""
+    """`function` under NumPy's rules of promotion, which others are written for, with its result in
+    the type of q.
+    """
 
     def run(q, *args):
         with jax.numpy_dtype_promotion("standard"):
@@ -100,7 +111,9 @@ def _gqa(K: int, splits: int, block: int, interpret: bool):
     if K == 1:
         return lambda q, k, v: decode_attention.mqa(q, k[:, 0], v[:, 0], **how)
     # it wants token-major rows and makes them head-major: two transpositions that cancel
-    return lambda q, k, v: decode_attention.gqa(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), **how)
+    return lambda q, k, v: decode_attention.gqa(
+        q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), **how
+    )
 
 
 def _paged(shape: Shape, dtype: str, splits: int, block: int, interpret: bool) -> Case:
@@ -112,11 +125,15 @@ def _paged(shape: Shape, dtype: str, splits: int, block: int, interpret: bool) -
     how = dict(k_splits=splits, pages_per_compute_block=block // _PAGE, interpret=interpret)
 
     def function(q, k, v, tables):
-        return paged_attention.paged_attention(q * jnp.asarray(H**-0.5, q.dtype), k, v, tables, None, **how)
+        return paged_attention.paged_attention(
+            q * jnp.asarray(H**-0.5, q.dtype), k, v, tables, None, **how
+        )
 
     def inputs(seed):
         rows = (K, B * pages, _PAGE, H)
-        q, k, v = (uniform(seed + i, s, jnp.dtype(dtype)) for i, s in enumerate(((B, N, H), rows, rows)))
+        q, k, v = (
+            uniform(seed + i, s, jnp.dtype(dtype)) for i, s in enumerate(((B, N, H), rows, rows))
+        )
         tables = jnp.argsort(noise(seed + 3, (B * pages,))).reshape(B, pages)  # pages lie anywhere
         return q, k, v, tables.astype(jnp.int32)
 
@@ -126,7 +143,9 @@ def _paged(shape: Shape, dtype: str, splits: int, block: int, interpret: bool) -
 def torch_sdpa(
     causal: bool, shape: Shape, dtype: str, *, calls: int, repeats: int, max_bytes: float
 ) -> tuple[Timed, str]:
-    """Time `scaled_dot_product_attention` of torch; also the device that it ran on. Raises Missing and TooLarge."""
+    """Time `scaled_dot_product_attention` of torch; also the device that it ran on. Raises Missing
+    and TooLarge.
+    """
     try:
         import torch
     except ImportError:
@@ -136,7 +155,9 @@ def torch_sdpa(
         raise Missing("torch sees no GPU, and the kernels run on one")
     bytes_ = work(causal, shape, dtype).bytes
     if bytes_ > max_bytes:
-        raise TooLarge(f"{bytes_ / 1e9:.3g} GB of arrays exceed the {max_bytes / 1e9:.3g} GB that may be used")
+        raise TooLarge(
+            f"{bytes_ / 1e9:.3g} GB of arrays exceed the {max_bytes / 1e9:.3g} GB that may be used"
+        )
     N, K, H, B, S = shape
     device, kind = "cuda" if gpu else "cpu", getattr(torch, dtype)
     wait = torch.cuda.synchronize if gpu else lambda: None
@@ -149,7 +170,9 @@ def torch_sdpa(
     def run(times: int):
         start = time.perf_counter()
         for _ in range(times):
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=N > K)
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, enable_gqa=N > K
+            )
         wait()
         return (time.perf_counter() - start) / times, out
 

@@ -1,7 +1,8 @@
 """Named shapes of real models at real sizes: what tests lower and the benchmark times.
 
-A name is `MODEL/bBATCH/cCONTEXT`, for example `opt-6.7b/b64/c640`. Heads and head dimensions are those that the models were
-published with; the sizes cover the ALISA paper's workloads (context 640, batch 4 to 64) and long contexts.
+A name is `MODEL/bBATCH/cCONTEXT`, for example `opt-6.7b/b64/c640`. Heads and head dimensions are
+those that the models were published with; the sizes cover the ALISA paper's workloads
+(context 640, batch 4 to 64) and long contexts.
 """
 
 from __future__ import annotations
@@ -53,10 +54,17 @@ def named(name: str) -> Shape:
     """The shape that `name` stands for. Raises ValueError, naming what there is."""
     found = _NAME.fullmatch(name)
     if not found or found[1] not in MODELS or int(found[2]) < 1 or int(found[3]) < 1:
-        raise ValueError(f"a shape is MODEL/bBATCH/cCONTEXT, MODEL one of {', '.join(MODELS)}; got {name!r}")
+        raise ValueError(
+            f"a shape is MODEL/bBATCH/cCONTEXT, MODEL one of {', '.join(MODELS)}; got {name!r}"
+        )
     return Shape(*MODELS[found[1]], int(found[2]), int(found[3]))
 
 
 def all_names() -> tuple[str, ...]:
     """Every model at every batch and context."""
-    return tuple(f"{model}/b{batch}/c{context}" for model in MODELS for batch in BATCHES for context in CONTEXTS)
+    return tuple(
+        f"{model}/b{batch}/c{context}"
+        for model in MODELS
+        for batch in BATCHES
+        for context in CONTEXTS
+    )

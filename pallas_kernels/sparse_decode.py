@@ -1,20 +1,22 @@
 """One new token attends the rows of a token-major store that an index list names.
 
-For sequence b and query head n of kv head h = n // G, with rows r = index[b, p, m] of the list that head h reads,
+For sequence b and query head n of kv head h = n // G, with rows r = index[b, p, m] of the list that
+head h reads,
 
     z_m = q . k[b, r, h] / sqrt(H) + bias[b, p, m]
     out = sum_m softmax(z)_m v[b, r, h]
     lse = log sum_m exp(z_m)
     mass[b, p, m] = sum of softmax(z)_m over the heads that read list p
 
-q [B, N, H]; k, v [B, S, K, H]; index [B, P, M] int32, P = 1 (all heads share a list) or K (each kv head has
-its own). Rows may repeat, then each counts, and come in any order; an index outside [0, S) names no row; bias
-is -inf for a row that is not attended, log n for one that stands for n tokens.
+q [B, N, H]; k, v [B, S, K, H]; index [B, P, M] int32, P = 1 (all heads share a list) or K
+(each kv head has its own). Rows may repeat, then each counts, and come in any order; an index
+outside [0, S) names no row; bias is -inf for a row that is not attended, log n for one that stands
+for n tokens.
 
-A call reads 2 B K M H elements of K and V where every listed row is attended, and does 4 B N M H FLOPs: 2 G /
-element bytes of them for each byte, so for G up to 8 memory is what limits it on every GPU that there is. It
-also reads index and bias (8 B P M bytes) and writes and rereads the logits (8 B N M bytes) when the mass is
-wanted. Kernel: `online.py`.
+A call reads 2 B K M H elements of K and V where every listed row is attended, and does 4 B N M H
+FLOPs: 2 G / element bytes of them for each byte, so for G up to 8 memory is what limits it on every
+GPU that there is. It also reads index and bias (8 B P M bytes) and writes and rereads the logits
+(8 B N M bytes) when the mass is wanted. Kernel: `online.py`.
 """
 
 from __future__ import annotations
@@ -39,32 +41,46 @@ def reference(q, k, v, index, bias=None, *, mass: bool = True) -> tuple[Partial,
 
 
 def attend_rows(q, k, v, bias, mass: bool) -> tuple[Partial, jax.Array | None]:
-    """q [B, N, H] on head-major rows k, v [B, K, M, H] under bias [B, P, M], in plain jnp; what decode references share."""
+    """q [B, N, H] on head-major rows k, v [B, K, M, H] under bias [B, P, M], in plain jnp; what
+    decode references share.
+    """
     B, N, H = q.shape
     K, M = k.shape[1:3]
     P = bias.shape[1]
     heads = (q.astype(jnp.float32) * jnp.float32(H**-0.5)).reshape(B, K, N // K, H)
     bias = bias[:, :, None]
     z = jnp.einsum("bkgh,bkmh->bkgm", heads.astype(k.dtype), k, preferred_element_type=jnp.float32)
-    z = jnp.where(bias > -jnp.inf, z + bias, -jnp.inf)  # a row that nobody attends may hold anything
+    # a row that nobody attends may hold anything
+    z = jnp.where(bias > -jnp.inf, z + bias, -jnp.inf)
     top = jnp.max(z, axis=-1, keepdims=True, initial=-jnp.inf)
     e = jnp.exp(z - jnp.where(top == -jnp.inf, jnp.float32(0.0), top))
     total = jnp.sum(e, axis=-1, keepdims=True)
     p = (e / jnp.where(total == 0, jnp.float32(1.0), total)).astype(v.dtype)
     seen = jnp.where((bias > -jnp.inf)[:, :, 0, :, None], v, jnp.zeros((), v.dtype))
-    out = jnp.einsum("bkgm,bkmh->bkgh", p, seen, preferred_element_type=jnp.float32).reshape(B, N, H)
+    out = jnp.einsum("bkgm,bkmh->bkgh", p, seen, preferred_element_type=jnp.float32).reshape(
+        B, N, H
+    )
     lse = (top + jnp.log(total)).reshape(B, N)
     return Partial(out, lse), mass_of(z.reshape(B, N, M), lse, P) if mass else None
 
 
 def sparse_decode(
-    q, k, v, index, bias=None, *, mass: bool = True, impl: str = "auto", tiling: Tiling | None = None
+    q,
+    k,
+    v,
+    index,
+    bias=None,
+    *,
+    mass: bool = True,
+    impl: str = "auto",
+    tiling: Tiling | None = None,
 ) -> tuple[Partial, jax.Array | None]:
     """Attention of q [B, N, H], unscaled, over the rows `index` [B, P, M] of k and v [B, S, K, H].
 
-    bias: [B, P, M] float32, None for zeros. Returns Partial(out [B, N, H], lse [B, N]) float32 and the mass
-    [B, P, M] float32 (None unless wanted); a sequence without rows has out = 0 and lse = -inf. impl: see
-    `backend`. Raises ValueError for shapes that do not go together and for a named `impl` that cannot run.
+    bias: [B, P, M] float32, None for zeros. Returns Partial(out [B, N, H], lse [B, N]) float32 and
+    the mass [B, P, M] float32 (None unless wanted); a sequence without rows has out = 0 and lse =
+    -inf. impl: see `backend`. Raises ValueError for shapes that do not go together and for a named
+    `impl` that cannot run.
     """
     online.check(q, k, v, index, 1, index.shape[-1])
     if bias is not None and bias.shape != index.shape:

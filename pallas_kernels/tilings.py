@@ -1,7 +1,8 @@
 """How kernels are cut into tiles: data, by kernel and chip.
 
-The numbers are starting points reasoned from registers and shared memory, not measured ones; `python -m pallas_kernels.bench
---tilings` times the neighbours of a tiling on the device at hand, and what wins is written here.
+The numbers are starting points reasoned from registers and shared memory, not measured ones;
+`python -m pallas_kernels.bench --tilings` times the neighbours of a tiling on the device at hand,
+and what wins is written here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ class DecodeTiling(NamedTuple):
     """One query against many rows."""
 
     rows: int = 64  # of K and V that one step of the loop reads; a power of two
-    splits: int = 0  # programs that share the rows of one sequence and kv head; 0: enough to fill the device
+    # programs that share the rows of one sequence and kv head; 0: enough to fill the device
+    splits: int = 0
     warps: int = 4
     stages: int = 2
 
@@ -28,7 +30,8 @@ class PrefillTiling(NamedTuple):
     stages: int = 3
 
 
-# kernel -> the start of a device kind, "" for all others -> head dimension up to which it holds -> tiling
+# kernel -> the start of a device kind, "" for all others -> head dimension up to which it holds ->
+# tiling
 TABLE = MappingProxyType(
     {
         "sparse_decode": {
@@ -40,7 +43,11 @@ TABLE = MappingProxyType(
             "NVIDIA H": {128: DecodeTiling(64, 0, 4, 3), 256: DecodeTiling(32, 0, 4, 3)},
         },
         "flash_prefill": {
-            "": {64: PrefillTiling(128, 64, 4, 3), 128: PrefillTiling(128, 32, 8, 2), 256: PrefillTiling(64, 32, 4, 2)},
+            "": {
+                64: PrefillTiling(128, 64, 4, 3),
+                128: PrefillTiling(128, 32, 8, 2),
+                256: PrefillTiling(64, 32, 4, 2),
+            },
             "NVIDIA H": {
                 64: PrefillTiling(128, 64, 4, 3),
                 128: PrefillTiling(128, 64, 8, 2),

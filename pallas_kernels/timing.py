@@ -1,16 +1,19 @@
 """Seconds of a call on the device: many calls in one program, each after the one before it.
 
-A program of `calls` calls is compiled, run `WARM_UP` times and then timed `repeats` times by the host's clock until its
-results are ready; a call took the median over `calls`. To launch a call from Python and wait for it takes as long as a
-small kernel runs, so a program holds as many calls as fill `TARGET_S`, at most `MOST_CALLS`.
+A program of `calls` calls is compiled, run `WARM_UP` times and then timed `repeats` times by the
+host's clock until its results are ready; a call took the median over `calls`. To launch a call from
+Python and wait for it takes as long as a small kernel runs, so a program holds as many calls as
+fill `TARGET_S`, at most `MOST_CALLS`.
 
-XLA must run every call. So the first argument of a call depends on what the call before it returned (its first element
-is set to zero in a way that only the device can know), the other arguments pass an optimisation barrier together with
-that, which keeps what XLA prepares of them, such as gathered or converted rows, inside the loop; and all outputs are
-carried, so none is dead. Beside the call an iteration runs that write and the counter of the loop, two small kernels.
-Arguments and outputs are donated: nothing is copied.
+XLA must run every call. So the first argument of a call depends on what the call before it returned
+(its first element is set to zero in a way that only the device can know), the other arguments pass
+an optimisation barrier together with that, which keeps what XLA prepares of them, such as gathered
+or converted rows, inside the loop; and all outputs are carried, so none is dead. Beside the call an
+iteration runs that write and the counter of the loop, two small kernels. Arguments and outputs are
+donated: nothing is copied.
 
-`ceilings` are measured the same way: what a copy of a large array moves, and what a product of large square matrices does.
+`ceilings` are measured the same way: what a copy of a large array moves, and what a product of
+large square matrices does.
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ SIDES = (("gpu", 8192), ("", 1024))  # of the matrices, by the start of a platfo
 
 
 class Work(NamedTuple):
-    """What a call cannot do without: inputs read once and outputs written once, whatever it keeps in between."""
+    """What a call cannot do without: inputs read once and outputs written once, whatever it keeps
+    in between.
+    """
 
     read_bytes: int
     written_bytes: int
@@ -60,7 +65,8 @@ class Timed(NamedTuple):
     time_min_s: float
     time_max_s: float
     calls: int
-    temporary_bytes: int | None  # that the program holds beside its arguments and results; None where that is not told
+    # that the program holds beside its arguments and results; None where that is not told
+    temporary_bytes: int | None
     outs: object
 
 
@@ -81,7 +87,9 @@ class TooLarge(Exception):
 
 
 def loop(function: Callable, calls: int) -> Callable:
-    """(args, outs) -> (args, outs) after `calls` calls of `function(*args)`; `outs` are arrays like those it returns."""
+    """(args, outs) -> (args, outs) after `calls` calls of `function(*args)`; `outs` are arrays like
+    those it returns.
+    """
 
     def call(_, carry):
         (first, *rest), before = jax.lax.optimization_barrier(carry)
@@ -92,7 +100,9 @@ def loop(function: Callable, calls: int) -> Callable:
 
 
 def _touched(x: jax.Array, outs) -> jax.Array:
-    """`x` with its first element zero, or one if the first result is NaN, which is not known before it is there."""
+    """`x` with its first element zero, or one if the first result is NaN, which is not known before
+    it is there.
+    """
     first = jax.tree.leaves(outs)[0]
     first = jax.lax.slice(first, (0,) * first.ndim, (1,) * first.ndim).reshape((1,) * x.ndim)
     return jax.lax.dynamic_update_slice(x, jax.lax.ne(first, first).astype(x.dtype), (0,) * x.ndim)
@@ -104,7 +114,9 @@ def program(function: Callable, calls: int, args, outs):
 
 
 def measure(case: Case, *, calls: int, repeats: int, max_bytes: float) -> Timed:
-    """Compile, warm up and time. Raises TooLarge before anything is allocated, and whatever compiling or running raises."""
+    """Compile, warm up and time. Raises TooLarge before anything is allocated, and whatever
+    compiling or running raises.
+    """
     seed = jnp.uint32(SEED)
     args = jax.eval_shape(case.inputs, seed)
     outs = jax.eval_shape(case.function, *args)
@@ -127,11 +139,15 @@ def measure(case: Case, *, calls: int, repeats: int, max_bytes: float) -> Timed:
 def _check(arrays: int, temporary: int, max_bytes: float) -> None:
     if arrays + temporary > max_bytes:
         beside = f" and {temporary / 1e9:.3g} GB of temporary arrays" if temporary else ""
-        raise TooLarge(f"{arrays / 1e9:.3g} GB of arrays{beside} exceed the {max_bytes / 1e9:.3g} GB that may be used")
+        raise TooLarge(
+            f"{arrays / 1e9:.3g} GB of arrays{beside} exceed the {max_bytes / 1e9:.3g} GB that "
+            "may be used"
+        )
 
 
 def ceilings(dtype: str, repeats: int, max_bytes: float) -> Ceilings:
-    """Bytes per second, read and written, of a copy, and FLOPs per second of a product in `dtype`; float32 is not tf32.
+    """Bytes per second, read and written, of a copy, and FLOPs per second of a product in `dtype`;
+    float32 is not tf32.
 
     Arrays of COPY_BYTES and matrices of SIDES, smaller where `max_bytes` wants it.
     """
@@ -151,7 +167,9 @@ def ceilings(dtype: str, repeats: int, max_bytes: float) -> Ceilings:
 
 
 def noise(seed, shape) -> jax.Array:
-    """uint32 [*shape], any of them alike: a hash of each position. It compiles quickly and needs no other array."""
+    """uint32 [*shape], any of them alike: a hash of each position. It compiles quickly and needs no
+    other array.
+    """
     h = jnp.broadcast_to(seed.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D), shape)
     for axis in range(len(shape)):
         h = (h ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x9E3779B1)

@@ -1,11 +1,12 @@
-"""A dense pass of a model over blocks of text, layer by layer, for the statistics of `alisa_jax.calibration`.
+"""A dense pass of a model over blocks of text, layer by layer, for the statistics of
+`alisa_jax.calibration`.
 
     calibration = calibrate(model, blocks)      blocks: [n, T] token ids
     calibration.save("calibration.json")
 
-Every block counts alike: least and greatest values are those of all blocks, sums grow over all of them and are divided once.
-(In the authors' code of Double Sparsity the mean of |q k| is that of the last batch alone.) Between two layers only the
-hidden states of one batch stay.
+Every block counts alike: least and greatest values are those of all blocks, sums grow over all of
+them and are divided once. (In the authors' code of Double Sparsity the mean of |q k| is that of the
+last batch alone.) Between two layers only the hidden states of one batch stay.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ MINIMA, MAXIMA, SUMS = ("k_min", "v_min"), ("k_max", "v_max"), ("q_abs", "k_abs"
 
 
 def calibrate(model, blocks, batch: int = 8, data: str = "", progress: bool = False) -> Calibration:
-    """Statistics of `model` over `blocks`, [n, T] token ids, each block a sequence by itself; `batch` of them run together.
+    """Statistics of `model` over `blocks`, [n, T] token ids, each block a sequence by itself;
+    `batch` of them run together.
 
-    data: what the blocks were cut from. Raises ValueError, before anything runs, for blocks of different lengths, ids that
-    the model lacks and blocks longer than its context.
+    data: what the blocks were cut from. Raises ValueError, before anything runs, for blocks of
+    different lengths, ids that the model lacks and blocks longer than its context.
     """
     tokens, config = Batch.from_lists(blocks), model.decoder.config
     T = tokens.tokens.shape[1]
     if (tokens.length != T).any() or T > config.max_positions:
         raise ValueError(
-            f"blocks are of one length, at most {config.max_positions} tokens; got {tokens.length.min()} to {T}"
+            f"blocks are of one length, at most {config.max_positions} tokens; got "
+            f"{tokens.length.min()} to {T}"
         )
     if tokens.tokens.max() >= config.vocab_size:
         raise ValueError(f"token ids must be below {config.vocab_size}; got {tokens.tokens.max()}")
@@ -55,12 +58,17 @@ def calibrate(model, blocks, batch: int = 8, data: str = "", progress: bool = Fa
 def _look(model, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """Least and greatest values and sums over a batch of blocks, float64 [L, heads, H]."""
     decoder, params = model.decoder, model.params
-    x, at = _embed(decoder, {name: part for name, part in params.items() if name != "blocks"}, tokens)
+    x, at = _embed(
+        decoder, {name: part for name, part in params.items() if name != "blocks"}, tokens
+    )
     layers = []
     for block in params["blocks"]:
         x, found = _layer(decoder, block, x, at)
         layers.append(found)
-    return {name: np.stack([np.asarray(layer[name], np.float64) for layer in layers]) for name in layers[0]}
+    return {
+        name: np.stack([np.asarray(layer[name], np.float64) for layer in layers])
+        for name in layers[0]
+    }
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -82,7 +90,9 @@ def _layer(decoder, block, x, at) -> tuple[jax.Array, dict[str, jax.Array]]:
 
 
 def _statistics(q, k, v, seen_q, seen_k) -> dict[str, jax.Array]:
-    """Of q [B, T, N, H], k and v [B, T, K, H] as projected, and of q and k as attention sees them: float32 [heads, H]."""
+    """Of q [B, T, N, H], k and v [B, T, K, H] as projected, and of q and k as attention sees them:
+    float32 [heads, H].
+    """
     q, k, v, seen_q, seen_k = (x.astype(jnp.float32) for x in (q, k, v, seen_q, seen_k))
     seen_k = jnp.repeat(seen_k, q.shape[2] // k.shape[2], axis=2)
     tokens = (0, 1)

@@ -1,4 +1,6 @@
-"""Attention of new tokens over what is stored: a layer, what computes it, how sets change, the reference, maps."""
+"""Attention of new tokens over what is stored: a layer, what computes it, how sets change, the
+reference, maps.
+"""
 
 from alisa_jax.attention.layer import (
     ROUTES,

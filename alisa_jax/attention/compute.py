@@ -1,14 +1,16 @@
-"""Attention over tokens that are at hand, by XLA or by the kernels of `pallas_kernels`, with equal results.
+"""Attention over tokens that are at hand, by XLA or by the kernels of `pallas_kernels`, with equal
+results.
 
-Four questions that the layers above ask; each takes `impl`, "xla", "pallas" or "interpret", which an engine has chosen once
-(`choose`) for all of its layers:
+Four questions that the layers above ask; each takes `impl`, "xla", "pallas" or "interpret", which
+an engine has chosen once (`choose`) for all of its layers:
 
     slots      one query per head against head-major rows, a working set        packed_decode
     rows       one query per head against rows of a store, by index             sparse_decode
     store      one query per head against all rows of a store                   sparse_decode
     prompt     prompts, and what their last queries, or all, paid to each token flash_prefill
 
-Shapes: q [B, K, G, H], in a prompt [B, T, N, H], unscaled. Logits, softmax statistics and mass are float32.
+Shapes: q [B, K, G, H], in a prompt [B, T, N, H], unscaled. Logits, softmax statistics and mass are
+float32.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax.codecs.base import Codec, Content, Turn
-from pallas_kernels import backend, flash_prefill, int8_decode, online, packed_decode, partial, sparse_decode
+from pallas_kernels import (
+    backend,
+    flash_prefill,
+    int8_decode,
+    online,
+    packed_decode,
+    partial,
+    sparse_decode,
+)
 from pallas_kernels.backend import Choice
 from pallas_kernels.partial import Partial, merge
 
@@ -26,16 +36,19 @@ _PAGE_TOKENS = 32  # of a store that XLA attends at once
 
 
 def choose(impl: str, codec: Codec, dtype, head_dim: int, xla_only: str | None = None) -> Choice:
-    """What `impl` ("auto" too) means for a model that computes in `dtype`, on the device at hand, and why.
+    """What `impl` ("auto" too) means for a model that computes in `dtype`, on the device at hand,
+    and why.
 
-    xla_only: why no kernel can run, where that is known. Raises ValueError, in one sentence, for an unknown name and where a
-    named implementation cannot run.
+    xla_only: why no kernel can run, where that is known. Raises ValueError, in one sentence, for an
+    unknown name and where a named implementation cannot run.
     """
     if xla_only is not None:
         return backend.choose(impl, xla_only)
     q = jax.ShapeDtypeStruct((1, 1, head_dim), jnp.dtype(dtype))
     for side in ("k", "v"):
-        content = codec.content(jax.eval_shape(lambda side=side: codec.empty((1, 1, 32, head_dim), "slots", side)))
+        content = codec.content(
+            jax.eval_shape(lambda side=side: codec.empty((1, 1, 32, head_dim), "slots", side))
+        )
         if content is None:
             return backend.choose(impl, f"the kernels do not read what {codec} stores")
         codes = content.codes
@@ -43,18 +56,28 @@ def choose(impl: str, codec: Codec, dtype, head_dim: int, xla_only: str | None =
 
 
 def slots(
-    codec: Codec, q, k, v, bias, impl: str = "xla", turn: Turn | None = None, heads: int | None = None
+    codec: Codec,
+    q,
+    k,
+    v,
+    bias,
+    impl: str = "xla",
+    turn: Turn | None = None,
+    heads: int | None = None,
 ) -> tuple[Partial, jax.Array]:
     """Dense attention over head-major packed rows with a bias per slot.
 
-    q [B, K, G, H]; k, v packed [B, K, M, H]; bias [B, P, M] float32. turn: where k is to be turned first, for XLA alone.
-    Returns Partial(out [B, K, G, H], lse [B, K, G]) and the mass [B, heads, M]: softmax weights summed over the query heads
-    of each group; heads is P unless it is given, and for XLA alone may be N = K G.
+    q [B, K, G, H]; k, v packed [B, K, M, H]; bias [B, P, M] float32. turn: where k is to be turned
+    first, for XLA alone. Returns Partial(out [B, K, G, H], lse [B, K, G]) and the mass
+    [B, heads, M]: softmax weights summed over the query heads of each group; heads is P unless it
+    is given, and for XLA alone may be N = K G.
     """
     if impl == "xla":
         return _slots(codec, q, k, v, bias, turn, heads)
     if turn is not None or heads not in (None, bias.shape[1]):
-        raise ValueError(f"keys are turned, and single query heads told apart, by xla alone; got impl={impl!r}")
+        raise ValueError(
+            f"keys are turned, and single query heads told apart, by xla alone; got impl={impl!r}"
+        )
     contents = codec.content(k), codec.content(v)
     plain = contents[0].axis is None
     run = packed_decode.packed_decode if plain else int8_decode.packed_decode_int8
@@ -65,9 +88,18 @@ def slots(
 def by_index(
     codec: Codec, q, k, v, pos, bias, impl: str = "xla", turn: Turn | None = None
 ) -> tuple[Partial, jax.Array]:
-    """As `slots`, over the rows `pos` [B, P, M] (-1: none) of token-major packed k and v [B, S, K, H]."""
+    """As `slots`, over the rows `pos` [B, P, M] (-1: none) of token-major packed k and v
+    [B, S, K, H].
+    """
     if impl == "xla":
-        return _slots(codec, q, codec.take(k, pos), codec.take(v, pos), jnp.where(pos >= 0, bias, -jnp.inf), turn)
+        return _slots(
+            codec,
+            q,
+            codec.take(k, pos),
+            codec.take(v, pos),
+            jnp.where(pos >= 0, bias, -jnp.inf),
+            turn,
+        )
     if turn is not None:
         raise ValueError(f"keys are turned by xla alone; got impl={impl!r}")
     contents = codec.content(k), codec.content(v)
@@ -77,21 +109,29 @@ def by_index(
     return _grouped(piece, q.shape), mass
 
 
-def store(codec: Codec, q, k, v, bias, impl: str = "xla", turn: Turn | None = None) -> tuple[Partial, jax.Array]:
-    """As `slots`, over all rows of token-major packed k and v [B, S, K, H] under `bias` [B, P, S]."""
+def store(
+    codec: Codec, q, k, v, bias, impl: str = "xla", turn: Turn | None = None
+) -> tuple[Partial, jax.Array]:
+    """As `slots`, over all rows of token-major packed k and v [B, S, K, H] under `bias`
+    [B, P, S].
+    """
     if impl != "xla":
         at = jax.lax.broadcasted_iota(jnp.int32, bias.shape, 2)
         return by_index(codec, q, k, v, at, bias, impl)
     S, size, P = bias.shape[-1], _PAGE_TOKENS, bias.shape[1]
     if S % size:
-        raise ValueError(f"a store that a refresh reads holds a multiple of {size} tokens; got a context of {S}")
+        raise ValueError(
+            f"a store that a refresh reads holds a multiple of {size} tokens; got a context of {S}"
+        )
     scaled = q.astype(jnp.float32) * jnp.float32(q.shape[-1] ** -0.5)
 
     def page(carry, i):
         start = i * size
         here = jax.lax.dynamic_slice_in_dim(bias, start, size, axis=2)
         k_page, v_page = (codec.slice_tokens(x, start, size) for x in (k, v))
-        places = None if turn is None else jax.lax.dynamic_slice_in_dim(turn.places, start, size, axis=2)
+        places = (
+            None if turn is None else jax.lax.dynamic_slice_in_dim(turn.places, start, size, axis=2)
+        )
         page_turn = None if turn is None else turn._replace(places=places)
         piece, _ = _slots(codec, q, k_page, v_page, here, page_turn)
         return merge(carry, piece), _logits(codec, scaled, k_page, page_turn) + here[:, :, None, :]
@@ -103,13 +143,15 @@ def store(codec: Codec, q, k, v, bias, impl: str = "xla", turn: Turn | None = No
     return full, jnp.sum(p, axis=(1, 2))[:, None] if P == 1 else jnp.sum(p, axis=2)
 
 
-def prompt(q, k, v, length, heads: int, seed: str = "none", W: int | None = None, impl: str = "xla"):
+def prompt(
+    q, k, v, length, heads: int, seed: str = "none", W: int | None = None, impl: str = "xla"
+):
     """Dense causal attention over prompts, and what a policy is seeded from.
 
-    q [B, T, N, H], k and v [B, T, K, H], length [B]. seed: "none"; "rows": the attention [B, P, W, T] of the last W queries
-    below `length`, the last row is the last query's and rows before the first query are zero; "sum": of all queries
-    [B, P, T]. Mass is float32, summed over the query heads of each of P = `heads` groups. Returns out [B, T, N, H] and the
-    mass or None.
+    q [B, T, N, H], k and v [B, T, K, H], length [B]. seed: "none"; "rows": the attention
+    [B, P, W, T] of the last W queries below `length`, the last row is the last query's and rows
+    before the first query are zero; "sum": of all queries [B, P, T]. Mass is float32, summed over
+    the query heads of each of P = `heads` groups. Returns out [B, T, N, H] and the mass or None.
     """
     piece = flash_prefill.flash_prefill(q, k, v, length, impl=impl)
     out = piece.out.astype(q.dtype)

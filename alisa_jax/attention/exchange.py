@@ -1,7 +1,8 @@
-"""The set for the next query: policies change working sets, and rows that they ask for are copied from the store.
+"""The set for the next query: policies change working sets, and rows that they ask for are copied
+from the store.
 
-One layer by itself (`exchange_layer`), or all layers that go about it alike in one go at the end of a step
-(`exchange_layers`).
+One layer by itself (`exchange_layer`), or all layers that go about it alike in one go at the end of
+a step (`exchange_layers`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from alisa_jax.policies.base import column
 
 
 def exchange_layer(policy, codec, store, stats, ws: WorkingSet, length, S, after):
-    """Let the policy change the working set and copy in the rows it asks for, until it asks for no more.
+    """Let the policy change the working set and copy in the rows it asks for, until it asks for no
+    more.
 
-    Returns statistics, working set, store and loads [B]. Rows that a `Ring` does not hold become pending there; where it can
-    note no more of them the exchange breaks off, to be called again.
+    Returns statistics, working set, store and loads [B]. Rows that a `Ring` does not hold become
+    pending there; where it can note no more of them the exchange breaks off, to be called again.
 
-    The loop overwrites slots, so it must come after the last read of them. XLA copies the values whole unless it can prove
-    that; the loop's first condition therefore reads the attention output `after` (true unless all of it is NaN).
+    The loop overwrites slots, so it must come after the last read of them. XLA copies the values
+    whole unless it can prove that; the loop's first condition therefore reads the attention output
+    `after` (true unless all of it is NaN).
     """
     ring = isinstance(store, Ring)
 
@@ -63,10 +66,11 @@ def joint(state: LayerState) -> Hashable | None:
 def exchange_layers(
     states: Sequence[LayerState], after: Sequence[jax.Array]
 ) -> tuple[list[LayerState], list[jax.Array]]:
-    """`exchange_layer` of layers of the same `joint`, after all of them have attended: one loop and one set of operations
-    for all.
+    """`exchange_layer` of layers of the same `joint`, after all of them have attended: one loop and
+    one set of operations for all.
 
-    Returns the states and loads [B] of each; after: what each layer's attention gave, see `exchange_layer`.
+    Returns the states and loads [B] of each; after: what each layer's attention gave, see
+    `exchange_layer`.
     """
     policies, codec = [state.policy for state in states], states[0].codec
     length, S = states[0].length, states[0].context
@@ -83,6 +87,11 @@ def exchange_layers(
         return stats, sets, loads, found[0].more
 
     go = jnp.any(jnp.stack([jnp.any(out == out) for out in after]))
-    start = [s.stats for s in states], [s.ws for s in states], [jnp.zeros(length.shape, jnp.int32)] * len(states), go
+    start = (
+        [s.stats for s in states],
+        [s.ws for s in states],
+        [jnp.zeros(length.shape, jnp.int32)] * len(states),
+        go,
+    )
     stats, sets, loads, _ = jax.lax.while_loop(lambda c: c[3], once, start)
     return [s.replace(ws=w, stats=t) for s, w, t in zip(states, sets, stats, strict=True)], loads

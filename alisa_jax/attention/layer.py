@@ -2,16 +2,19 @@
 
 One decode step of one layer, on each of the three routes that give equal results:
 
-    working_set   append -> attend the working set -> observe -> exchange (the set for the next step)
+    working_set   append -> attend the working set -> observe -> exchange
+                  (the set for the next step)
     indexed       append -> select -> read those rows of the store -> attend -> observe
-    masked        append -> attend every token under the boolean mask of `select` -> observe: the reference
+    masked        append -> attend every token under the boolean mask of `select` -> observe: the
+                  reference
 
-A prompt is attended densely (`prefill`); the policy is seeded from its last rows. `reference.score` runs a whole text in one
-pass.
+A prompt is attended densely (`prefill`); the policy is seeded from its last rows. `reference.score`
+runs a whole text in one pass.
 
-Shapes: q [B, N, H] or [B, T, N, H], unscaled; query head i reads kv head i // G, G = N / K. Logits, softmax statistics and
-attention mass are float32. Queries and keys come rotated; where `turning` is a `Rotation` they come as they were projected,
-keys are stored so, and both are turned here to the places that the policy gives them.
+Shapes: q [B, N, H] or [B, T, N, H], unscaled; query head i reads kv head i // G, G = N / K. Logits,
+softmax statistics and attention mass are float32. Queries and keys come rotated; where `turning` is
+a `Rotation` they come as they were projected, keys are stored so, and both are turned here to the
+places that the policy gives them.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ ROUTES = ("working_set", "indexed", "masked")
 class Taps(NamedTuple):
     """What a decode step looked at, for analysis; unused leaves cost nothing under jit."""
 
-    mass: jax.Array  # [B, P, M] float32: attention paid to each slot, summed over the heads that share it
+    # [B, P, M] float32: attention paid to each slot, summed over the heads that share it
+    mass: jax.Array
     pos: jax.Array  # [B, P, M] int32: the token in each slot, -1 where none was attended
     attended: jax.Array  # [B] float32: attended tokens, itself included, mean over selection heads
     loads: jax.Array  # [B] int32: rows copied from the store for the next step
@@ -44,16 +48,21 @@ class Taps(NamedTuple):
 
 
 def check(policy: Policy, codec, route: str, context: int, n_heads: int, n_kv_heads: int) -> None:
-    """Refuse in one sentence what cannot run together, before anything is loaded. Raises ValueError."""
+    """Refuse in one sentence what cannot run together, before anything is loaded. Raises
+    ValueError.
+    """
     if route not in ROUTES:
         raise ValueError(f"route must be auto or one of {', '.join(ROUTES)}; got {route!r}")
     if route not in policy.routes:
         raise ValueError(f"{policy} runs on {', '.join(policy.routes)}; got route {route!r}")
     if n_heads % n_kv_heads:
-        raise ValueError(f"query heads must be a multiple of kv heads; got {n_heads} and {n_kv_heads}")
+        raise ValueError(
+            f"query heads must be a multiple of kv heads; got {n_heads} and {n_kv_heads}"
+        )
     if policy.compacts and (policy.raw_keys or codec.raw_keys):
         raise ValueError(
-            f"{policy} works on keys that carry their positions; {codec} keeps them as they were projected"
+            f"{policy} works on keys that carry their positions; {codec} keeps them as they were "
+            "projected"
         )
     if (refused := codec.refuses(policy, route)) is not None:
         raise ValueError(refused)
@@ -73,9 +82,17 @@ def prompt_dims(dims: Dims, policy: Policy, route: str, room: int) -> Dims:
 
 
 def init(
-    policy: Policy, codec, route: str, dims: Dims, H: int, impl: str = "xla", turning: Rotation | None = None
+    policy: Policy,
+    codec,
+    route: str,
+    dims: Dims,
+    H: int,
+    impl: str = "xla",
+    turning: Rotation | None = None,
 ) -> LayerState:
-    """The state of a layer that has seen nothing; impl: what attends, see `attend`; turning: see above."""
+    """The state of a layer that has seen nothing; impl: what attends, see `attend`; turning: see
+    above.
+    """
     B, _, K, S, M, _ = dims = dims._replace(H=H)
     P = policy.selection_heads(K)
     ws = None if route == "indexed" else WorkingSet.empty(codec, B, K, M, H, P)
@@ -86,7 +103,9 @@ def init(
 
 
 def grow(state: LayerState, S: int, room: int | None = None) -> LayerState:
-    """The same state for a context of S tokens; room: how many may come at most, where a set grows by each (None: to S)."""
+    """The same state for a context of S tokens; room: how many may come at most, where a set grows
+    by each (None: to S).
+    """
     M = state.policy.capacity(S) if state.route == "working_set" else S
     if state.policy.appends and state.route == "working_set":
         M = state.ws.pos.shape[-1] + min(S - state.context, S if room is None else room)
@@ -99,21 +118,30 @@ def grow(state: LayerState, S: int, room: int | None = None) -> LayerState:
 
 
 def freeze(state: LayerState) -> LayerState:
-    """The same state with all tokens encoded, for a codec that has now seen the `frozen_after` tokens it waits for."""
-    ws, store = (None if home is None else home.freeze(state.codec) for home in (state.ws, state.store))
+    """The same state with all tokens encoded, for a codec that has now seen the `frozen_after`
+    tokens it waits for.
+    """
+    ws, store = (
+        None if home is None else home.freeze(state.codec) for home in (state.ws, state.store)
+    )
     return state.replace(ws=ws, store=store)
 
 
 def decode(
     state: LayerState, q: jax.Array, k: jax.Array, v: jax.Array, exchange: bool = True
 ) -> tuple[jax.Array, LayerState, Taps]:
-    """One new token per sequence: q [B, N, H], k and v [B, K, H]. Returns out [B, N, H] in q's dtype.
+    """One new token per sequence: q [B, N, H], k and v [B, K, H]. Returns out [B, N, H] in q's
+    dtype.
 
     exchange: False leaves the set of a state with a `joint` as it is, for `exchange_layers`.
     """
     if not exchange and joint(state) is None:
         raise ValueError(f"{state.policy} on the route {state.route} exchanges layer by layer")
-    step = {"working_set": _decode_working_set, "indexed": _decode_indexed, "masked": _decode_masked}[state.route]
+    step = {
+        "working_set": _decode_working_set,
+        "indexed": _decode_indexed,
+        "masked": _decode_masked,
+    }[state.route]
     policy, codec, length = state.policy, state.codec, state.length
     home = state.store if state.ws is None else state.ws
     clipped = codec.clipped(home.k, k) + codec.clipped(home.v, v)
@@ -152,31 +180,44 @@ def _decode_working_set(state: LayerState, q, k, v, exchange: bool = True):
     ws, slot = state.ws.append(codec, k, v, length)
     pending = getattr(store, "pending", None)
     bias = ws.bias if pending is None else pending.hide(ws.bias)
-    turn, heads = turn_of(policy, state.turning, ws.pos, length), policy.mass_heads(q.shape[1] * q.shape[2], q.shape[1])
+    turn, heads = (
+        turn_of(policy, state.turning, ws.pos, length),
+        policy.mass_heads(q.shape[1] * q.shape[2], q.shape[1]),
+    )
     piece, mass = compute.slots(codec, q, ws.k, ws.v, bias, state.impl, turn, heads)
     taps, dense = _taps(mass, ws.pos, bias), None
     which = policy.refresh(length)
     if which is not None:
         piece, row = _refreshed(state, store, q, which, piece)
         dense = (which, row)
-        taps = taps._replace(attended=jnp.where(which, (length + 1).astype(jnp.float32), taps.attended))
+        taps = taps._replace(
+            attended=jnp.where(which, (length + 1).astype(jnp.float32), taps.attended)
+        )
     stats = policy.observe(state.stats, mass, ws.pos, slot, length, dense)
     if exchange:
-        stats, ws, store, loads = exchange_layer(policy, codec, store, stats, ws, length + 1, S, after=piece.out)
+        stats, ws, store, loads = exchange_layer(
+            policy, codec, store, stats, ws, length + 1, S, after=piece.out
+        )
         taps = taps._replace(loads=loads)
     return piece, state.replace(ws=ws, store=store, stats=stats), taps
 
 
 def _refreshed(state: LayerState, store: Store, q, which, piece: Partial):
-    """Replace `piece` by dense attention over the store where `which` [B]; also the dense row [B, P, S]."""
+    """Replace `piece` by dense attention over the store where `which` [B]; also the dense row
+    [B, P, S].
+    """
     length, S, P = state.length, state.context, state.ws.pos.shape[1]
 
     def dense(piece):
         seen = positions(S) <= column(length)
         bias = jnp.broadcast_to(jnp.where(seen, jnp.float32(0.0), -jnp.inf), (q.shape[0], P, S))
-        turn = turn_of(state.policy, state.turning, jnp.broadcast_to(positions(S), bias.shape), length)
+        turn = turn_of(
+            state.policy, state.turning, jnp.broadcast_to(positions(S), bias.shape), length
+        )
         full, row = compute.store(state.codec, q, store.k, store.v, bias, state.impl, turn)
-        chosen = jax.tree.map(lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), full, piece)
+        chosen = jax.tree.map(
+            lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), full, piece
+        )
         return chosen, row
 
     def skip(piece):
@@ -208,18 +249,23 @@ def _decode_masked(state: LayerState, q, k, v):
     heads = policy.mass_heads(q.shape[1] * q.shape[2], q.shape[1])
 
     def attend_all(bias, pos):
-        return compute.slots(codec, q, k, v, bias, state.impl, turn_of(policy, state.turning, pos, length), heads)
+        return compute.slots(
+            codec, q, k, v, bias, state.impl, turn_of(policy, state.turning, pos, length), heads
+        )
 
-    piece, stats, pos, bias, taps = masked_row(policy, state.stats, ws.pos, ws.bias, q, attend_all, length)
+    piece, stats, pos, bias, taps = masked_row(
+        policy, state.stats, ws.pos, ws.bias, q, attend_all, length
+    )
     return piece, state.replace(ws=WorkingSet(k, v, pos, bias), stats=stats), taps
 
 
 def masked_row(policy: Policy, stats, pos, bias, q, attend_all, length):
-    """One query of the reference: slot = position, every token's K and V at hand, the selection as a mask.
+    """One query of the reference: slot = position, every token's K and V at hand, the selection as
+    a mask.
 
-    pos [B, P, S]: -1 for tokens that are still to come or that an evicting policy has dropped; bias [B, P, S]: of the tokens
-    that an evicting policy keeps. `attend_all(bias, pos)` attends every token under a bias. Returns the piece, statistics,
-    pos, bias and taps.
+    pos [B, P, S]: -1 for tokens that are still to come or that an evicting policy has dropped; bias
+    [B, P, S]: of the tokens that an evicting policy keeps. `attend_all(bias, pos)` attends every
+    token under a bias. Returns the piece, statistics, pos, bias and taps.
     """
     S = pos.shape[-1]
     own = positions(S) == column(length)
@@ -256,10 +302,12 @@ def _kept(policy: Policy, stats, length, S: int, q):
 
 
 def prefill(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState]:
-    """Dense causal attention over a batch of prompts; `state` is empty and `length` [B] tells how much of T is prompt.
+    """Dense causal attention over a batch of prompts; `state` is empty and `length` [B] tells how
+    much of T is prompt.
 
-    q [B, T, N, H], k and v [B, T, K, H], T <= context; prompts are aligned at position 0 and padded behind. Returns
-    out [B, T, N, H] (padding rows hold nothing of use) and the state after the prompts.
+    q [B, T, N, H], k and v [B, T, K, H], T <= context; prompts are aligned at position 0 and padded
+    behind. Returns out [B, T, N, H] (padding rows hold nothing of use) and the state after the
+    prompts.
     """
     out, state, rows = prefill_rows(state, q, k, v, length)
     store = None if state.store is None else rows.grow(state.codec, state.context)
@@ -267,14 +315,18 @@ def prefill(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState]:
 
 
 def prefill_rows(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState, Store]:
-    """As `prefill`, with what a store of T tokens would hold beside the state, whose own store is as it was."""
+    """As `prefill`, with what a store of T tokens would hold beside the state, whose own store is
+    as it was.
+    """
     policy, codec, S = state.policy, state.codec, state.context
     B, T, N, H = q.shape
     K = k.shape[2]
     dims = Dims(B, N, K, S, S if state.ws is None else state.ws.pos.shape[-1], H)
     W = policy.seed_rows(S) if policy.seed_kind == "rows" else None
     seen_q, seen_k = (turned_prompt(x, state.turning) for x in (q, k))
-    out, rows = compute.prompt(seen_q, seen_k, v, length, policy.mass_heads(N, K), policy.seed_kind, W, state.impl)
+    out, rows = compute.prompt(
+        seen_q, seen_k, v, length, policy.mass_heads(N, K), policy.seed_kind, W, state.impl
+    )
     if rows is not None:
         rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, S - T)])
     stats, pos = policy.seed(state.stats, rows, length, dims)

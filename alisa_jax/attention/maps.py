@@ -1,10 +1,14 @@
-"""Attention maps of one layer under a policy: what every query paid to every token, what it was let see, and what it missed.
+"""Attention maps of one layer under a policy: what every query paid to every token, what it was let
+see, and what it missed.
 
-`maps` runs a whole text as `reference.score` does, row i under the selection that its own earlier rows lead to, and
-then works out all rows of weights at once from the same queries and keys, as the codec stores them:
+`maps` runs a whole text as `reference.score` does, row i under the selection that its own earlier
+rows lead to, and then works out all rows of weights at once from the same queries and keys, as the
+codec stores them:
 
-    weights[i] = softmax(q_i K^T / sqrt(H)) over the tokens that row i attends      what the policy's own run paid
-    dense[i]   = softmax(q_i K^T / sqrt(H)) over tokens 0 .. i                      what the same query would have paid
+    weights[i] = softmax(q_i K^T / sqrt(H)) over the tokens that row i attends      what the
+    policy's own run paid
+    dense[i]   = softmax(q_i K^T / sqrt(H)) over tokens 0 .. i                      what the same
+               query would have paid
 
 so 1 - sum of dense[i] over the kept tokens is the attention that the policy made query i miss.
 """
@@ -20,26 +24,31 @@ from alisa_jax.attention import reference
 
 
 class Maps(NamedTuple):
-    """Row i belongs to the query at position i; what it does not attend is 0. Of a padded batch, rows of the padding hold
+    """Row i belongs to the query at position i; what it does not attend is 0. Of a padded batch,
+    rows of the padding hold
     nothing of use, and no other row attends them."""
 
     weights: jax.Array  # [B, N, T, T] float32, rows sum to 1
-    kept: jax.Array  # [B, P, T, T] bool: what was attended, itself included; head n has selection n * P // N
+    # [B, P, T, T] bool: what was attended, itself included; head n has selection n * P // N
+    kept: jax.Array
     dense: jax.Array  # [B, N, T, T] float32: the weights of the same queries without a policy
 
 
 def maps(policy, codec, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Maps]:
-    """q [B, T, N, H] unscaled, k and v [B, T, K, H] -> out [B, T, N, H] under the policy, and the maps.
+    """q [B, T, N, H] unscaled, k and v [B, T, K, H] -> out [B, T, N, H] under the policy, and the
+    maps.
 
-    Exactly causal as decoding is, from an empty cache. A codec that begins raw needs its `frozen_after` tokens, and its
-    first rows attend raw keys.
+    Exactly causal as decoding is, from an empty cache. A codec that begins raw needs its
+    `frozen_after` tokens, and its first rows attend raw keys.
     """
     N, T = q.shape[2], q.shape[1]
     out, kept, _ = reference.score(policy, codec, q, k, v, look=lambda taps: taps.pos >= 0)
     kept = jnp.moveaxis(kept, 2, 1)  # [B, P, T, T]
     z = _logits(codec, q, k)
     causal = jnp.tril(jnp.ones((T, T), jnp.bool_))[None, None]
-    return out, Maps(_softmax(z, jnp.repeat(kept, N // kept.shape[1], axis=1)), kept, _softmax(z, causal))
+    return out, Maps(
+        _softmax(z, jnp.repeat(kept, N // kept.shape[1], axis=1)), kept, _softmax(z, causal)
+    )
 
 
 def _logits(codec, q, k) -> jax.Array:
@@ -55,7 +64,9 @@ def _logits(codec, q, k) -> jax.Array:
     if not raw_tokens:
         return z
     early = (jnp.arange(T) < raw_tokens)[None, None, :, None]
-    return jnp.where(early, codec.raw.logits(heads, keys.astype(codec.raw.dtype)).reshape(B, N, T, T), z)
+    return jnp.where(
+        early, codec.raw.logits(heads, keys.astype(codec.raw.dtype)).reshape(B, N, T, T), z
+    )
 
 
 def _softmax(z, seen) -> jax.Array:

@@ -1,10 +1,13 @@
 """Layers whose tokens are not all on the device: what a step, a prompt and a delivery do to them.
 
-A batch is cut into parts of neighbouring sequences: `whole` ones keep all tokens, the others (`away`) a ring of the newest.
-A layer is then a tuple of `LayerState`s, one per part, and only the kind of an away one is special:
+A batch is cut into parts of neighbouring sequences: `whole` ones keep all tokens, the others
+(`away`) a ring of the newest. A layer is then a tuple of `LayerState`s, one per part, and only the
+kind of an away one is special:
 
-    the policy selects      a working set as ever, whose store is a `Ring`; rows that are not in it become pending
-    the policy is dense     a working set of C slots that is itself the ring; the others are streamed and joined by `merge`
+    the policy selects      a working set as ever, whose store is a `Ring`; rows that are not in it
+                            become pending
+    the policy is dense     a working set of C slots that is itself the ring; the others are
+                            streamed and joined by `merge`
 
 All functions are pure. Shapes: q [B, N, H], k and v [B, K, H], in a prompt with T behind B.
 """
@@ -28,7 +31,9 @@ Leaves = tuple[jax.Array, ...]  # of K, then of V
 
 
 class Part(NamedTuple):
-    """Sequences first .. stop - 1 with a context of `context` tokens; ring_tokens 0: all of them on the device."""
+    """Sequences first .. stop - 1 with a context of `context` tokens; ring_tokens 0: all of them on
+    the device.
+    """
 
     first: int
     stop: int
@@ -47,7 +52,9 @@ class Kind(NamedTuple):
 
     @property
     def layout(self) -> str:
-        """Of pages: rows of tokens where single rows are wanted, as attention reads them where all are."""
+        """Of pages: rows of tokens where single rows are wanted, as attention reads them where all
+        are.
+        """
         return "tokens" if self.policy.selects else "slots"
 
 
@@ -59,25 +66,45 @@ def init(kind: Kind, part: Part, N: int, K: int, H: int) -> LayerState:
     if C and not policy.selects:
         return attention.init(policy, codec, route, dims._replace(M=C), H, impl)
     state = attention.init(policy, codec, route, dims, H, impl)
-    return state.replace(store=Ring.empty(codec, B, C, K, H, policy.selection_heads(K))) if C else state
+    return (
+        state.replace(store=Ring.empty(codec, B, C, K, H, policy.selection_heads(K)))
+        if C
+        else state
+    )
 
 
 def decode(parts: Parts, q, k, v) -> tuple[jax.Array, Parts, tuple]:
-    """One new token per sequence; everything it attends is on the device. Returns out [B, N, H], parts, taps of each."""
-    done = [attention.decode(state, *mine) for state, mine in zip(parts, _cut(parts, q, k, v), strict=True)]
-    return jnp.concatenate([d[0] for d in done]), tuple(d[1] for d in done), tuple(d[2] for d in done)
+    """One new token per sequence; everything it attends is on the device. Returns out [B, N, H],
+    parts, taps of each.
+    """
+    done = [
+        attention.decode(state, *mine)
+        for state, mine in zip(parts, _cut(parts, q, k, v), strict=True)
+    ]
+    return (
+        jnp.concatenate([d[0] for d in done]),
+        tuple(d[1] for d in done),
+        tuple(d[2] for d in done),
+    )
 
 
 class Streamed(NamedTuple):
-    """K and V of an away part that are brought for one step: leaves [B, K, T, *] of T positions from `first` on."""
+    """K and V of an away part that are brought for one step: leaves [B, K, T, *] of T positions
+    from `first` on.
+    """
 
     leaves: Leaves
     first: jax.Array  # [B] int32
 
 
-def decode_streamed(parts: Parts, q, k, v, host, dropped, pieces: tuple[Streamed, ...]) -> tuple[jax.Array, Parts]:
-    """As `decode`, for a dense layer whose last part is away: its ring holds positions from `host` [B] on, the pieces those
-    below; a position counts in the piece that has it: below `dropped` [B] in those that begin at 0, else in the others."""
+def decode_streamed(
+    parts: Parts, q, k, v, host, dropped, pieces: tuple[Streamed, ...]
+) -> tuple[jax.Array, Parts]:
+    """As `decode`, for a dense layer whose last part is away: its ring holds positions from `host`
+    [B] on, the pieces those
+    below; a position counts in the piece that has it: below `dropped` [B] in those that begin at 0,
+    else in the others.
+    """
     *whole, away = parts
     *mine, last = _cut(parts, q, k, v)
     outs, states = [], []
@@ -107,10 +134,13 @@ def decode_streamed(parts: Parts, q, k, v, host, dropped, pieces: tuple[Streamed
     return jnp.concatenate(outs), (*states, away.replace(ws=ws, length=away.length + 1))
 
 
-def prefill(kind: Kind, layout: tuple[Part, ...], q, k, v, length, host) -> tuple[jax.Array, Parts, Any]:
+def prefill(
+    kind: Kind, layout: tuple[Part, ...], q, k, v, length, host
+) -> tuple[jax.Array, Parts, Any]:
     """A prompt; what lies below `host` [B] does not stay on the device.
 
-    Returns out [B, T, N, H], the parts, and the rows of the last part, away or not, as a `Store` of T tokens.
+    Returns out [B, T, N, H], the parts, and the rows of the last part, away or not, as a `Store` of
+    T tokens.
     """
     outs, parts, kept = [], [], None
     N, K, H = q.shape[2], k.shape[2], k.shape[3]
@@ -133,7 +163,10 @@ def _ringed(kind: Kind, state: LayerState, kept, length, host, C: int) -> LayerS
     codec, pos = kind.codec, ring.newest(length, host, C)
     leaves = [ring.fill(codec, packed, pos, kind.layout) for packed in (kept.k, kept.v)]
     if kind.policy.selects:
-        k, v = (codec.rebuild(packed, some) for packed, some in zip((kept.k, kept.v), leaves, strict=True))
+        k, v = (
+            codec.rebuild(packed, some)
+            for packed, some in zip((kept.k, kept.v), leaves, strict=True)
+        )
         pending = Pending.empty(*state.store.pending.pos.shape[:2])
         return state.replace(store=Ring(k, v, host, pending))
     ws, pos = state.ws, pos[:, None]
@@ -141,7 +174,9 @@ def _ringed(kind: Kind, state: LayerState, kept, length, host, C: int) -> LayerS
     return state.replace(ws=ws.replace(k=k, v=v, pos=pos, bias=bias_of(pos)))
 
 
-def prompt_page(kind: Kind, kept, sequences: tuple[int, ...], page: int, page_tokens: int) -> Leaves:
+def prompt_page(
+    kind: Kind, kept, sequences: tuple[int, ...], page: int, page_tokens: int
+) -> Leaves:
     """A page of the rows that `prefill` returned, for some sequences of the part."""
     found = []
     for leaf in (*kind.codec.leaves(kept.k), *kind.codec.leaves(kept.v)):
@@ -165,7 +200,8 @@ def moved(state: LayerState, host: jax.Array) -> LayerState:
 
 
 def deliver(state: LayerState, leaves: Leaves, sequence, pos, slot, clear: bool) -> LayerState:
-    """Rows `leaves` [R, K, *] of tokens `pos` [R] of `sequence` [R] (-1: none) into slots [R, P] of an away part.
+    """Rows `leaves` [R, K, *] of tokens `pos` [R] of `sequence` [R] (-1: none) into slots [R, P] of
+    an away part.
 
     A slot that no longer waits for its token stays as it is. clear: nothing is pending any more.
     """
@@ -177,12 +213,18 @@ def deliver(state: LayerState, leaves: Leaves, sequence, pos, slot, clear: bool)
     k_leaves, v_leaves = halves(leaves)
     k = ring.put(state.codec, ws.k, k_leaves, sequence, slot)
     v = ring.put(state.codec, ws.v, v_leaves, sequence, slot)
-    store = state.store.replace(pending=Pending.empty(*state.store.pending.pos.shape[:2])) if clear else state.store
+    store = (
+        state.store.replace(pending=Pending.empty(*state.store.pending.pos.shape[:2]))
+        if clear
+        else state.store
+    )
     return state.replace(ws=ws.replace(k=k, v=v), store=store)
 
 
 def encoded(state: LayerState, k, v, sequences, pos) -> Leaves:
-    """Rows of recomputed tokens: k, v [n, T, K, H] of `sequences` [n] at `pos` [n, E], as leaves [n * E, K, *]."""
+    """Rows of recomputed tokens: k, v [n, T, K, H] of `sequences` [n] at `pos` [n, E], as leaves
+    [n * E, K, *].
+    """
     b = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
     found = []
     for x, packed in ((k, state.ws.k), (v, state.ws.v)):
@@ -195,7 +237,14 @@ def encoded(state: LayerState, k, v, sequences, pos) -> Leaves:
 def resume(state: LayerState) -> LayerState:
     """Go on with an exchange that broke off, when what was pending has been delivered."""
     stats, ws, store, _ = exchange.exchange_layer(
-        state.policy, state.codec, state.store, state.stats, state.ws, state.length, state.context, state.ws.bias
+        state.policy,
+        state.codec,
+        state.store,
+        state.stats,
+        state.ws,
+        state.length,
+        state.context,
+        state.ws.bias,
     )
     return state.replace(stats=stats, ws=ws, store=store)
 

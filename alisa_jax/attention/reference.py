@@ -1,7 +1,8 @@
-"""A whole text in one pass as if it were decoded token by token: row i under the selection that its earlier rows lead to.
+"""A whole text in one pass as if it were decoded token by token: row i under the selection that its
+earlier rows lead to.
 
-This is the reference that decoding is compared with, and what the protocol `prefill_mask` runs: all keys and values are at
-hand, stored as the codec stores them, and each row of attention is masked.
+This is the reference that decoding is compared with, and what the protocol `prefill_mask` runs: all
+keys and values are at hand, stored as the codec stores them, and each row of attention is masked.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ def score(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Whole texts in one pass, row i under the mask that decoding token by token would have had.
 
-    q [B, T, N, H], k and v [B, T, K, H]. Returns out [B, T, N, H]; what `look` takes from the taps of each row, [B, T, ...],
-    here the number of attended tokens, float32; and the number of elements of K and V that the codec clipped [B, T] int32.
+    q [B, T, N, H], k and v [B, T, K, H]. Returns out [B, T, N, H]; what `look` takes from the taps
+    of each row, [B, T, ...], here the number of attended tokens, float32; and the number of
+    elements of K and V that the codec clipped [B, T] int32.
 
-    Rows do not depend on each other where every one attends all tokens as they are: those are computed together.
+    Rows do not depend on each other where every one attends all tokens as they are: those are
+    computed together.
     """
     B, T, N, H = q.shape
     K, raw_tokens = k.shape[2], codec.frozen_after
@@ -38,7 +41,10 @@ def score(
     if policy.takes_keys:
         stats = policy.note(stats, attention.turned_prompt(k, turning), jnp.zeros((B,), jnp.int32))
     raw = [jnp.swapaxes(x, 1, 2) for x in (k, v)]  # [B, K, T, H]
-    packed = [codec.fill(codec.empty(x.shape, "slots", side), x, "slots") for x, side in zip(raw, "kv", strict=True)]
+    packed = [
+        codec.fill(codec.empty(x.shape, "slots", side), x, "slots")
+        for x, side in zip(raw, "kv", strict=True)
+    ]
     contents = [codec.content(x) for x in packed]
     plain = all(content is not None and content.axis is None for content in contents)
     if plain and look is attended and not policy.selects and turning is None:
@@ -46,7 +52,8 @@ def score(
         seen = jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.float32)[None], (B, T))
         out = compute.causal(q, keys, values, jnp.full((B,), T, jnp.int32))
         return out, seen, jnp.zeros((B, T), jnp.int32)
-    held = [x.astype(codec.raw.dtype) for x in raw] if raw_tokens else None  # what the first rows attend
+    # what the first rows attend
+    held = [x.astype(codec.raw.dtype) for x in raw] if raw_tokens else None
     by_step = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 0)
 
     def row(carry, item):
@@ -57,7 +64,9 @@ def score(
             place = jnp.broadcast_to(policy.place(length)[:, None, None], q_row.shape[:3])
             q_row = turned(q_row, place, turning)
 
-        now = [codec.upto(home, x, length + 1, "slots") for home, x in zip(packed, raw, strict=True)]
+        now = [
+            codec.upto(home, x, length + 1, "slots") for home, x in zip(packed, raw, strict=True)
+        ]
 
         def attend_all(bias, pos):
             turn = attention.turn_of(policy, turning, pos, length)
@@ -67,9 +76,13 @@ def score(
 
             if not raw_tokens:
                 return over(codec, now)
-            return jax.lax.cond(n < raw_tokens, lambda: over(codec.raw, held), lambda: over(codec, now))
+            return jax.lax.cond(
+                n < raw_tokens, lambda: over(codec.raw, held), lambda: over(codec, now)
+            )
 
-        piece, stats, pos, bias, taps = attention.masked_row(policy, stats, pos, bias, q_row, attend_all, length)
+        piece, stats, pos, bias, taps = attention.masked_row(
+            policy, stats, pos, bias, q_row, attend_all, length
+        )
         return (stats, pos, bias), (piece.out.reshape(B, N, H).astype(q.dtype), look(taps))
 
     start = (stats, jnp.full((B, P, T), -1, jnp.int32), jnp.full((B, P, T), -jnp.inf, jnp.float32))

@@ -1,13 +1,16 @@
-"""`int4(group=64)`: asymmetric 4-bit codes, packed two to a byte, a range for every token, kv head and group of channels.
+"""`int4(group=64)`: asymmetric 4-bit codes, packed two to a byte, a range for every token, kv head
+and group of channels.
 
-    x ~ scale (code - zero)     scale = (max - min) / 15     zero = round(-min / scale)     code = round(x / scale + zero)
+    x ~ scale (code - zero)     scale = (max - min) / 15     zero = round(-min / scale)     code =
+                                round(x / scale + zero)
 
-FlexGen compresses its cache so (arXiv 2303.06865, Section 5: 4 bits, groups of 64 along the channels); there a group keeps
-its minimum and its scale in 16 bits each. Here the range is extended to hold 0, so the zero point is a code; the scale is
-bfloat16, rounded up. A kv head of H channels and n = ceil(H / group) groups takes ceil(H / 2) + 3 n bytes, for K and for V.
+FlexGen compresses its cache so (arXiv 2303.06865, Section 5: 4 bits, groups of 64 along the
+channels); there a group keeps its minimum and its scale in 16 bits each. Here the range is extended
+to hold 0, so the zero point is a code; the scale is bfloat16, rounded up. A kv head of H channels
+and n = ceil(H / group) groups takes ceil(H / 2) + 3 n bytes, for K and for V.
 
-Channel c shares its byte with channel c + ceil(H / 2), in the upper half. Attention decodes tile by tile
-(`codecs/codes.py`).
+Channel c shares its byte with channel c + ceil(H / 2), in the upper half. Attention decodes tile by
+tile (`codecs/codes.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ LEVELS = 15.0
 
 @dataclass(frozen=True)
 class Int4(Asked):
-    """What is asked for; `resolve` gives the codec of a model. group: channels of a head that share a range."""
+    """What is asked for; `resolve` gives the codec of a model. group: channels of a head that share
+    a range.
+    """
 
     group: int = 64
 
@@ -64,10 +69,12 @@ class GroupInt4(TokenWise):
     def codes_of(self, x) -> GroupCodes:
         x = self.raw.rounded(x)
         H = x.shape[-1]
-        grouped = _padded(x, self.group).reshape(
-            *x.shape[:-1], -1, self.group
-        )  # what is added is 0, as every range holds
-        low, high = jnp.minimum(grouped.min(-1), jnp.float32(0.0)), jnp.maximum(grouped.max(-1), jnp.float32(0.0))
+        # what is added is 0, as every range holds
+        grouped = _padded(x, self.group).reshape(*x.shape[:-1], -1, self.group)
+        low, high = (
+            jnp.minimum(grouped.min(-1), jnp.float32(0.0)),
+            jnp.maximum(grouped.max(-1), jnp.float32(0.0)),
+        )
         step = jnp.maximum((high - low) / LEVELS, jnp.float32(products.TINY))
         scale = (step * (1 + 2.0**-8)).astype(jnp.bfloat16)  # this step or the next above it
         wide = scale.astype(jnp.float32)
@@ -90,13 +97,17 @@ class GroupInt4(TokenWise):
 
         def values(codes, scale, zero):
             both = jnp.concatenate([codes & 15, codes >> 4], axis=-1)[..., :H].astype(jnp.float32)
-            return (both - self._wide(zero.astype(jnp.float32), H)) * self._wide(scale.astype(jnp.float32), H)
+            return (both - self._wide(zero.astype(jnp.float32), H)) * self._wide(
+                scale.astype(jnp.float32), H
+            )
 
         return values
 
     def _wide(self, x, H: int):
         """x [..., n] for each of the H channels of its groups."""
-        return jnp.repeat(x, self.group, axis=-1, total_repeat_length=x.shape[-1] * self.group)[..., :H]
+        return jnp.repeat(x, self.group, axis=-1, total_repeat_length=x.shape[-1] * self.group)[
+            ..., :H
+        ]
 
 
 def _padded(x: jax.Array, size: int) -> jax.Array:

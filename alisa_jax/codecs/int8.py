@@ -1,19 +1,25 @@
-"""`int8(axis="channel" | "token")`: asymmetric 8-bit codes, after ALISA (arXiv 2403.17312, its Equation 7).
+"""`int8(axis="channel" | "token")`: asymmetric 8-bit codes, after ALISA
+(arXiv 2403.17312, its Equation 7).
 
-    x ~ scale (code - zero)     scale = (max - min) / 255     zero = round(-min / scale)     code = round(x / scale + zero)
+    x ~ scale (code - zero)     scale = (max - min) / 255     zero = round(-min / scale)     code =
+                                round(x / scale + zero)
 
-The paper prints a zero point without its factor `min`; this is the corrected one. Codes are shifted by 128 into int8 and
-clamped. The error is at most half a step wherever min <= x <= max.
+The paper prints a zero point without its factor `min`; this is the corrected one. Codes are shifted
+by 128 into int8 and clamped. The error is at most half a step wherever min <= x <= max.
 
-    axis       range of                                                    bytes of K and V per kv head of H channels
-    channel    one channel of one kv head and sequence (the paper)         2 H a token and 16 H a sequence
+    axis       range of                                                    bytes of K and V per kv
+               head of H channels
+    channel    one channel of one kv head and sequence (the paper)         2 H a token and 16 H a
+               sequence
     token      one token in one kv head                                    2 (H + 3) a token
 
-`kv/int8_channel.py` and `kv/int8_token.py` are the two codecs. In attention nothing is decoded. With c the codes, s the
-scales and z the zero points,
+`kv/int8_channel.py` and `kv/int8_token.py` are the two codecs. In attention nothing is decoded.
+With c the codes, s the scales and z the zero points,
 
-    channel    q.k = (q s).c - sum_h q_h s_h z_h            sum_m p_m v_m = s (sum_m p_m c_m - z sum_m p_m)
-    token      q.k = s_m (q.c - z_m sum_h q_h)              sum_m p_m v_m = sum_m (p_m s_m) c_m - sum_m p_m s_m z_m
+    channel    q.k = (q s).c - sum_h q_h s_h z_h            sum_m p_m v_m = s
+               (sum_m p_m c_m - z sum_m p_m)
+    token      q.k = s_m (q.c - z_m sum_h q_h)              sum_m p_m v_m = sum_m (p_m s_m) c_m -
+               sum_m p_m s_m z_m
 """
 
 from __future__ import annotations
@@ -31,12 +37,14 @@ CALIBRATION_TOKENS, HEADROOM = 64, 1.0
 
 @dataclass(frozen=True)
 class Int8(Asked):
-    """What is asked for; `resolve` gives the codec of a model. The other fields belong to axis="channel".
+    """What is asked for; `resolve` gives the codec of a model. The other fields belong to
+    axis="channel".
 
-    calibration_tokens: the first tokens of a sequence, which stay raw and give the range (default 64).
-    headroom: the range is widened by this share of itself, for what later tokens do (default 1: one bit of the eight).
-    key_range: "rotary" (default) takes the range that rotated keys of the calibration tokens have at any position of
-    the context, "minmax" the range that they happen to have where they are, as the paper's formula says.
+    calibration_tokens: the first tokens of a sequence, which stay raw and give the range
+    (default 64). headroom: the range is widened by this share of itself, for what later tokens do
+    (default 1: one bit of the eight). key_range: "rotary" (default) takes the range that rotated
+    keys of the calibration tokens have at any position of the context, "minmax" the range that they
+    happen to have where they are, as the paper's formula says.
     """
 
     axis: Literal["channel", "token"] = "channel"
@@ -47,11 +55,15 @@ class Int8(Asked):
     def __post_init__(self):
         for name in ("calibration_tokens", "headroom", "key_range"):
             if self.axis == "token" and getattr(self, name) is not None:
-                raise ValueError(f"{name} goes with axis=channel; with axis=token each token has its own range")
+                raise ValueError(
+                    f"{name} goes with axis=channel; with axis=token each token has its own range"
+                )
         if self.axis not in ("channel", "token"):
             raise ValueError(f"axis must be channel or token; got {self.axis!r}")
         if self.calibration_tokens is not None and self.calibration_tokens < 1:
-            raise ValueError(f"calibration_tokens must be at least 1; got {self.calibration_tokens}")
+            raise ValueError(
+                f"calibration_tokens must be at least 1; got {self.calibration_tokens}"
+            )
         if self.headroom is not None and not 0 <= self.headroom <= 16:
             raise ValueError(f"headroom must be in 0..16; got {self.headroom}")
         if self.key_range not in (None, "rotary", "minmax"):
@@ -64,4 +76,6 @@ class Int8(Asked):
             return TokenInt8(raw)
         tokens = CALIBRATION_TOKENS if self.calibration_tokens is None else self.calibration_tokens
         headroom = HEADROOM if self.headroom is None else self.headroom
-        return ChannelInt8(raw, tokens, headroom, NO_ROTATION if self.key_range == "minmax" else rotation)
+        return ChannelInt8(
+            raw, tokens, headroom, NO_ROTATION if self.key_range == "minmax" else rotation
+        )

@@ -1,13 +1,15 @@
-"""int8 with one scale and zero point per channel of each kv head and sequence, frozen after the first tokens.
+"""int8 with one scale and zero point per channel of each kv head and sequence, frozen after the
+first tokens.
 
-A sequence begins raw and notes the range that each channel fills; after `frozen_after` tokens the range is widened by
-`headroom`, everything is encoded, and later values outside the range are clipped (`clipped` counts them). Equations:
-`kv/int8.py`.
+A sequence begins raw and notes the range that each channel fills; after `frozen_after` tokens the
+range is widened by `headroom`, everything is encoded, and later values outside the range are
+clipped (`clipped` counts them). Equations: `kv/int8.py`.
 
-Keys carry their position: a pair of channels r (cos u, sin u) at one position is r (cos(u + w), sin(u + w)) at another, w
-the pair's angle times the distance. Slow pairs hardly turn while the first tokens come, and turn far over a context, so the
-range that the first tokens happen to fill says little. Each of them is therefore counted over the whole arc that its pair
-would sweep if the token stood anywhere in the context.
+Keys carry their position: a pair of channels r (cos u, sin u) at one position is r
+(cos(u + w), sin(u + w)) at another, w the pair's angle times the distance. Slow pairs hardly turn
+while the first tokens come, and turn far over a context, so the range that the first tokens happen
+to fill says little. Each of them is therefore counted over the whole arc that its pair would sweep
+if the token stood anywhere in the context.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from alisa_jax.codecs.base import NO_ROTATION, TOKEN_AXIS, Codec, Content, Rotat
 from alisa_jax.codecs.raw import Raw
 from alisa_jax.kv import rows
 
-_FINEST = 2.0**-16  # the smallest step of a constant channel, relative to its value: its codes stay exact in float32
+# the smallest step of a constant channel, relative to its value: its codes stay exact in float32
+_FINEST = 2.0**-16
 _SHARE = 8  # one conversion is all that a tile needs
 
 
@@ -49,7 +52,9 @@ class Calibrating:
 
 @dataclass(frozen=True)
 class ChannelInt8(Codec):
-    """See above; `raw` is the codec of the first `calibration_tokens` tokens, and the type to which values are rounded."""
+    """See above; `raw` is the codec of the first `calibration_tokens` tokens, and the type to which
+    values are rounded.
+    """
 
     raw: Raw
     calibration_tokens: int
@@ -78,9 +83,13 @@ class ChannelInt8(Codec):
         axis, first = TOKEN_AXIS(layout), self.calibration_tokens
         if x.shape[axis] < first:
             raise ValueError(f"the range is frozen after {first} tokens; got {x.shape[axis]}")
-        low, high = self._extent(self.raw.rounded(jax.lax.slice_in_dim(x, 0, first, axis=axis)), packed.rotates)
+        low, high = self._extent(
+            self.raw.rounded(jax.lax.slice_in_dim(x, 0, first, axis=axis)), packed.rotates
+        )
         values = self.raw.fill(packed.values, x, layout)
-        return self.freeze(packed.replace(values=values, low=low.min(axis), high=high.max(axis)), layout)
+        return self.freeze(
+            packed.replace(values=values, low=low.min(axis), high=high.max(axis)), layout
+        )
 
     def freeze(self, packed, layout):
         if isinstance(packed, ChannelCodes):
@@ -126,13 +135,17 @@ class ChannelInt8(Codec):
     def values(self, packed):
         if isinstance(packed, Calibrating):
             return self.raw.values(packed.values)
-        return (packed.codes.astype(jnp.float32) - packed.zero[:, :, None]) * packed.scale[:, :, None]
+        return (packed.codes.astype(jnp.float32) - packed.zero[:, :, None]) * packed.scale[
+            :, :, None
+        ]
 
     def logits(self, q, k):
         if isinstance(k, Calibrating):
             return self.raw.logits(q, k.values)
         folded = q.astype(jnp.float32) * k.scale[:, :, None]
-        return products.logits(folded, k.codes, _SHARE) - jnp.sum(folded * k.zero[:, :, None], axis=-1, keepdims=True)
+        return products.logits(folded, k.codes, _SHARE) - jnp.sum(
+            folded * k.zero[:, :, None], axis=-1, keepdims=True
+        )
 
     def mix(self, p, v):
         if isinstance(v, Calibrating):
@@ -144,7 +157,9 @@ class ChannelInt8(Codec):
         if isinstance(packed, Calibrating):
             return super().clipped(packed, x)
         B, K, H = packed.scale.shape
-        scale, zero = (y.reshape(B, K, *(1,) * (x.ndim - 3), H) for y in (packed.scale, packed.zero))
+        scale, zero = (
+            y.reshape(B, K, *(1,) * (x.ndim - 3), H) for y in (packed.scale, packed.zero)
+        )
         code = products.nearest(self.raw.rounded(x), scale, zero)
         return jnp.sum(code != products.clamp(code), axis=(1, -1), dtype=jnp.int32)
 
@@ -155,19 +170,28 @@ class ChannelInt8(Codec):
             return packed.replace(codes=put(packed.codes, new))
         low, high = self._extent(self.raw.rounded(x), packed.rotates)
         values = put(packed.values, x.astype(packed.values.dtype))
-        return packed.replace(values=values, low=jnp.minimum(packed.low, low), high=jnp.maximum(packed.high, high))
+        return packed.replace(
+            values=values, low=jnp.minimum(packed.low, low), high=jnp.maximum(packed.high, high)
+        )
 
     def _extent(self, x, rotates: bool):
-        """The range [low, high] of each channel of x [..., H]: x itself, or what its pair would sweep over the context."""
+        """The range [low, high] of each channel of x [..., H]: x itself, or what its pair would
+        sweep over the context.
+        """
         half = len(self.rotation.angles) if rotates else 0
         a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         if not half:
             return x, x
-        angle = jnp.asarray(self.rotation.angles, jnp.float32).reshape((1,) * (x.ndim - 1) + (half,))
+        angle = jnp.asarray(self.rotation.angles, jnp.float32).reshape(
+            (1,) * (x.ndim - 1) + (half,)
+        )
         back, ahead = angle * (self.calibration_tokens - 1), angle * self.rotation.positions
         length, at = jnp.sqrt(a * a + b * b), jnp.arctan2(b, a)
         ranges = [_arc(length, at - turn - back, at - turn + ahead) for turn in (0.0, math.pi / 2)]
-        return tuple(jnp.concatenate([first, second, rest], -1) for first, second in zip(*ranges, strict=True))
+        return tuple(
+            jnp.concatenate([first, second, rest], -1)
+            for first, second in zip(*ranges, strict=True)
+        )
 
 
 def _arc(length, start, end):
@@ -184,12 +208,16 @@ def _arc(length, start, end):
 
 
 def _affine(low, high, headroom: float):
-    """Scale and zero point, float32, of ranges [low, high] widened by `headroom`; those that hold nothing count as 0."""
+    """Scale and zero point, float32, of ranges [low, high] widened by `headroom`; those that hold
+    nothing count as 0.
+    """
     low, high = (jnp.where(low > high, jnp.float32(0.0), x) for x in (low, high))
     more = (high - low) * (headroom / 2)
     low, high = low - more, high + more
     finest = jnp.maximum(jnp.abs(low), jnp.abs(high)) * _FINEST
-    scale = jnp.maximum(jnp.maximum((high - low) / products.LEVELS, finest), jnp.float32(products.TINY))
+    scale = jnp.maximum(
+        jnp.maximum((high - low) / products.LEVELS, finest), jnp.float32(products.TINY)
+    )
     return scale, jnp.round(-low / scale) - 128
 
 

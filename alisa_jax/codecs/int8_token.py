@@ -1,7 +1,7 @@
 """int8 with one scale and zero point per token and kv head: nothing to calibrate, nothing clipped.
 
-The range of a token is that of its H channels, extended to hold 0, so that the zero point fits in 8 bits. The scale is
-bfloat16, rounded up. Equations: `kv/int8.py`.
+The range of a token is that of its H channels, extended to hold 0, so that the zero point fits in 8
+bits. The scale is bfloat16, rounded up. Equations: `kv/int8.py`.
 """
 
 from __future__ import annotations
@@ -55,9 +55,14 @@ class TokenInt8(TokenWise):
 
     def codes_of(self, x) -> TokenCodes:
         x = self.raw.rounded(x)
-        low, high = jnp.minimum(x.min(-1), jnp.float32(0.0)), jnp.maximum(x.max(-1), jnp.float32(0.0))
+        low, high = (
+            jnp.minimum(x.min(-1), jnp.float32(0.0)),
+            jnp.maximum(x.max(-1), jnp.float32(0.0)),
+        )
         step = jnp.maximum((high - low) / products.LEVELS, jnp.float32(products.TINY))
         scale = (step * (1 + 2.0**-8)).astype(jnp.bfloat16)  # this step or the next above it
         wide = scale.astype(jnp.float32)
         zero = products.clamp(jnp.round(-low / wide) - 128)
-        return TokenCodes(products.encode(x, wide[..., None], zero[..., None]), scale, zero.astype(jnp.int8))
+        return TokenCodes(
+            products.encode(x, wide[..., None], zero[..., None]), scale, zero.astype(jnp.int8)
+        )

@@ -16,7 +16,9 @@ _DTYPES = ("model", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Raw(Codec):
-    """K and V in `dtype` ("model": the dtype in which the model produced them); packed is one array."""
+    """K and V in `dtype` ("model": the dtype in which the model produced them); packed is one
+    array.
+    """
 
     dtype: str = "model"
 

@@ -1,16 +1,20 @@
-"""The first and the last tokens of a sequence as they came, beside a cache that holds every token as codes.
+"""The first and the last tokens of a sequence as they came, beside a cache that holds every token
+as codes.
 
 R = sinks + window rows hold the tokens at the positions
 
     row r < sinks     position r
-    the others        a ring: position p lies in row sinks + (p - sinks) mod window until window tokens later
+    the others        a ring: position p lies in row sinks + (p - sinks) mod window until window
+                      tokens later
 
-so which position a row holds follows from the number of tokens that have come, `count`, and nothing ever shifts. A token
-enters its row when its codes are written, and leaves it by being overwritten: nothing is encoded a second time.
+so which position a row holds follows from the number of tokens that have come, `count`, and nothing
+ever shifts. A token enters its row when its codes are written, and leaves it by being overwritten:
+nothing is encoded a second time.
 
-In a store a row of codes is a position. In a working set it is a slot, and tokens move and go: there `slot` says of each of
-the R rows in which slot its token lies, -1 for none. A slot that is written anew is no longer that of the token before.
-Both homes of a layer see every token in turn, so their counts are equal when tokens are copied from one to the other.
+In a store a row of codes is a position. In a working set it is a slot, and tokens move and go:
+there `slot` says of each of the R rows in which slot its token lies, -1 for none. A slot that is
+written anew is no longer that of the token before. Both homes of a layer see every token in turn,
+so their counts are equal when tokens are copied from one to the other.
 """
 
 from __future__ import annotations
@@ -42,7 +46,9 @@ class Reach(NamedTuple):
         return jnp.where(pos < self.sinks, pos, late)
 
     def positions(self, count: jax.Array) -> jax.Array:
-        """[B, R] int32: the position that each row holds when `count` [B] tokens have come, -1 for none."""
+        """[B, R] int32: the position that each row holds when `count` [B] tokens have come, -1 for
+        none.
+        """
         first = jax.lax.broadcasted_iota(jnp.int32, (count.shape[0], self.sinks), 1)
         first = jnp.where(first < count[:, None], first, -1)
         if not self.window:
@@ -51,7 +57,9 @@ class Reach(NamedTuple):
         return jnp.concatenate([first, jnp.where(last >= 0, last + self.sinks, -1)], axis=1)
 
     def holds(self, pos: jax.Array, count: jax.Array) -> jax.Array:
-        """Whether the tokens at `pos` are among those kept as they came, of `count` of the same rank."""
+        """Whether the tokens at `pos` are among those kept as they came, of `count` of the same
+        rank.
+        """
         return (pos >= 0) & (pos < count) & ((pos < self.sinks) | (pos >= count - self.window))
 
 
@@ -68,7 +76,9 @@ class Recent:
     def empty(reach: Reach, B: int, K: int, H: int, dtype, layout: str) -> Recent:
         """Nothing has come."""
         slot = jnp.full((B, K, reach.rows), -1, jnp.int32) if layout == "slots" else None
-        return Recent(jnp.zeros((B, K, reach.rows, H), dtype), slot, jnp.zeros((B,), jnp.int32), reach)
+        return Recent(
+            jnp.zeros((B, K, reach.rows, H), dtype), slot, jnp.zeros((B,), jnp.int32), reach
+        )
 
     def after(self, x: jax.Array, count: jax.Array, layout: str) -> Recent:
         """What is kept of the first `count` [B] tokens of x, in `layout`, when slot = position."""
@@ -78,10 +88,13 @@ class Recent:
         return self.replace(x=take(x, at[:, None]).astype(self.x.dtype), slot=slot, count=count)
 
     def append(self, x: jax.Array, slot: jax.Array | None, M: int) -> Recent:
-        """With the next token, x [B, K, H]; it lies in `slot` [B, P] of M, or in none where that is out of range."""
+        """With the next token, x [B, K, H]; it lies in `slot` [B, P] of M, or in none where that is
+        out of range.
+        """
         row = self.reach.row(self.count)
         b = jax.lax.broadcasted_iota(jnp.int32, row.shape, 0)
-        held = writes.put(self.x, (b, slice(None), row), x.astype(self.x.dtype))  # R is out of range: dropped
+        # R is out of range: dropped
+        held = writes.put(self.x, (b, slice(None), row), x.astype(self.x.dtype))
         if slot is not None:
             slot = jnp.where((slot >= 0) & (slot < M), slot, -1)[:, :, None]
             own = jax.lax.broadcasted_iota(jnp.int32, self.slot.shape, 2) == row[:, None, None]
@@ -89,7 +102,9 @@ class Recent:
         return self.replace(x=held, slot=slot, count=self.count + 1)
 
     def taken(self, pos: jax.Array) -> Recent:
-        """Of a store: the same rows for the tokens `pos` [B, P, E] when they lie in slots 0 .. E-1."""
+        """Of a store: the same rows for the tokens `pos` [B, P, E] when they lie in
+        slots 0 .. E-1.
+        """
         B, K, R, _ = self.x.shape
         b, p, e = (jax.lax.broadcasted_iota(jnp.int32, pos.shape, i) for i in range(3))
         at = jnp.where(self.reach.holds(pos, self.count[:, None, None]), self.reach.row(pos), R)
@@ -97,13 +112,17 @@ class Recent:
         return self.replace(slot=jnp.broadcast_to(slot, (B, K, R)))
 
     def sliced(self, start: jax.Array, size: int) -> Recent:
-        """Of a store: the same rows for the tokens start .. start+size-1 when they lie in slots 0 .. size-1."""
+        """Of a store: the same rows for the tokens start .. start+size-1 when they lie in slots 0
+        .. size-1.
+        """
         at = self.reach.positions(self.count)
         slot = jnp.where((at >= start) & (at < start + size), at - start, -1)
         return self.replace(slot=jnp.broadcast_to(slot[:, None], self.x.shape[:3]))
 
     def copy_in(self, other: Recent, slot: jax.Array, M: int) -> Recent:
-        """With the tokens of `other`, which lie in its slots 0 .. E-1, in `slot` [B, P, E] of M instead."""
+        """With the tokens of `other`, which lie in its slots 0 .. E-1, in `slot` [B, P, E] of M
+        instead.
+        """
         B, P, E = slot.shape
         slot = jnp.where((slot >= 0) & (slot < M), slot, M)
         b, p = (jax.lax.broadcasted_iota(jnp.int32, slot.shape, i) for i in range(2))

@@ -1,4 +1,6 @@
-"""What codecs share that encode every token by itself: its arrays lie at the same place and move together."""
+"""What codecs share that encode every token by itself: its arrays lie at the same place and move
+together.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from alisa_jax.kv import rows
 
 
 class TokenWise(Codec):
-    """A codec that says what a token's K or V is encoded to; the packed form is a dataclass of arrays [B, *, *, ...]."""
+    """A codec that says what a token's K or V is encoded to; the packed form is a dataclass of
+    arrays [B, *, *, ...].
+    """
 
     def codes_of(self, x: jax.Array) -> Packed:
         """The packed form of x [..., H]: arrays [..., *]."""
@@ -28,10 +32,14 @@ class TokenWise(Codec):
 
     def write_slot(self, packed, x, slot):
         at = slot[:, :, None]
-        return jax.tree.map(lambda old, new: rows.put_slots(old, new[:, :, None], at), packed, self.codes_of(x))
+        return jax.tree.map(
+            lambda old, new: rows.put_slots(old, new[:, :, None], at), packed, self.codes_of(x)
+        )
 
     def write_token(self, packed, x, pos):
-        return jax.tree.map(lambda old, new: rows.put_tokens(old, new, pos), packed, self.codes_of(x))
+        return jax.tree.map(
+            lambda old, new: rows.put_tokens(old, new, pos), packed, self.codes_of(x)
+        )
 
     def take(self, packed, pos):
         return jax.tree.map(lambda x: rows.take_tokens(x, pos), packed)

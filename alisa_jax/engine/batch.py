@@ -1,7 +1,7 @@
 """Ragged batches: sequences of different lengths, aligned at position 0 and padded behind.
 
-Position p of a sequence is its p-th token, whatever its neighbours are, so a batch gives what its sequences give one
-by one. Padding is never attended and never counted.
+Position p of a sequence is its p-th token, whatever its neighbours are, so a batch gives what its
+sequences give one by one. Padding is never attended and never counted.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences: `tokens` [B, T] int32, `length` [B] int32 with 1 <= length <= T; tokens behind the length are 0."""
+    """B sequences: `tokens` [B, T] int32, `length` [B] int32 with 1 <= length <= T; tokens behind
+    the length are 0.
+    """
 
     tokens: np.ndarray
     length: np.ndarray
 
     @staticmethod
     def from_lists(sequences: Sequence[Sequence[int]]) -> Batch:
-        """A batch of token id lists. Raises ValueError for no sequence, an empty one, or one that is not a list of ids."""
+        """A batch of token id lists. Raises ValueError for no sequence, an empty one, or one that
+        is not a list of ids.
+        """
         rows = [np.asarray(s) for s in sequences]
         if not rows:
             raise ValueError("a batch needs at least one sequence; got none")
@@ -30,7 +34,8 @@ class Batch:
                 raise ValueError(f"every sequence needs at least one token; number {i} has none")
             if row.ndim != 1 or row.dtype.kind not in "iu":
                 raise ValueError(
-                    f"a sequence is a list of token ids (whole numbers); number {i} is {sequences[i]!r:.60}"
+                    f"a sequence is a list of token ids (whole numbers); number {i} is "
+                    f"{sequences[i]!r:.60}"
                 )
             wrong = row[(row < 0) | (row >= 2**31)]
             if wrong.size:
@@ -49,11 +54,17 @@ class Batch:
         """
         tokens, mask = np.asarray(tokens), np.asarray(mask).astype(bool)
         if tokens.ndim != 2 or tokens.shape != mask.shape:
-            raise ValueError(f"tokens and mask must have one shape [B, T]; got {tokens.shape} and {mask.shape}")
+            raise ValueError(
+                f"tokens and mask must have one shape [B, T]; got {tokens.shape} and {mask.shape}"
+            )
         pieces = (np.diff(mask.astype(np.int8), axis=1, prepend=0) == 1).sum(axis=1)
         if (pieces > 1).any():
-            raise ValueError(f"padding must be at one side; row {int((pieces > 1).argmax())} has gaps")
-        return Batch.from_lists([row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)])
+            raise ValueError(
+                f"padding must be at one side; row {int((pieces > 1).argmax())} has gaps"
+            )
+        return Batch.from_lists(
+            [row[keep].tolist() for row, keep in zip(tokens, mask, strict=True)]
+        )
 
     def padded(self, T: int) -> np.ndarray:
         """`tokens` with T columns in all."""

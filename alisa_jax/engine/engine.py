@@ -1,7 +1,7 @@
 """`Engine`: a model, a policy, a codec and a route; `generate` and `score`.
 
-Everything is resident on the device here. Python is entered once per chunk of steps and at the borders of context buckets,
-where the states grow by one layer at a time.
+Everything is resident on the device here. Python is entered once per chunk of steps and at the
+borders of context buckets, where the states grow by one layer at a time.
 """
 
 from __future__ import annotations
@@ -33,11 +33,15 @@ PROTOCOLS = ("decode", "prefill_mask", "prompt")
 class Scores:
     """What `Engine.score` returns; one entry per sequence in `logprobs` and `correct`."""
 
-    logprobs: list[np.ndarray]  # [len - 1] float32, nats of token t + 1 given tokens 0 .. t; the end of it with `last`
+    # [len - 1] float32, nats of token t + 1 given tokens 0 .. t; the end of it with `last`
+    logprobs: list[np.ndarray]
     correct: list[np.ndarray]  # [len - 1] bool, the greedy token is the next token; likewise
-    attended_frac: np.ndarray  # [L]: attended share of the context, the token itself included, mean over tokens
-    loads_per_token: np.ndarray  # [L]: rows copied from the store into the working set (nan: not that protocol)
-    clipped_frac: np.ndarray  # [L]: share of the elements of K and V that lay outside the codec's range
+    # [L]: attended share of the context, the token itself included, mean over tokens
+    attended_frac: np.ndarray
+    # [L]: rows copied from the store into the working set (nan: not that protocol)
+    loads_per_token: np.ndarray
+    # [L]: share of the elements of K and V that lay outside the codec's range
+    clipped_frac: np.ndarray
     kv_bytes_per_token: float  # resident K and V, all layers, per token of the context bucket
     stats_bytes_per_token: float  # resident statistics, positions and biases, likewise
     compiles: int
@@ -48,15 +52,17 @@ class Scores:
 
 
 class Engine:
-    """Runs `model` with the past of every layer kept under `policy`, stored by `codec`, read by `route`.
+    """Runs `model` with the past of every layer kept under `policy`, stored by `codec`, read by
+    `route`.
 
-    model: as returned by `alisa_jax.load`. policy, codec: specs such as "swa(kv_sparsity=0.8)" and "raw", or the objects.
-    route: "working_set", "indexed", "masked", or "auto" for the first that the policy serves. attention_impl: "xla",
-    "pallas" (the kernels of `pallas_kernels`, which need a GPU), "interpret" (the same kernels interpreted, for tests), or
-    "auto" for kernels where they run and XLA elsewhere; `attention_choice` tells which, and why. calibration: statistics
-    of the model (`eval.calibrate`) for the methods that need them, or the path of their file; None: `calibration.json` in
-    the folder that the model was read from, where there is one. Raises ValueError or `spec.SpecError`, in one sentence,
-    for what does not go together.
+    model: as returned by `alisa_jax.load`. policy, codec: specs such as "swa(kv_sparsity=0.8)" and
+    "raw", or the objects. route: "working_set", "indexed", "masked", or "auto" for the first that
+    the policy serves. attention_impl: "xla", "pallas" (the kernels of `pallas_kernels`, which need
+    a GPU), "interpret" (the same kernels interpreted, for tests), or "auto" for kernels where they
+    run and XLA elsewhere; `attention_choice` tells which, and why. calibration: statistics of the
+    model (`eval.calibrate`) for the methods that need them, or the path of their file; None:
+    `calibration.json` in the folder that the model was read from, where there is one. Raises
+    ValueError or `spec.SpecError`, in one sentence, for what does not go together.
     """
 
     def __init__(
@@ -78,13 +84,18 @@ class Engine:
             decoder, policy, codec, dtype, route, attention_impl, calibration
         )
         self.compiles = 0
-        self._prefill = self._jit(functools.partial(step.prefill, decoder, self.layers), static_argnums=3)
+        self._prefill = self._jit(
+            functools.partial(step.prefill, decoder, self.layers), static_argnums=3
+        )
         self._filter_prompt = self._jit(
-            functools.partial(step.filter_prompt, decoder, self.policy, self.attention_choice.impl), static_argnums=3
+            functools.partial(step.filter_prompt, decoder, self.policy, self.attention_choice.impl),
+            static_argnums=3,
         )
         self._judge = self._jit(step.judge)
         self._next_token = self._jit(next_token)
-        self._generate = self._jit(functools.partial(step.generate_chunk, decoder), donate_argnums=1)
+        self._generate = self._jit(
+            functools.partial(step.generate_chunk, decoder), donate_argnums=1
+        )
         self._score = self._jit(functools.partial(step.score_chunk, decoder), donate_argnums=1)
         self._masked = self._jit(functools.partial(step.score_masked, decoder, self.layers))
         self._grow = self._jit(step.grow, static_argnums=(1, 2))
@@ -103,7 +114,9 @@ class Engine:
     @property
     def implementation(self) -> str:
         """The routes that run and what computes them, for example "xla:working_set"."""
-        return f"{self.attention_choice.impl}:" + "+".join(sorted({layer.route for layer in self.layers}))
+        return f"{self.attention_choice.impl}:" + "+".join(
+            sorted({layer.route for layer in self.layers})
+        )
 
     @property
     def implementation_reason(self) -> str:
@@ -111,7 +124,9 @@ class Engine:
         return self.attention_choice.reason
 
     def validate(self, tokens: int, prompt_tokens: int = 0) -> None:
-        """Raise ValueError unless sequences of `tokens` tokens can be served, the first of them as a dense prompt."""
+        """Raise ValueError unless sequences of `tokens` tokens can be served, the first of them as
+        a dense prompt.
+        """
         limit = self.model.decoder.config.max_positions
         endless = all(layer.policy.endless for layer in self.layers)
         longest = prompt_tokens if endless else max(tokens, prompt_tokens)
@@ -121,26 +136,34 @@ class Engine:
             layer.policy.validate(tokens)
 
     def batch(self, sequences) -> Batch:
-        """A batch of token ids, or of texts for a model with a tokenizer. Raises ValueError for ids the model lacks."""
+        """A batch of token ids, or of texts for a model with a tokenizer. Raises ValueError for ids
+        the model lacks.
+        """
         if isinstance(sequences, str):
             raise ValueError(f"give a list of sequences; got one text, {sequences!r:.60}")
         if not isinstance(sequences, Batch):
-            sequences = Batch.from_lists([self.model.encode(s) if isinstance(s, str) else s for s in sequences])
+            sequences = Batch.from_lists(
+                [self.model.encode(s) if isinstance(s, str) else s for s in sequences]
+            )
         V = self.model.decoder.config.vocab_size
         wrong = (sequences.tokens < 0) | (sequences.tokens >= V)
         if wrong.any():
             i, t = (int(x) for x in np.argwhere(wrong)[0])
             raise ValueError(
-                f"token ids must be in [0, {V}); sequence {i} has {sequences.tokens[i, t]} at position {t}"
+                f"token ids must be in [0, {V}); sequence {i} has {sequences.tokens[i, t]} at "
+                f"position {t}"
             )
         return sequences
 
     def check_calibration(self, length: np.ndarray) -> None:
-        """Raise ValueError unless every sequence, of `length` [B] tokens, has the tokens that the codec calibrates on."""
+        """Raise ValueError unless every sequence, of `length` [B] tokens, has the tokens that the
+        codec calibrates on.
+        """
         needed = self.codec.frozen_after
         if length.min() < needed:
             raise ValueError(
-                f"the codec takes its range from the first {needed} tokens of each sequence; sequence {length.argmin()} has"
+                f"the codec takes its range from the first {needed} tokens of each sequence; "
+                f"sequence {length.argmin()} has"
                 f" {length.min()}: give calibration_tokens={length.min()} or fewer, or axis=token"
             )
 
@@ -149,8 +172,14 @@ class Engine:
         return step.init(self.model.decoder, self.layers, B, bucket(context_tokens), room)
 
     def state_bytes(self, B: int, context_tokens: int) -> tuple[int, int]:
-        """Bytes of K and V, and of all else, that B sequences of `context_tokens` tokens keep resident."""
-        return bytes_of(jax.eval_shape(lambda: tuple(step.freeze(s, s.context) for s in self.init(B, context_tokens))))
+        """Bytes of K and V, and of all else, that B sequences of `context_tokens` tokens keep
+        resident.
+        """
+        return bytes_of(
+            jax.eval_shape(
+                lambda: tuple(step.freeze(s, s.context) for s in self.init(B, context_tokens))
+            )
+        )
 
     def generate(
         self,
@@ -165,14 +194,17 @@ class Engine:
         stop: str | Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
     ) -> Generated:
-        """Continuation of a ragged batch of prompts, up to `max_new_tokens` each, a token of `eos_ids` or a stop string.
+        """Continuation of a ragged batch of prompts, up to `max_new_tokens` each, a token of
+        `eos_ids` or a stop string.
 
-        prompts: token ids as they are, or texts as `Model.encode` reads them. sampling: None is greedy.
-        seed, or key instead: a typed key [] for the run, or keys [B], one per prompt (see `sampling.sequence_keys`); the
-        same key gives the same tokens. stop: texts that end a sequence where its new text first holds one; the text is
-        cut before it. on_text(i, piece): called with new text of prompt i as it becomes final; the pieces of a prompt
-        joined are its completion. Raises ValueError, before anything runs, for an empty prompt, an id outside the
-        vocabulary, prompt + new tokens beyond the model's context, and text asked of a model without a tokenizer.
+        prompts: token ids as they are, or texts as `Model.encode` reads them. sampling: None is
+        greedy. seed, or key instead: a typed key [] for the run, or keys [B], one per prompt
+        (see `sampling.sequence_keys`); the same key gives the same tokens. stop: texts that end a
+        sequence where its new text first holds one; the text is cut before it. on_text(i, piece):
+        called with new text of prompt i as it becomes final; the pieces of a prompt joined are its
+        completion. Raises ValueError, before anything runs, for an empty prompt, an id outside the
+        vocabulary, prompt + new tokens beyond the model's context, and text asked of a model
+        without a tokenizer.
         """
         batch = self.batch(prompts)
         if max_new_tokens < 1:
@@ -182,34 +214,45 @@ class Engine:
         self.check_calibration(self.policy.feeds(batch.length))
         stop = stops.check_stops(stop)
         if self.model.tokenizer is None and (stop or on_text is not None):
-            raise ValueError(f"stop strings and on_text need text, and the model {self.model.name} has no tokenizer")
+            raise ValueError(
+                f"stop strings and on_text need text, and the model {self.model.name} has no "
+                "tokenizer"
+            )
         greedy = sampling is None or sampling.greedy
         drawn = None if greedy else (batch_keys(len(batch.length), seed, key), sampling.settings())
         eos = frozenset(int(t) for t in eos_ids)
         return generate.run(self, batch, max_new_tokens, eos, drawn, stop, on_text, progress)
 
     def score(
-        self, sequences, protocol: str = "decode", progress: bool = False, *, last: Sequence[int] | None = None
+        self,
+        sequences,
+        protocol: str = "decode",
+        progress: bool = False,
+        *,
+        last: Sequence[int] | None = None,
     ) -> Scores:
-        """Log-probability of every token but the first of a ragged batch of sequences, from an empty cache.
+        """Log-probability of every token but the first of a ragged batch of sequences, from an
+        empty cache.
 
-        protocol "decode" feeds token by token through the real decode path; "prefill_mask" does one pass per layer under
-        the row-by-row selection mask. Both give the same numbers; they differ in what they exercise. "prompt" is what
-        `generate` does: all tokens but the last ones are read as a dense prompt, the policy keeps of it what it will, and
-        the last ones are decoded.
-        last: how many tokens at the end of each sequence are wanted, for all of which it is given: `logprobs` and `correct`
-        then hold these alone. Under "decode" and "prompt", sequences whose other tokens are equal, the choices of an item,
-        share the work on these; attended, loaded and clipped are means over the tokens that were decoded, and bytes of
-        "prompt" are those of the cache at the end.
-        Raises ValueError, before anything runs, for what `generate` refuses, a sequence of one token, a wrong `last`, and
-        none with "prompt".
+        protocol "decode" feeds token by token through the real decode path; "prefill_mask" does one
+        pass per layer under the row-by-row selection mask. Both give the same numbers; they differ
+        in what they exercise. "prompt" is what `generate` does: all tokens but the last ones are
+        read as a dense prompt, the policy keeps of it what it will, and the last ones are decoded.
+        last: how many tokens at the end of each sequence are wanted, for all of which it is given:
+        `logprobs` and `correct` then hold these alone. Under "decode" and "prompt", sequences whose
+        other tokens are equal, the choices of an item, share the work on these; attended, loaded
+        and clipped are means over the tokens that were decoded, and bytes of "prompt" are those of
+        the cache at the end. Raises ValueError, before anything runs, for what `generate` refuses,
+        a sequence of one token, a wrong `last`, and none with "prompt".
         """
         start, compiles = time.perf_counter(), self.compiles
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
         batch = self.batch(sequences)
         if batch.length.min() < 2:
-            raise ValueError(f"a sequence to score needs at least 2 tokens; number {batch.length.argmin()} has 1")
+            raise ValueError(
+                f"a sequence to score needs at least 2 tokens; number {batch.length.argmin()} has 1"
+            )
         B, T = batch.tokens.shape
         if protocol == "prompt" and last is None:
             raise ValueError("protocol prompt needs last=, how many tokens come after each prompt")
@@ -286,12 +329,18 @@ class Engine:
     def _score_masked(self, tokens, targets, valid, progress):
         del progress  # one program, one pass
         T = bucket(tokens.shape[1])
-        padded = [jnp.asarray(np.pad(x, ((0, 0), (0, T - x.shape[1])))) for x in (tokens, targets, valid)]
-        logprobs, correct, attended, clipped = (np.asarray(x) for x in self._masked(self.model.params, *padded))
+        padded = [
+            jnp.asarray(np.pad(x, ((0, 0), (0, T - x.shape[1])))) for x in (tokens, targets, valid)
+        ]
+        logprobs, correct, attended, clipped = (
+            np.asarray(x) for x in self._masked(self.model.params, *padded)
+        )
         return logprobs, correct, attended, np.full(attended.shape, np.nan), clipped
 
     def _grow_each(self, layers: list, S: int, tokens: int):
-        """The states of all layers for the bucket S, when `tokens` more are to come; `layers` is emptied on the way."""
+        """The states of all layers for the bucket S, when `tokens` more are to come; `layers` is
+        emptied on the way.
+        """
         room = prompts.room(self, tokens)
         for i in range(len(layers)):
             layers[i] = self._grow(layers[i], S, room)

@@ -1,8 +1,8 @@
 """Generation: the loop over chunks of steps, and what it hands back.
 
-A chunk runs without looking at text. A sequence that ends inside it, by a stop token or a stop string, is cut behind it
-and marked done, so no result depends on how many steps a chunk has; what a sequence that is done still computes is
-thrown away, and no other sequence sees it.
+A chunk runs without looking at text. A sequence that ends inside it, by a stop token or a stop
+string, is cut behind it and marked done, so no result depends on how many steps a chunk has; what a
+sequence that is done still computes is thrown away, and no other sequence sees it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ class Generated:
     """What `Engine.generate` returns; one entry per prompt in every list."""
 
     tokens: list[list[int]]  # new tokens, up to and including the one that ended the sequence
-    texts: list[str] | None  # text of the prompt and of the new tokens; None for a model without a tokenizer
+    # text of the prompt and of the new tokens; None for a model without a tokenizer
+    texts: list[str] | None
     margins: list[np.ndarray]  # by how much each new token was chosen: see `sampling.next_token`
     compiles: int  # programs traced during the call
     wall_s: float  # all of the call
-    completions: list[str] | None  # text of the new tokens, cut before the stop string; None without a tokenizer
+    # text of the new tokens, cut before the stop string; None without a tokenizer
+    completions: list[str] | None
     finish_reasons: list[str]  # "stop_token", "stop_string" or "length"
-    logprobs: list[np.ndarray]  # nats, of each new token under the model's own distribution, whatever the sampling
+    # nats, of each new token under the model's own distribution, whatever the sampling
+    logprobs: list[np.ndarray]
     prefill_s: float  # until the first new tokens are known, compilation included
     decode_s: float  # from there to the last new token, compilation included
 
@@ -47,7 +50,9 @@ class Running:
         self.eos, self.text = eos, text
         self.tokens, self.margins, self.logprobs, self.reason = [], [], [], None
 
-    def take(self, tokens: np.ndarray, margins: np.ndarray, logprobs: np.ndarray, room: int) -> None:
+    def take(
+        self, tokens: np.ndarray, margins: np.ndarray, logprobs: np.ndarray, room: int
+    ) -> None:
         """Take in the tokens [n] of a chunk as far as the sequence goes, `room` in all at most."""
         for i, token in enumerate(tokens.tolist()):
             if self.reason is not None:
@@ -75,7 +80,9 @@ def run(
     on_text: Callable[[int, str], None] | None,
     progress: bool,
 ) -> Generated:
-    """Continue `batch`; arguments as of `Engine.generate`, checked. drawn: keys [B] and settings; None: greedy."""
+    """Continue `batch`; arguments as of `Engine.generate`, checked. drawn: keys [B] and settings;
+    None: greedy.
+    """
     start, compiles = time.perf_counter(), engine.compiles
     model = engine.model
     given = [row[:n].tolist() for row, n in zip(batch.tokens, batch.length, strict=True)]
@@ -87,7 +94,9 @@ def run(
     running = [Running(eos_ids, text) for text in texts]
 
     def took(*columns) -> np.ndarray:
-        """Hand out the tokens, margins and log-probabilities [B, n] of a chunk; returns [B] bool, who is done."""
+        """Hand out the tokens, margins and log-probabilities [B, n] of a chunk; returns [B] bool,
+        who is done.
+        """
         for i, sequence in enumerate(running):
             sequence.take(*(c[i] for c in columns), max_new_tokens)
             if on_text is not None and (piece := sequence.text.show()):
@@ -110,7 +119,9 @@ def run(
             room = S - (longest + made - 1)
             if room == 0:
                 S, layers = next_bucket(S), list(kv)
-                del kv  # `_grow_each` holds the only reference: an old layer is freed before the next one grows
+                # `_grow_each` holds the only reference: an old layer is freed before the next one
+                # grows
+                del kv
                 kv = engine._grow_each(layers, S, max_new_tokens - made)
                 room = S - (longest + made - 1)
             n = min(steps, room, max_new_tokens - made)
@@ -118,7 +129,9 @@ def run(
                 model.params, kv, token, jnp.asarray(done), eos, jnp.int32(n), _draw(drawn, made)
             )
             token, taken = out.token, int(out.steps)
-            done = took(*(np.asarray(x)[:, :taken] for x in (out.tokens, out.margins, out.logprobs)))
+            done = took(
+                *(np.asarray(x)[:, :taken] for x in (out.tokens, out.margins, out.logprobs))
+            )
             made += taken
             shown.update(taken)
     decode_s = time.perf_counter() - start - prefill_s
@@ -142,7 +155,9 @@ def _draw(drawn, made: int) -> Draw | None:
 
 
 def _texts(model, given: list[list[int]], running: list[Running]) -> tuple[list[str], list[str]]:
-    """Text of prompts with new tokens, and of the new tokens alone; both end before the stop string."""
+    """Text of prompts with new tokens, and of the new tokens alone; both end before the stop
+    string.
+    """
     whole, new = [], []
     for ids, s in zip(given, running, strict=True):
         text = model.decode(ids + s.tokens)

@@ -1,4 +1,6 @@
-"""The layers of an engine: policy, codec, route and what attends, put together and checked before a weight is needed."""
+"""The layers of an engine: policy, codec, route and what attends, put together and checked before a
+weight is needed.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,19 @@ class Assembled(NamedTuple):
 
 
 def assemble(
-    decoder: Decoder, policy, codec, dtype, route: str = "auto", attention_impl: str = "auto", calibration=None
+    decoder: Decoder,
+    policy,
+    codec,
+    dtype,
+    route: str = "auto",
+    attention_impl: str = "auto",
+    calibration=None,
 ) -> Assembled:
-    """The layers of `decoder`, which computes in `dtype`, under a policy and a codec given as specs or objects.
+    """The layers of `decoder`, which computes in `dtype`, under a policy and a codec given as specs
+    or objects.
 
-    calibration: the `Calibration` of the model, for methods that need one. Raises ValueError or `spec.SpecError`, in one
-    sentence, for what does not go together.
+    calibration: the `Calibration` of the model, for methods that need one. Raises ValueError or
+    `spec.SpecError`, in one sentence, for what does not go together.
     """
     c = decoder.config
     policy = policies.parse(policy) if isinstance(policy, str) else policy
@@ -40,7 +49,9 @@ def assemble(
     turning = rotation if raw_keys and rotation.angles else None
     choice = compute.choose(attention_impl, stored, dtype, c.head_dim, _xla_only(each, turning, c))
     layers = tuple(
-        Kind(p, stored.for_layer(i), p.routes[0] if route == "auto" else route, choice.impl, turning)
+        Kind(
+            p, stored.for_layer(i), p.routes[0] if route == "auto" else route, choice.impl, turning
+        )
         for i, p in enumerate(each)
     )
     for kind in layers:

@@ -14,7 +14,9 @@ from alisa_jax.engine.progress import progress_bar
 from alisa_jax.kv.buckets import bucket, next_bucket, prompt_bucket
 from alisa_jax.kv.state import bytes_of
 
-ROOM = 32  # sets that grow by what follows a prompt have room for multiples of this, so few programs are compiled
+# sets that grow by what follows a prompt have room for multiples of this, so few programs are
+# compiled
+ROOM = 32
 
 
 class Begun(NamedTuple):
@@ -27,7 +29,9 @@ class Begun(NamedTuple):
 
 
 def begin(engine, batch: Batch, tokens: int) -> Begun:
-    """Read `batch` densely, with `tokens` more to come; a policy that `reads_layer` chooses what is fed."""
+    """Read `batch` densely, with `tokens` more to come; a policy that `reads_layer` chooses what is
+    fed.
+    """
     fed = condensed(engine, batch)
     longest = int(fed.length.max())
     S = bucket(longest)
@@ -38,38 +42,53 @@ def begin(engine, batch: Batch, tokens: int) -> Begun:
 
 
 def room(engine, tokens: int) -> int | None:
-    """For how many more tokens sets that grow by each of them have room until they grow again; None: there are none."""
+    """For how many more tokens sets that grow by each of them have room until they grow again;
+    None: there are none.
+    """
     if not any(layer.policy.appends for layer in engine.layers):
         return None
     return -(-max(tokens, 1) // ROOM) * ROOM
 
 
 def condensed(engine, batch: Batch) -> Batch:
-    """The prompts as they are fed: all of their tokens, or those that an early layer of the model chooses."""
+    """The prompts as they are fed: all of their tokens, or those that an early layer of the model
+    chooses.
+    """
     layer = engine.policy.reads_layer(int(batch.length.max()))
     if layer is None:
         return batch
     S = prompt_bucket(int(batch.length.max()))
     at = np.asarray(
-        engine._filter_prompt(engine.model.params, jnp.asarray(batch.padded(S)), jnp.asarray(batch.length), layer)
+        engine._filter_prompt(
+            engine.model.params, jnp.asarray(batch.padded(S)), jnp.asarray(batch.length), layer
+        )
     )
-    return Batch.from_lists([row[p[p >= 0]].tolist() for row, p in zip(batch.tokens, at, strict=True)])
+    return Batch.from_lists(
+        [row[p[p >= 0]].tolist() for row, p in zip(batch.tokens, at, strict=True)]
+    )
 
 
 def score(engine, batch: Batch, last: np.ndarray, progress: bool):
-    """The last tokens of `batch`, last [B] of each, after all others as a dense prompt; equal prompts are read once.
+    """The last tokens of `batch`, last [B] of each, after all others as a dense prompt; equal
+    prompts are read once.
 
-    Returns log-probabilities and hits [B, max(last)], three sums [L] over the tokens that were decoded (see `step.Scored`),
-    and the bytes of K and V and of all else at the end.
+    Returns log-probabilities and hits [B, max(last)], three sums [L] over the tokens that were
+    decoded (see `step.Scored`), and the bytes of K and V and of all else at the end.
     """
-    heads = [tuple(row[: n - k].tolist()) for row, n, k in zip(batch.tokens, batch.length, last, strict=True)]
+    heads = [
+        tuple(row[: n - k].tolist())
+        for row, n, k in zip(batch.tokens, batch.length, last, strict=True)
+    ]
     start, of = shared.distinct(heads)
     begun = begin(engine, start, int(last.max()))
     rows, first = np.arange(last.max())[None], batch.length - last
     at = np.minimum(first[:, None] + rows, batch.tokens.shape[1] - 1)
     tokens = np.take_along_axis(batch.tokens, at, 1)
     targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    opening = [np.asarray(x) for x in engine._judge(begun.logits[jnp.asarray(of)], jnp.asarray(tokens[:, 0]))]
+    opening = [
+        np.asarray(x)
+        for x in engine._judge(begun.logits[jnp.asarray(of)], jnp.asarray(tokens[:, 0]))
+    ]
     feed = shared.Feed(engine, tokens, targets, rows < last[:, None] - 1)
     steps, kv = int(last.max()) - 1, begun.kv
     logprobs, correct = (x[:, None] for x in opening)
@@ -90,7 +109,9 @@ def score(engine, batch: Batch, last: np.ndarray, progress: bool):
                 kv = feed(kv, done, done + n, bar)
                 done, free = done + n, free - n
         later = feed.rows()
-        logprobs, correct = (np.concatenate(pair, 1) for pair in zip((logprobs, correct), later, strict=True))
+        logprobs, correct = (
+            np.concatenate(pair, 1) for pair in zip((logprobs, correct), later, strict=True)
+        )
         sums = feed.sums()
     else:
         sums = tuple(np.zeros(len(kv)) for _ in range(3))

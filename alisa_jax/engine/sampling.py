@@ -1,17 +1,20 @@
 """Which token comes next: the best one, or one drawn at random after temperature, top-k and top-p.
 
-With x the logits of one sequence, T the temperature and g independent standard Gumbel numbers, the token is
+With x the logits of one sequence, T the temperature and g independent standard Gumbel numbers, the
+token is
 
-    argmax over the kept v of  x_v / T + g_v,      which is v with probability  exp(x_v / T) / sum over the kept
+    argmax over the kept v of  x_v / T + g_v,      which is v with probability  exp(x_v / T) / sum
+                                                   over the kept
 
-(Gumbel-max). What is kept: after the temperature, the `top_k` most probable tokens, and of these the fewest most
-probable ones whose share of the probability of the `top_k` reaches `top_p` (Holtzman et al., arXiv 1904.09751, section
-3.1); equal tokens are taken lowest id first. The order is that of Hugging Face's processors.
+(Gumbel-max). What is kept: after the temperature, the `top_k` most probable tokens, and of these
+the fewest most probable ones whose share of the probability of the `top_k` reaches `top_p`
+(Holtzman et al., arXiv 1904.09751, section 3.1); equal tokens are taken lowest id first. The order
+is that of Hugging Face's processors.
 
-Token number j of a sequence draws its noise from `fold_in(key of the sequence, j)`, one number per vocabulary entry:
-it depends on neither the neighbours in the batch, nor the size of the chunks and buckets that steps run in. All
-arithmetic is float32. A logit that is NaN counts as -inf and one of +inf as the largest finite number; where no logit
-is left, the token is 0.
+Token number j of a sequence draws its noise from `fold_in(key of the sequence, j)`, one number per
+vocabulary entry: it depends on neither the neighbours in the batch, nor the size of the chunks and
+buckets that steps run in. All arithmetic is float32. A logit that is NaN counts as -inf and one of
++inf as the largest finite number; where no logit is left, the token is 0.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ SMALLEST = float(np.finfo(np.float32).tiny)  # a temperature below it is no norm
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. The default is greedy: the token of the best logit, ties to the lowest id.
+    """How a token is chosen. The default is greedy: the token of the best logit, ties to the lowest
+    id.
 
     Raises ValueError, in one sentence, for a value outside the range given below.
     """
@@ -44,11 +48,22 @@ class Sampling:
 
     def __post_init__(self):
         if not _real(self.temperature) or not 0 <= self.temperature <= LARGEST:
-            raise ValueError(f"temperature must be a number from 0 (greedy) to {LARGEST:.0e}; got {self.temperature!r}")
-        if not isinstance(self.top_k, numbers.Integral) or isinstance(self.top_k, bool) or not 0 <= self.top_k < 2**31:
-            raise ValueError(f"top_k must be a whole number from 0 (off) to 2**31 - 1; got {self.top_k!r}")
+            raise ValueError(
+                f"temperature must be a number from 0 (greedy) to {LARGEST:.0e}; got "
+                f"{self.temperature!r}"
+            )
+        if (
+            not isinstance(self.top_k, numbers.Integral)
+            or isinstance(self.top_k, bool)
+            or not 0 <= self.top_k < 2**31
+        ):
+            raise ValueError(
+                f"top_k must be a whole number from 0 (off) to 2**31 - 1; got {self.top_k!r}"
+            )
         if not _real(self.top_p) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be a number above 0 and at most 1 (off); got {self.top_p!r}")
+            raise ValueError(
+                f"top_p must be a number above 0 and at most 1 (off); got {self.top_p!r}"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -80,26 +95,36 @@ class Draw(NamedTuple):
 
 
 def sequence_keys(seed, indices: Sequence[int]) -> jax.Array:
-    """Keys [len(indices)] of the sequences `indices` of a run with `seed`: a whole number or one typed key.
+    """Keys [len(indices)] of the sequences `indices` of a run with `seed`: a whole number or one
+    typed key.
 
-    `Engine.generate(prompts, seed=s)` uses `sequence_keys(s, range(B))`; with `key=sequence_keys(s, [i])` prompt i alone
-    gets what it got there. Raises ValueError for what is neither.
+    `Engine.generate(prompts, seed=s)` uses `sequence_keys(s, range(B))`; with
+    `key=sequence_keys(s, [i])` prompt i alone gets what it got there. Raises ValueError for what is
+    neither.
     """
     if _is_key(seed) and seed.ndim == 0:
         key = _checked(seed)
     elif isinstance(seed, numbers.Integral) and 0 <= seed < 2**32:
         key = jax.random.key(int(seed), impl=GENERATOR)
     else:
-        raise ValueError(f"a seed is a whole number in [0, 2**32) or one key of jax.random.key; got {_brief(seed)}")
+        raise ValueError(
+            "a seed is a whole number in [0, 2**32) or one key of jax.random.key; got "
+            f"{_brief(seed)}"
+        )
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(list(indices), jnp.int32))
 
 
 def batch_keys(B: int, seed: int, key: jax.Array | None) -> jax.Array:
-    """The keys [B] that `seed`, or `key` [] or [B] where it is not None, stand for; raises ValueError for others."""
+    """The keys [B] that `seed`, or `key` [] or [B] where it is not None, stand for; raises
+    ValueError for others.
+    """
     if key is None:
         return sequence_keys(seed, range(B))
     if not _is_key(key) or key.shape not in ((), (B,)):
-        raise ValueError(f"key is one typed key of jax.random.key, or {B} of them, one per prompt; got {_brief(key)}")
+        raise ValueError(
+            f"key is one typed key of jax.random.key, or {B} of them, one per prompt; got "
+            f"{_brief(key)}"
+        )
     return sequence_keys(key, range(B)) if key.ndim == 0 else _checked(key)
 
 
@@ -108,13 +133,19 @@ def _is_key(value) -> bool:
 
 
 def _brief(value) -> str:
-    return f"an array {value.dtype}{list(value.shape)}" if hasattr(value, "shape") else f"{value!r:.60}"
+    return (
+        f"an array {value.dtype}{list(value.shape)}"
+        if hasattr(value, "shape")
+        else f"{value!r:.60}"
+    )
 
 
 def _checked(key: jax.Array) -> jax.Array:
     """`key`, unless its generator gives other numbers in a batch than alone, as all but one do."""
     if str(jax.random.key_impl(key)) != GENERATOR:
-        raise ValueError(f"keys must be of the generator {GENERATOR}; got {jax.random.key_impl(key)}")
+        raise ValueError(
+            f"keys must be of the generator {GENERATOR}; got {jax.random.key_impl(key)}"
+        )
     return key
 
 
@@ -131,12 +162,16 @@ class Forced(NamedTuple):
     made: jax.Array  # [] int32: tokens[:, made] is the next
 
 
-def next_token(logits: jax.Array, draw: Draw | Forced | None, step) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Token [B] int32, margin [B] and log-probability [B] from logits [B, V]; `draw` None is greedy.
+def next_token(
+    logits: jax.Array, draw: Draw | Forced | None, step
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Token [B] int32, margin [B] and log-probability [B] from logits [B, V]; `draw` None is
+    greedy.
 
-    step: [] int32, steps since `draw` was made. margin: by how much the token won: its logit minus the best of the others
-    (below 0 where it is forced and another is better), or, when drawn, of x / T + g over what is kept (inf where one is).
-    log-probability: of the token under the model's own distribution, in nats, whatever the sampling.
+    step: [] int32, steps since `draw` was made. margin: by how much the token won: its logit minus
+    the best of the others (below 0 where it is forced and another is better), or, when drawn, of x
+    / T + g over what is kept (inf where one is). log-probability: of the token under the model's
+    own distribution, in nats, whatever the sampling.
     """
     logits = clean(logits)
     compared = logits
@@ -159,21 +194,28 @@ def clean(logits: jax.Array) -> jax.Array:
 
 
 def pick(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Best entry [B] int32 of scores [B, V] (ties to the lowest id) and its margin over the second best [B]."""
+    """Best entry [B] int32 of scores [B, V] (ties to the lowest id) and its margin over the second
+    best [B].
+    """
     token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     return token, lead(scores, token)
 
 
 def lead(scores: jax.Array, token: jax.Array) -> jax.Array:
     """What the entry `token` [B] of scores [B, V] has more than the best of the others [B]."""
-    rest = jnp.where(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) == token[:, None], -jnp.inf, scores)
+    rest = jnp.where(
+        jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) == token[:, None], -jnp.inf, scores
+    )
     return jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0] - jnp.max(rest, axis=-1)
 
 
 def scores(logits: jax.Array, keys: jax.Array, settings: Settings) -> jax.Array:
-    """x / T + g [B, V] up to a constant per row, -inf for what is not kept; logits [B, V] clean, keys [B]."""
+    """x / T + g [B, V] up to a constant per row, -inf for what is not kept; logits [B, V] clean,
+    keys [B].
+    """
     V = logits.shape[-1]
-    deficit = (jnp.max(logits, axis=-1, keepdims=True) - logits) / settings.temperature  # >= 0, so there is no -0
+    # >= 0, so there is no -0
+    deficit = (jnp.max(logits, axis=-1, keepdims=True) - logits) / settings.temperature
     deficit = jnp.where(jnp.isnan(deficit), jnp.inf, deficit)
     filtered = (settings.top_k > 0) | (settings.top_p < 1)
     deficit = jax.lax.cond(filtered, _filter, lambda d, _: d, deficit, settings)
@@ -193,7 +235,9 @@ def _filter(deficit: jax.Array, settings: Settings) -> jax.Array:
     last = jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True, dtype=jnp.int32) - 1, 0)
     # Everything up to the last kept entry, in the order (deficit, id).
     border, border_id = (jnp.take_along_axis(x, last, axis=-1) for x in (in_order, order))
-    return jnp.where((deficit < border) | ((deficit == border) & (ids <= border_id)), deficit, jnp.inf)
+    return jnp.where(
+        (deficit < border) | ((deficit == border) & (ids <= border_id)), deficit, jnp.inf
+    )
 
 
 def _real(value) -> bool:

@@ -1,8 +1,9 @@
 """Scoring the last tokens of sequences that begin alike: what they share is decoded once.
 
-The choices of a multiple-choice item are sequences with a common context. Their contexts are decoded as a batch of their
-own, ragged like any other; at the step where a context ends, its state is adopted by every sequence that goes on from it,
-and then all sequences decode their last tokens together. The numbers are those of the sequences scored one by one.
+The choices of a multiple-choice item are sequences with a common context. Their contexts are
+decoded as a batch of their own, ragged like any other; at the step where a context ends, its state
+is adopted by every sequence that goes on from it, and then all sequences decode their last tokens
+together. The numbers are those of the sequences scored one by one.
 """
 
 from __future__ import annotations
@@ -21,24 +22,36 @@ from alisa_jax.kv.buckets import bucket
 
 
 def check(batch: Batch, last: Sequence[int]) -> np.ndarray:
-    """`last` as an array [B]; raises ValueError unless it has a number in 1 .. length - 1 for every sequence."""
+    """`last` as an array [B]; raises ValueError unless it has a number in 1 .. length - 1 for every
+    sequence.
+    """
     found = np.asarray(last)
     if found.shape != batch.length.shape or found.dtype.kind not in "iu":
-        raise ValueError(f"last must be a whole number for each of the {len(batch.length)} sequences; got {last!r:.60}")
+        raise ValueError(
+            f"last must be a whole number for each of the {len(batch.length)} sequences; got "
+            f"{last!r:.60}"
+        )
     wrong = (found < 1) | (found >= batch.length)
     if wrong.any():
         i = int(wrong.argmax())
-        raise ValueError(f"last must be in 1..{batch.length[i] - 1} for sequence {i}; got {found[i]}")
+        raise ValueError(
+            f"last must be in 1..{batch.length[i] - 1} for sequence {i}; got {found[i]}"
+        )
     return found
 
 
 def contexts(batch: Batch, last: np.ndarray, least: int) -> tuple[Batch, np.ndarray] | None:
-    """What the sequences share, and which of it [B] each goes on from; None where nothing is to be gained.
+    """What the sequences share, and which of it [B] each goes on from; None where nothing is to be
+    gained.
 
-    A sequence decodes all its tokens but the last one. Those before the ones that are wanted, length - last - 1 tokens, are
-    its context. least: tokens that every context needs, those that the codec keeps raw.
+    A sequence decodes all its tokens but the last one. Those before the ones that are wanted,
+    length - last - 1 tokens, are its context. least: tokens that every context needs, those that
+    the codec keeps raw.
     """
-    heads = [tuple(row[: n - k - 1].tolist()) for row, n, k in zip(batch.tokens, batch.length, last, strict=True)]
+    heads = [
+        tuple(row[: n - k - 1].tolist())
+        for row, n, k in zip(batch.tokens, batch.length, last, strict=True)
+    ]
     if len(set(heads)) == len(heads) or min(map(len, heads)) < max(1, least):
         return None
     return distinct(heads)
@@ -51,10 +64,11 @@ def distinct(heads: Sequence[tuple[int, ...]]) -> tuple[Batch, np.ndarray]:
 
 
 def score(engine, batch: Batch, last: np.ndarray, common: Batch, of: np.ndarray, progress: bool):
-    """Decode `common`, then the last tokens of `batch`, whose sequence i goes on from sequence of[i] of `common`.
+    """Decode `common`, then the last tokens of `batch`, whose sequence i goes on from sequence
+    of[i] of `common`.
 
-    Returns log-probabilities and hits [B, max(last)] of the last tokens, and three sums [L] over the tokens that were
-    decoded (see `step.Scored`).
+    Returns log-probabilities and hits [B, max(last)] of the last tokens, and three sums [L] over
+    the tokens that were decoded (see `step.Scored`).
     """
     S, raw_tokens = bucket(batch.tokens.shape[1]), engine.codec.frozen_after
     decoded = common.length
@@ -72,7 +86,9 @@ def score(engine, batch: Batch, last: np.ndarray, common: Batch, of: np.ndarray,
         del kv
         rows = np.arange(last.max())[None]
         at = np.minimum((batch.length - last - 1)[:, None] + rows, batch.tokens.shape[1] - 1)
-        tokens, targets = (np.take_along_axis(np.pad(batch.tokens, ((0, 0), (0, 1))), at + i, 1) for i in (0, 1))
+        tokens, targets = (
+            np.take_along_axis(np.pad(batch.tokens, ((0, 0), (0, 1))), at + i, 1) for i in (0, 1)
+        )
         end = Feed(engine, tokens, targets, rows < last[:, None])
         end(new, 0, int(last.max()), bar)
     sums = [a + b for a, b in zip(feed.sums(), end.sums(), strict=True)]
@@ -80,11 +96,16 @@ def score(engine, batch: Batch, last: np.ndarray, common: Batch, of: np.ndarray,
 
 
 class Feed:
-    """Teacher-forced steps over tokens, targets and `valid` (what is counted), all [B, T]; `out` collects the results."""
+    """Teacher-forced steps over tokens, targets and `valid` (what is counted), all [B, T]; `out`
+    collects the results.
+    """
 
     def __init__(self, engine, tokens, targets, valid):
         self.engine, self.out = engine, []
-        self.padded = [jnp.asarray(np.pad(x, ((0, 0), (0, step.CHUNK_STEPS)))) for x in (tokens, targets, valid)]
+        self.padded = [
+            jnp.asarray(np.pad(x, ((0, 0), (0, step.CHUNK_STEPS))))
+            for x in (tokens, targets, valid)
+        ]
 
     def __call__(self, kv, first: int, end: int, bar):
         """The states after the tokens `first` .. `end` - 1."""
@@ -98,10 +119,14 @@ class Feed:
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities and hits [B, T] of all steps so far."""
-        return tuple(np.concatenate([getattr(o, f)[:, :n] for n, o in self.out], 1) for f in ("logprobs", "correct"))
+        return tuple(
+            np.concatenate([getattr(o, f)[:, :n] for n, o in self.out], 1)
+            for f in ("logprobs", "correct")
+        )
 
     def sums(self) -> tuple[np.ndarray, ...]:
         """Attended shares, loads and clipped elements [L] of all steps so far."""
         return tuple(
-            sum(getattr(o, f).astype(np.float64) for _, o in self.out) for f in ("attended", "loads", "clipped")
+            sum(getattr(o, f).astype(np.float64) for _, o in self.out)
+            for f in ("attended", "loads", "clipped")
         )

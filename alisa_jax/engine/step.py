@@ -1,7 +1,8 @@
-"""The pure functions that an engine jits: prompt, decode chunks, scoring. No decision is taken here.
+"""The pure functions that an engine jits: prompt, decode chunks, scoring. No decision is taken
+here.
 
-A chunk runs many decode steps inside one compiled loop; the number of steps is a traced number, so the last and shorter
-chunk needs no program of its own.
+A chunk runs many decode steps inside one compiled loop; the number of steps is a traced number, so
+the last and shorter chunk needs no program of its own.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ CHUNK_STEPS = 64
 Layer = parts.Kind
 
 
-def init(decoder: Decoder, layers: tuple[Layer, ...], B: int, S: int, room: int | None = None) -> KVState:
+def init(
+    decoder: Decoder, layers: tuple[Layer, ...], B: int, S: int, room: int | None = None
+) -> KVState:
     """States of all layers for B sequences and a context bucket of S tokens.
 
-    room: for states that a prompt begins: how many tokens must find room in sets that grow by what follows it.
+    room: for states that a prompt begins: how many tokens must find room in sets that grow by what
+    follows it.
     """
     c, states = decoder.config, []
     for policy, codec, route, impl, turning in layers:
@@ -38,8 +42,12 @@ def init(decoder: Decoder, layers: tuple[Layer, ...], B: int, S: int, room: int 
     return tuple(states)
 
 
-def prefill(decoder: Decoder, layers, params, tokens, length, room: int = 0) -> tuple[jax.Array, KVState]:
-    """tokens [B, T], length [B] -> logits [B, V] of the last token of each prompt, and the states (for the bucket of T)."""
+def prefill(
+    decoder: Decoder, layers, params, tokens, length, room: int = 0
+) -> tuple[jax.Array, KVState]:
+    """tokens [B, T], length [B] -> logits [B, V] of the last token of each prompt, and the states
+    (for the bucket of T).
+    """
     B, T = tokens.shape
     kv, x, at = list(init(decoder, layers, B, bucket(T), room)), *_embed(decoder, params, tokens)
 
@@ -53,21 +61,30 @@ def prefill(decoder: Decoder, layers, params, tokens, length, room: int = 0) -> 
     return decoder.unembed(params, last)[:, 0], tuple(kv)
 
 
-def filter_prompt(decoder: Decoder, policy, impl: str, params, tokens, length, layer: int) -> jax.Array:
-    """Which tokens of prompts, tokens [B, S] and length [B], `policy` feeds by what it reads in `layer`: [B, n] int32.
+def filter_prompt(
+    decoder: Decoder, policy, impl: str, params, tokens, length, layer: int
+) -> jax.Array:
+    """Which tokens of prompts, tokens [B, S] and length [B], `policy` feeds by what it reads in
+    `layer`: [B, n] int32.
 
     Of that layer only queries and keys are computed, of later ones nothing.
     """
     x, at = _embed(decoder, params, tokens)
     for earlier in range(layer):
-        x, _ = decoder.block(params, earlier, x, at, lambda q, k, v: (compute.causal(q, k, v, length, impl), ()))
+        x, _ = decoder.block(
+            params, earlier, x, at, lambda q, k, v: (compute.causal(q, k, v, length, impl), ())
+        )
     _, (q, k) = decoder.block(params, layer, x, at, lambda q, k, v: (jnp.zeros_like(q), (q, k)))
     last = jnp.take_along_axis(q, (length - 1)[:, None, None, None], axis=1)[:, 0]
     return policy.choose(last, k, length)
 
 
-def decode(decoder: Decoder, params, kv: KVState, token) -> tuple[jax.Array, KVState, list[attention.Taps]]:
-    """One step: token [B] int32 -> logits [B, V], new states, taps of each layer. A layer may be in parts."""
+def decode(
+    decoder: Decoder, params, kv: KVState, token
+) -> tuple[jax.Array, KVState, list[attention.Taps]]:
+    """One step: token [B] int32 -> logits [B, V], new states, taps of each layer. A layer may be in
+    parts.
+    """
     at = lengths(kv[0])[:, None]
     x = decoder.embed(params, token[:, None], at)
     states, taps, outs, together = [], [], [], {}
@@ -78,7 +95,9 @@ def decode(decoder: Decoder, params, kv: KVState, token) -> tuple[jax.Array, KVS
             together.setdefault(key, []).append(layer)
 
         def attend(q, k, v, state=state, whole=whole, key=key):
-            one = functools.partial(attention.decode, exchange=key is None) if whole else parts.decode
+            one = (
+                functools.partial(attention.decode, exchange=key is None) if whole else parts.decode
+            )
             out, state, tap = one(state, q[:, 0], k[:, 0], v[:, 0])
             return out[:, None], (state, tap, out)
 
@@ -88,7 +107,9 @@ def decode(decoder: Decoder, params, kv: KVState, token) -> tuple[jax.Array, KVS
         taps.append(tap)
         outs.append(out)
     for layers in together.values():
-        changed, loads = exchange.exchange_layers([states[i] for i in layers], [outs[i] for i in layers])
+        changed, loads = exchange.exchange_layers(
+            [states[i] for i in layers], [outs[i] for i in layers]
+        )
         for i, state, count in zip(layers, changed, loads, strict=True):
             states[i], taps[i] = state, taps[i]._replace(loads=count)
     return decoder.unembed(params, x)[:, 0], tuple(states), taps
@@ -96,7 +117,11 @@ def decode(decoder: Decoder, params, kv: KVState, token) -> tuple[jax.Array, KVS
 
 def lengths(layer) -> jax.Array:
     """[B] int32: tokens that a layer, in parts or not, has seen."""
-    return layer.length if isinstance(layer, LayerState) else jnp.concatenate([part.length for part in layer])
+    return (
+        layer.length
+        if isinstance(layer, LayerState)
+        else jnp.concatenate([part.length for part in layer])
+    )
 
 
 def waits(kv) -> jax.Array:
@@ -111,7 +136,8 @@ class Chunk(NamedTuple):
 
     tokens: jax.Array  # [B, CHUNK_STEPS] int32
     margins: jax.Array  # [B, CHUNK_STEPS] float32: see `sampling.next_token`
-    logprobs: jax.Array  # [B, CHUNK_STEPS] float32, nats, of the tokens under the model's own distribution
+    # [B, CHUNK_STEPS] float32, nats, of the tokens under the model's own distribution
+    logprobs: jax.Array
     token: jax.Array  # [B] int32, to be fed next
     done: jax.Array  # [B] bool: a stop token has been produced
     steps: jax.Array  # [] int32, steps taken
@@ -122,15 +148,19 @@ def is_stop(token: jax.Array, eos: jax.Array) -> jax.Array:
     return jnp.any(token[:, None] == eos[None], axis=-1)
 
 
-def generate_chunk(decoder: Decoder, params, kv: KVState, token, done, eos, n, draw=None) -> tuple[Chunk, KVState]:
-    """Up to n <= CHUNK_STEPS steps from `token` [B]; ends early when every sequence is done, and after a step that leaves
-    rows pending.
+def generate_chunk(
+    decoder: Decoder, params, kv: KVState, token, done, eos, n, draw=None
+) -> tuple[Chunk, KVState]:
+    """Up to n <= CHUNK_STEPS steps from `token` [B]; ends early when every sequence is done, and
+    after a step that leaves rows pending.
 
     draw: a `sampling.Draw` or `Forced`, or None for greedy steps.
     """
     B = token.shape[0]
     empty = jnp.zeros((B, CHUNK_STEPS))
-    out = Chunk(jnp.zeros((B, CHUNK_STEPS), jnp.int32), empty, empty, token, done, jnp.zeros((), jnp.int32))
+    out = Chunk(
+        jnp.zeros((B, CHUNK_STEPS), jnp.int32), empty, empty, token, done, jnp.zeros((), jnp.int32)
+    )
 
     def body(carry):
         out, kv = carry
@@ -157,20 +187,29 @@ class Scored(NamedTuple):
 
     logprobs: jax.Array  # [B, CHUNK_STEPS] float32, nats
     correct: jax.Array  # [B, CHUNK_STEPS] bool: the greedy token is the target
-    attended: jax.Array  # [L] float32: sum over steps and sequences of the share of the context that was attended
+    # [L] float32: sum over steps and sequences of the share of the context that was attended
+    attended: jax.Array
     loads: jax.Array  # [L] int32: rows copied from the stores
     clipped: jax.Array  # [L] int32: elements of K and V that the codec clipped
 
 
-def score_chunk(decoder: Decoder, params, kv: KVState, tokens, targets, valid, n) -> tuple[Scored, KVState]:
-    """n <= CHUNK_STEPS steps: tokens, targets [B, CHUNK_STEPS] int32, valid [B, CHUNK_STEPS] bool (what is counted)."""
+def score_chunk(
+    decoder: Decoder, params, kv: KVState, tokens, targets, valid, n
+) -> tuple[Scored, KVState]:
+    """n <= CHUNK_STEPS steps: tokens, targets [B, CHUNK_STEPS] int32, valid [B, CHUNK_STEPS] bool
+    (what is counted).
+    """
     L = len(kv)
     none = jnp.zeros((L,), jnp.int32)
-    zero = Scored(jnp.zeros(tokens.shape), jnp.zeros(tokens.shape, jnp.bool_), jnp.zeros((L,)), none, none)
+    zero = Scored(
+        jnp.zeros(tokens.shape), jnp.zeros(tokens.shape, jnp.bool_), jnp.zeros((L,)), none, none
+    )
 
     def body(i, carry):
         out, kv = carry
-        token, target, counts = (jax.lax.dynamic_slice_in_dim(x, i, 1, 1)[:, 0] for x in (tokens, targets, valid))
+        token, target, counts = (
+            jax.lax.dynamic_slice_in_dim(x, i, 1, 1)[:, 0] for x in (tokens, targets, valid)
+        )
         length = kv[0].length
         logits, kv, taps = decode(decoder, params, kv, token)
         logprob, correct = judge(logits, target)
@@ -188,7 +227,9 @@ def score_chunk(decoder: Decoder, params, kv: KVState, tokens, targets, valid, n
 
 
 def judge(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """logits [..., V], target [...] -> log-probability of the target in nats, and whether it is the greedy token."""
+    """logits [..., V], target [...] -> log-probability of the target in nats, and whether it is the
+    greedy token.
+    """
     chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
 
@@ -196,8 +237,8 @@ def judge(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
 def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):
     """Protocol `prefill_mask`: tokens, targets [B, T] int32, valid [B, T] bool, T a multiple of 32.
 
-    Returns log-probabilities and hits [B, T], and two sums [L] over valid tokens: of the share that was attended, and of the
-    elements that the codec clipped.
+    Returns log-probabilities and hits [B, T], and two sums [L] over valid tokens: of the share that
+    was attended, and of the elements that the codec clipped.
     """
     x, at = _embed(decoder, params, tokens)
     shares, clips = [], []
@@ -214,13 +255,19 @@ def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):
     return *judge_all(decoder, params, x, targets), jnp.stack(shares), jnp.stack(clips)
 
 
-def judge_all(decoder: Decoder, params, x: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`judge` of what the last layer gave: x [B, T, D], targets [B, T] int32, T a multiple of 32; both results [B, T]."""
+def judge_all(
+    decoder: Decoder, params, x: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`judge` of what the last layer gave: x [B, T, D], targets [B, T] int32, T a multiple of 32;
+    both results [B, T].
+    """
     B, T, D = x.shape
     size = 32  # the logits of so many positions are held at once
     blocks = jnp.moveaxis(x.reshape(B, T // size, size, D), 1, 0)
     wanted = jnp.moveaxis(targets.reshape(B, T // size, size), 1, 0)
-    logprobs, correct = jax.lax.map(lambda b: judge(decoder.unembed(params, b[0]), b[1]), (blocks, wanted))
+    logprobs, correct = jax.lax.map(
+        lambda b: judge(decoder.unembed(params, b[0]), b[1]), (blocks, wanted)
+    )
     return tuple(jnp.moveaxis(y, 0, 1).reshape(B, T) for y in (logprobs, correct))
 
 

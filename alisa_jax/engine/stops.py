@@ -1,9 +1,11 @@
-"""New text, token by token: which of it is final, where a stop string ends it, and what may be shown already.
+"""New text, token by token: which of it is final, where a stop string ends it, and what may be
+shown already.
 
-The text of a token depends on its neighbours: a character may be spread over several tokens, and the first token of a
-text may lose its leading space. So the text of the new tokens is that of prompt and new tokens together behind what
-it shares with the text of the prompt. It is read from a short window of tokens that always begins with some text that
-is final, so a token costs the same however long the sequence is.
+The text of a token depends on its neighbours: a character may be spread over several tokens, and
+the first token of a text may lose its leading space. So the text of the new tokens is that of
+prompt and new tokens together behind what it shares with the text of the prompt. It is read from a
+short window of tokens that always begins with some text that is final, so a token costs the same
+however long the sequence is.
 """
 
 from __future__ import annotations
@@ -19,23 +21,30 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class Completion:
     """The text of one sequence's new tokens, cut before the first stop string.
 
-    decode: token ids to text. prompt: token ids. stop: the stop strings, as `check_stops` gives them. run: see
-    `byte_runs`.
+    decode: token ids to text. prompt: token ids. stop: the stop strings, as `check_stops` gives
+    them. run: see `byte_runs`.
     """
 
     def __init__(
-        self, decode: Callable[[list[int]], str], prompt: Sequence[int], stop=(), run=lambda token, before: False
+        self,
+        decode: Callable[[list[int]], str],
+        prompt: Sequence[int],
+        stop=(),
+        run=lambda token, before: False,
     ):
         self._decode, self._stop, self._run, self._open = decode, stop, run, False
         self._ids = list(prompt)
-        self._start, self._border = 0, len(self._ids)  # ids[start:border] precede what is not final yet
+        # ids[start:border] precede what is not final yet
+        self._start, self._border = 0, len(self._ids)
         self._base = decode(self._ids)
         self._final = ""  # text that later tokens cannot change
         self._shown = 0  # characters that `show` has given
         self.stopped = False  # a stop string is complete
 
     def push(self, token: int) -> bool:
-        """Take in one more token; True when it completes a stop string. Nothing may be pushed after that."""
+        """Take in one more token; True when it completes a stop string. Nothing may be pushed after
+        that.
+        """
         searched = len(self._final)
         self._ids.append(token)
         text = self._rest()
@@ -78,8 +87,14 @@ class Completion:
 
 
 def behind(base: str, text: str) -> str:
-    """`text` without its beginning `base`, or without what the two share where `base` ends inside a character."""
-    shared = len(base) if text.startswith(base) else sum(itertools.takewhile(bool, map(str.__eq__, base, text)))
+    """`text` without its beginning `base`, or without what the two share where `base` ends inside a
+    character.
+    """
+    shared = (
+        len(base)
+        if text.startswith(base)
+        else sum(itertools.takewhile(bool, map(str.__eq__, base, text)))
+    )
     return text[shared:]
 
 
@@ -90,25 +105,38 @@ def held(text: str, stop: str) -> int:
 
 
 def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """The stop strings as a tuple without repeats. Raises ValueError, in one sentence, for what cannot be one."""
+    """The stop strings as a tuple without repeats. Raises ValueError, in one sentence, for what
+    cannot be one.
+    """
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for s in stops:
         if not isinstance(s, str) or not s:
             raise ValueError(f"a stop string is a text of at least one character; got {s!r}")
         if HOLE in s:
-            raise ValueError(f"a stop string cannot hold U+FFFD, which stands for bytes that are no text; got {s!r}")
+            raise ValueError(
+                "a stop string cannot hold U+FFFD, which stands for bytes that are no text; got "
+                f"{s!r}"
+            )
     return tuple(dict.fromkeys(stops))
 
 
 def byte_runs(tokenizer) -> Callable[[int, bool], bool]:
-    """run(token, before): whether the tokens up to `token` end in a run of bytes, `before` saying so of those before it.
+    """run(token, before): whether the tokens up to `token` end in a run of bytes, `before` saying
+    so of those before it.
 
-    Vocabularies with byte fallback (SentencePiece) have tokens such as <0x0A>. A run of them is decoded as a whole, so
-    the text of its first bytes is final only when the run has ended; special tokens are no text and do not end it.
+    Vocabularies with byte fallback (SentencePiece) have tokens such as <0x0A>. A run of them is
+    decoded as a whole, so the text of its first bytes is final only when the run has ended; special
+    tokens are no text and do not end it.
     """
-    special = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+    special = frozenset(
+        i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special
+    )
 
     def run(token: int, before: bool) -> bool:
-        return before if token in special else _BYTE.fullmatch(tokenizer.id_to_token(token) or "") is not None
+        return (
+            before
+            if token in special
+            else _BYTE.fullmatch(tokenizer.id_to_token(token) or "") is not None
+        )
 
     return run

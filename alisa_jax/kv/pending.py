@@ -6,7 +6,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
-PENDING_ROWS = 16  # per layer, sequence and selection head; an exchange that needs more breaks off and is called again
+# per layer, sequence and selection head; an exchange that needs more breaks off and is called again
+PENDING_ROWS = 16
 
 
 @flax.struct.dataclass
@@ -20,13 +21,15 @@ class Pending:
     @staticmethod
     def empty(B: int, P: int) -> Pending:
         """Nothing is pending."""
-        pos, slot = (
-            jnp.full((B, P, PENDING_ROWS), -1, jnp.int32) for _ in range(2)
-        )  # two buffers: each may be donated
+        # two buffers: each may be donated
+        pos = jnp.full((B, P, PENDING_ROWS), -1, jnp.int32)
+        slot = jnp.full((B, P, PENDING_ROWS), -1, jnp.int32)
         return Pending(pos, slot, jnp.zeros((), jnp.bool_))
 
     def note(self, slot: jax.Array, pos: jax.Array, absent: jax.Array) -> Pending:
-        """With the loads `slot`, `pos` [B, P, E] that are `absent` [B, P, E] added behind those that are pending already."""
+        """With the loads `slot`, `pos` [B, P, E] that are `absent` [B, P, E] added behind those
+        that are pending already.
+        """
         rank = jnp.cumsum(absent, axis=-1, dtype=jnp.int32) - 1
         at = jnp.where(absent, rank + self.count()[..., None], PENDING_ROWS)
         b, p = (jax.lax.broadcasted_iota(jnp.int32, at.shape, i) for i in (0, 1))

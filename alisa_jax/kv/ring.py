@@ -1,8 +1,10 @@
-"""The part of a store that is on the device when older tokens are elsewhere: a ring of the newest rows.
+"""The part of a store that is on the device when older tokens are elsewhere: a ring of the newest
+rows.
 
-Position p lies in row p mod C, C a multiple of the page, so a page is one run of rows and nothing ever shifts. Rows below
-`host` [B] are not here, whatever the ring still holds of them. What a policy asks for and is not here becomes *pending*: the
-slot of the working set waits for its row, and somebody outside has to bring it.
+Position p lies in row p mod C, C a multiple of the page, so a page is one run of rows and nothing
+ever shifts. Rows below `host` [B] are not here, whatever the ring still holds of them. What a
+policy asks for and is not here becomes *pending*: the slot of the working set waits for its row,
+and somebody outside has to bring it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class Ring:
     def append(self, codec, k: jax.Array, v: jax.Array, length: jax.Array) -> Ring:
         """Write `k`, `v` [B, K, H] of the token at position `length` [B]."""
         row = jnp.mod(length, self.rows(codec))
-        return self.replace(k=codec.write_token(self.k, k, row), v=codec.write_token(self.v, v, row))
+        return self.replace(
+            k=codec.write_token(self.k, k, row), v=codec.write_token(self.v, v, row)
+        )
 
     def take(self, codec, pos: jax.Array) -> tuple[Any, Any]:
         """Codes of K and V of tokens `pos` [B, P, E], head-major; what is not here is not meant."""
@@ -52,7 +56,9 @@ class Ring:
 
 
 def newest(length: jax.Array, host: jax.Array, C: int) -> jax.Array:
-    """Which position each of C rows of a ring holds: [B, C] int32, -1 where none, for `length` and `host` [B]."""
+    """Which position each of C rows of a ring holds: [B, C] int32, -1 where none, for `length` and
+    `host` [B].
+    """
     row = jax.lax.broadcasted_iota(jnp.int32, (length.shape[0], C), 1)
     last = length[:, None] - 1
     pos = last - jnp.mod(last - row, C)
@@ -60,14 +66,22 @@ def newest(length: jax.Array, host: jax.Array, C: int) -> jax.Array:
 
 
 def fill(codec, packed: Any, pos: jax.Array, layout: str) -> tuple[jax.Array, ...]:
-    """Leaves of a ring whose rows hold positions `pos` [B, C], from token-major rows `packed` [B, T, K, H]."""
+    """Leaves of a ring whose rows hold positions `pos` [B, C], from token-major rows `packed`
+    [B, T, K, H].
+    """
     b = jax.lax.broadcasted_iota(jnp.int32, pos.shape, 0)
     at = jnp.maximum(pos, 0)
     taken = [leaf[b, at] for leaf in codec.leaves(packed)]
     return tuple(jnp.swapaxes(x, 1, 2) if layout == "slots" else x for x in taken)
 
 
-def put(codec, packed: Any, leaves: tuple[jax.Array, ...], sequence: jax.Array, slot: jax.Array) -> Any:
-    """Head-major `packed` with the single rows `leaves` [R, K, *] at `sequence` [R], `slot` [R, P]; see `rows.put_rows`."""
+def put(
+    codec, packed: Any, leaves: tuple[jax.Array, ...], sequence: jax.Array, slot: jax.Array
+) -> Any:
+    """Head-major `packed` with the single rows `leaves` [R, K, *] at `sequence` [R], `slot` [R, P];
+    see `rows.put_rows`.
+    """
     old = codec.leaves(packed)
-    return codec.rebuild(packed, tuple(rows.put_rows(x, r, sequence, slot) for x, r in zip(old, leaves, strict=True)))
+    return codec.rebuild(
+        packed, tuple(rows.put_rows(x, r, sequence, slot) for x, r in zip(old, leaves, strict=True))
+    )

@@ -3,9 +3,10 @@
     head-major   x [B, K, M, *]   the working set: slot m of sequence b and head k
     token-major  x [B, S, K, *]   the store: one token is one contiguous row
 
-Indices come with a selection axis P that is 1 (all heads share the index) or K (each kv head has its own). An index that
-is negative or not below the size of its axis moves nothing on a write, and reads row 0 on a read (callers mask what they
-asked for by -1): no index wraps around or clamps onto a neighbour.
+Indices come with a selection axis P that is 1 (all heads share the index) or K
+(each kv head has its own). An index that is negative or not below the size of its axis moves
+nothing on a write, and reads row 0 on a read (callers mask what they asked for by -1): no index
+wraps around or clamps onto a neighbour.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def _read_index(index: jax.Array, size: int) -> jax.Array:
 
 
 def put_slots(x: jax.Array, rows: jax.Array, slot: jax.Array) -> jax.Array:
-    """Head-major write: `x` [B, K, M, *] with `rows` [B, K, E, *] at `slot` [B, P, E]; distinct slots per (b, p)."""
+    """Head-major write: `x` [B, K, M, *] with `rows` [B, K, E, *] at `slot` [B, P, E]; distinct
+    slots per (b, p).
+    """
     if slot.shape[1] == 1:
         shape = (slot.shape[0], slot.shape[2])
         return put(x, (_iota(shape, 0), slice(None), slot[:, 0]), jnp.swapaxes(rows, 1, 2))
@@ -42,7 +45,9 @@ def take_slots(x: jax.Array, slot: jax.Array) -> jax.Array:
 
 
 def put_tokens(x: jax.Array, rows: jax.Array, pos: jax.Array) -> jax.Array:
-    """Token-major write of one token per sequence: `x` [B, S, K, *], `rows` [B, K, *], `pos` [B]."""
+    """Token-major write of one token per sequence: `x` [B, S, K, *], `rows` [B, K, *],
+    `pos` [B].
+    """
     return put(x, (_iota(pos.shape, 0), pos), rows)
 
 
@@ -56,12 +61,15 @@ def take_tokens(x: jax.Array, pos: jax.Array) -> jax.Array:
 
 
 def slice_tokens(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """Token-major read of a run: tokens start .. start+size-1 of `x` [B, S, K, *] as head-major rows [B, K, size, *]."""
+    """Token-major read of a run: tokens start .. start+size-1 of `x` [B, S, K, *] as head-major
+    rows [B, K, size, *].
+    """
     return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), 1, 2)
 
 
 def put_rows(x: jax.Array, rows: jax.Array, sequence: jax.Array, slot: jax.Array) -> jax.Array:
-    """Head-major write of R single tokens: `x` [B, K, M, *] with `rows` [R, K, *] at `sequence` [R] and `slot` [R, P].
+    """Head-major write of R single tokens: `x` [B, K, M, *] with `rows` [R, K, *] at `sequence` [R]
+    and `slot` [R, P].
 
     Distinct places; a sequence or slot out of range writes nothing.
     """
@@ -70,8 +78,12 @@ def put_rows(x: jax.Array, rows: jax.Array, sequence: jax.Array, slot: jax.Array
     return put(x, (sequence, _iota(slot.shape, 1), slot), rows)
 
 
-def slice_rows(x: jax.Array, sequences: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
-    """`size` tokens from `start` on of some `sequences` [n] of `x`, whose token axis is `axis`: [n, ...]."""
+def slice_rows(
+    x: jax.Array, sequences: jax.Array, start: jax.Array, size: int, axis: int
+) -> jax.Array:
+    """`size` tokens from `start` on of some `sequences` [n] of `x`, whose token axis is `axis`:
+    [n, ...].
+    """
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)[sequences]
 
 

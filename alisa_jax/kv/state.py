@@ -3,7 +3,8 @@
 Two homes for a token (one of them may be absent):
 
     Store        every token once, append-only, token-major [B, S, K, H]: row p is position p
-    WorkingSet   the tokens that the next query attends, head-major [B, K, M, H], with the position of each slot
+    WorkingSet   the tokens that the next query attends, head-major [B, K, M, H], with the position
+                 of each slot
 
 A slot of the working set is in one of three conditions, told by `pos` and `bias` together:
 
@@ -28,7 +29,9 @@ EMPTY = -1
 
 @flax.struct.dataclass
 class WorkingSet:
-    """M slots per sequence; P = 1 when heads share the selection, K when each kv head has its own."""
+    """M slots per sequence; P = 1 when heads share the selection, K when each kv head
+    has its own.
+    """
 
     k: Any  # packed [B, K, M, H]
     v: Any  # packed [B, K, M, H]
@@ -40,13 +43,19 @@ class WorkingSet:
         """A working set with all of its M slots free."""
         shape = (B, K, M, H)
         pos = jnp.full((B, P, M), EMPTY, jnp.int32)
-        return WorkingSet(codec.empty(shape, "slots", "k"), codec.empty(shape, "slots", "v"), pos, bias_of(pos))
+        return WorkingSet(
+            codec.empty(shape, "slots", "k"), codec.empty(shape, "slots", "v"), pos, bias_of(pos)
+        )
 
-    def append(self, codec, k: jax.Array, v: jax.Array, length: jax.Array) -> tuple[WorkingSet, jax.Array]:
-        """Put the token at position `length` [B], with `k`, `v` [B, K, H], into the first empty slot.
+    def append(
+        self, codec, k: jax.Array, v: jax.Array, length: jax.Array
+    ) -> tuple[WorkingSet, jax.Array]:
+        """Put the token at position `length` [B], with `k`, `v` [B, K, H], into the first empty
+        slot.
 
-        Returns the new working set and the slot taken, [B, P]; where no slot is empty nothing is written and the slot
-        is M, so a full set loses the new token and never an old one (the engine grows the bucket before that).
+        Returns the new working set and the slot taken, [B, P]; where no slot is empty nothing is
+        written and the slot is M, so a full set loses the new token and never an old one
+        (the engine grows the bucket before that).
         """
         M = self.pos.shape[-1]
         iota = jax.lax.broadcasted_iota(jnp.int32, self.pos.shape, 2)
@@ -60,7 +69,9 @@ class WorkingSet:
         ), slot
 
     def load(self, codec, store, slot: jax.Array, pos: jax.Array) -> WorkingSet:
-        """Copy codes of tokens `pos` [B, P, E] of the store or ring into `slot` [B, P, E]; -1 copies nothing."""
+        """Copy codes of tokens `pos` [B, P, E] of the store or ring into `slot` [B, P, E]; -1
+        copies nothing.
+        """
         k, v = store.take(codec, pos)
         return self.replace(k=codec.copy_in(self.k, k, slot), v=codec.copy_in(self.v, v, slot))
 
@@ -90,17 +101,23 @@ class LayerState:
     codec: Any = flax.struct.field(pytree_node=False)
     route: str = flax.struct.field(pytree_node=False)  # "working_set" | "indexed" | "masked"
     context: int = flax.struct.field(pytree_node=False)  # S, the context bucket
-    impl: str = flax.struct.field(pytree_node=False, default="xla")  # what attends: "xla" | "pallas" | "interpret"
-    turning: Any = flax.struct.field(pytree_node=False, default=None)  # `Rotation` of keys that are stored before it
+    # what attends: "xla" | "pallas" | "interpret"
+    impl: str = flax.struct.field(pytree_node=False, default="xla")
+    # `Rotation` of keys that are stored before it
+    turning: Any = flax.struct.field(pytree_node=False, default=None)
 
     def adopt(self, other: LayerState, rows: jax.Array, which: jax.Array) -> LayerState:
-        """This state with its sequences `which` [B] bool replaced by the sequences `rows` [B] of `other`.
+        """This state with its sequences `which` [B] bool replaced by the sequences `rows` [B] of
+        `other`.
 
-        `other` is of the same layer, context bucket and codec state, and may hold another number of sequences.
+        `other` is of the same layer, context bucket and codec state, and may hold another number of
+        sequences.
         """
 
         def put(name):
-            return jax.tree.map(lambda a, b: adopted(a, b, rows, which), getattr(self, name), getattr(other, name))
+            return jax.tree.map(
+                lambda a, b: adopted(a, b, rows, which), getattr(self, name), getattr(other, name)
+            )
 
         stats = self.policy.adopt(self.stats, other.stats, rows, which)
         return self.replace(ws=put("ws"), store=put("store"), stats=stats, length=put("length"))

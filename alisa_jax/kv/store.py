@@ -18,7 +18,9 @@ class Store:
     @staticmethod
     def empty(codec, B: int, S: int, K: int, H: int) -> Store:
         """A store with room for S tokens."""
-        return Store(codec.empty((B, S, K, H), "tokens", "k"), codec.empty((B, S, K, H), "tokens", "v"))
+        return Store(
+            codec.empty((B, S, K, H), "tokens", "k"), codec.empty((B, S, K, H), "tokens", "v")
+        )
 
     def append(self, codec, k: jax.Array, v: jax.Array, length: jax.Array) -> Store:
         """Write `k`, `v` [B, K, H] at row `length` [B]; a full store stays as it is."""

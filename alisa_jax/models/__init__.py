@@ -1,7 +1,18 @@
-"""Decoder-only language models: OPT, LLaMA and GPT-NeoX, from Hugging Face folders or with random weights."""
+"""Decoder-only language models: OPT, LLaMA and GPT-NeoX, from Hugging Face folders or with random
+weights.
+"""
 
 from alisa_jax.models.checkpoint import CheckpointError, Model, load, save
 from alisa_jax.models.decoder import Decoder, ModelConfig, RopeScaling
 from alisa_jax.models.shapes import SHAPES
 
-__all__ = ["SHAPES", "CheckpointError", "Decoder", "Model", "ModelConfig", "RopeScaling", "load", "save"]
+__all__ = [
+    "SHAPES",
+    "CheckpointError",
+    "Decoder",
+    "Model",
+    "ModelConfig",
+    "RopeScaling",
+    "load",
+    "save",
+]

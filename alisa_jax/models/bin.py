@@ -1,8 +1,9 @@
 """PyTorch checkpoints (`pytorch_model.bin`): a pickled dictionary of tensors, read through torch.
 
-A pickle can run code when it is loaded, so torch is told to build tensors and plain containers and nothing else
-(`weights_only`); a file that needs more is refused. torch is an extra of this package, imported here alone and when
-a file is opened. Files in torch's zip format, its default since 1.6, are memory mapped; older ones are read whole.
+A pickle can run code when it is loaded, so torch is told to build tensors and plain containers and
+nothing else (`weights_only`); a file that needs more is refused. torch is an extra of this package,
+imported here alone and when a file is opened. Files in torch's zip format, its default since 1.6,
+are memory mapped; older ones are read whole.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ _ZIP = b"PK\x03\x04"
 
 
 def import_torch(where: str):
-    """The torch module. Raises CheckpointError, in one sentence, where it is not installed; `where` has the weights."""
+    """The torch module. Raises CheckpointError, in one sentence, where it is not installed; `where`
+    has the weights.
+    """
     try:
         import torch
     except ImportError as error:
         raise CheckpointError(
-            f"{where} has its weights as pytorch_model.bin alone, which is read through torch; install "
+            f"{where} has its weights as pytorch_model.bin alone, which is read through torch; "
+            "install "
             "'alisa-jax[torch]', or use a model with safetensors weights."
         ) from error
     return torch
@@ -43,15 +47,22 @@ class BinFile:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{path} is damaged or needs more than weights to be read, which is refused because it could run code; "
+                f"{path} is damaged or needs more than weights to be read, which is refused "
+                "because it could run code; "
                 "use a model with safetensors weights."
             ) from error
         except Exception as error:  # a damaged pickle fails in any way
-            raise CheckpointError(f"{path} is truncated or damaged: {_first_line(error)}.") from error
+            raise CheckpointError(
+                f"{path} is truncated or damaged: {_first_line(error)}."
+            ) from error
         if not isinstance(content, dict):
-            raise CheckpointError(f"{path} holds a {type(content).__name__}; it must hold a dictionary of tensors.")
+            raise CheckpointError(
+                f"{path} holds a {type(content).__name__}; it must hold a dictionary of tensors."
+            )
         self._torch = torch
-        self._tensors = {str(name): x.detach() for name, x in content.items() if isinstance(x, torch.Tensor)}
+        self._tensors = {
+            str(name): x.detach() for name, x in content.items() if isinstance(x, torch.Tensor)
+        }
 
     def keys(self) -> list[str]:
         return list(self._tensors)

@@ -2,14 +2,16 @@
 
 | name | what is loaded |
 | --- | --- |
-| a folder | a Hugging Face folder: `config.json`, weights, where present `tokenizer.json`, `generation_config.json` |
-| owner/name, owner/name@revision | the same folder from the hub (`hub.py`), where no local folder has that name |
+| a folder | a Hugging Face folder: `config.json`, weights, where present `tokenizer.json`,
+`generation_config.json` |
+| owner/name, owner/name@revision | the same folder from the hub (`hub.py`), where no local folder
+has that name |
 | bundled | the model that comes with this package |
 | random:NAME | a named shape (`shapes.py`) with random weights |
 
-Weights are safetensors or, without those, `.bin` files (`weights.py`), in one file or in shards. `save` writes a folder
-that `load` and transformers both read. Tensors are memory mapped and pass through host memory one at a time; q, k and v that
-lie in one tensor become three.
+Weights are safetensors or, without those, `.bin` files (`weights.py`), in one file or in shards.
+`save` writes a folder that `load` and transformers both read. Tensors are memory mapped and pass
+through host memory one at a time; q, k and v that lie in one tensor become three.
 """
 
 from __future__ import annotations
@@ -64,34 +66,43 @@ class Model:
         return Calibration.load(path) if self.source and path.is_file() else None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, after the model's BOS id where it has one. Raises CheckpointError without a tokenizer."""
+        """Token ids of `text`, after the model's BOS id where it has one. Raises CheckpointError
+        without a tokenizer.
+        """
         ids = self._tokenizer().encode(text, add_special_tokens=False).ids
         return ids if self.bos_id is None else [self.bos_id, *ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens left out. Raises CheckpointError without a tokenizer."""
+        """Text of token ids, special tokens left out. Raises CheckpointError without a
+        tokenizer.
+        """
         return self._tokenizer().decode(list(ids))
 
     def _tokenizer(self) -> tokenizers.Tokenizer:
         if self.tokenizer is None:
-            raise CheckpointError(f"the model {self.name} has no tokenizer; give token ids instead of text.")
+            raise CheckpointError(
+                f"the model {self.name} has no tokenizer; give token ids instead of text."
+            )
         return self.tokenizer
 
 
 def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> Model:
-    """Load a model: a Hugging Face folder, a name of the hub, "bundled", or "random:NAME" with a name of `SHAPES`.
+    """Load a model: a Hugging Face folder, a name of the hub, "bundled", or "random:NAME" with a
+    name of `SHAPES`.
 
     Args:
       name_or_path: the folder or the name; see the table above.
-      dtype: "float32", "float16" or "bfloat16" (or the NumPy type). None keeps the type that `config.json`
-        states, or that of the token table where it states none; random weights are then float32, and so is the
-        bundled model, whose file is bfloat16 to be small.
+      dtype: "float32", "float16" or "bfloat16" (or the NumPy type). None keeps the type that
+      `config.json`
+        states, or that of the token table where it states none; random weights are then float32,
+        and so is the bundled model, whose file is bfloat16 to be small.
       seed: of random weights; not used otherwise.
 
     Raises:
-      CheckpointError: in one sentence, for an unknown name, a path that is no folder, a name of the hub that
-        cannot be had, a missing or damaged file, an unsupported architecture or setting, and a tensor missing or of
-        a wrong shape or type.
+      CheckpointError: in one sentence, for an unknown name, a path that is no folder, a name of the
+      hub that
+        cannot be had, a missing or damaged file, an unsupported architecture or setting, and a
+        tensor missing or of a wrong shape or type.
     """
     name = os.fspath(name_or_path)
     wanted = None if dtype is None else _dtype(dtype)
@@ -105,7 +116,8 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
             raise CheckpointError("the bundled model is not part of this installation.")
         what = "is a file, not a folder" if folder.exists() else "is not a folder"
         raise CheckpointError(
-            f"{name!r} {what}; give {hub.ALLOWED}, 'bundled', or 'random:NAME' with NAME one of {', '.join(SHAPES)}."
+            f"{name!r} {what}; give {hub.ALLOWED}, 'bundled', or 'random:NAME' with NAME one of "
+            f"{', '.join(SHAPES)}."
         )
     raw = read_json(folder / CONFIG)
     try:
@@ -138,14 +150,23 @@ def save(
     bos_id: int | None = None,
     eos_ids: Iterable[int] = (),
 ) -> None:
-    """Write the folder of a model, with its weights in `dtype` and, if given, its tokenizer and special ids.
+    """Write the folder of a model, with its weights in `dtype` and, if given, its tokenizer and
+    special ids.
 
-    Every file appears whole or not at all, and `config.json` last, so a folder that has one is complete.
-    Raises CheckpointError where the folder cannot be written or `params` do not have the shapes of `config`.
+    Every file appears whole or not at all, and `config.json` last, so a folder that has one is
+    complete. Raises CheckpointError where the folder cannot be written or `params` do not have the
+    shapes of `config`.
     """
     folder, wanted = Path(folder), _dtype(dtype)
-    raw = config_to_hf(config, wanted.name) | {"bos_token_id": bos_id, "eos_token_id": list(eos_ids) or None}
-    given = {(slot.path, slot.leaf): slot.value for slots in _slots(config, params).values() for slot in slots}
+    raw = config_to_hf(config, wanted.name) | {
+        "bos_token_id": bos_id,
+        "eos_token_id": list(eos_ids) or None,
+    }
+    given = {
+        (slot.path, slot.leaf): slot.value
+        for slots in _slots(config, params).values()
+        for slot in slots
+    }
     tensors = {}
     for name, slots in _expected(Decoder(config)).items():
         pieces = []
@@ -153,7 +174,9 @@ def save(
             array = given.get((path, leaf))
             if array is None or array.shape != spec.shape:
                 has = "no such parameter" if array is None else f"shape {tuple(array.shape)}"
-                raise CheckpointError(f"{name} needs shape {spec.shape}, and the parameters have {has}.")
+                raise CheckpointError(
+                    f"{name} needs shape {spec.shape}, and the parameters have {has}."
+                )
             pieces.append(_cast(np.asarray(array), wanted, name))
         # The writer stores memory as it lies, so a view must be laid out first.
         tensors[name] = np.ascontiguousarray(names.join(pieces, config.head_dim))
@@ -165,9 +188,14 @@ def save(
             with _whole(folder / "tokenizer.json") as partial:
                 partial.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
         generation = {"bos_token_id": bos_id, "eos_token_id": list(eos_ids) or None}
-        for file, content in ((folder / "generation_config.json", generation), (folder / CONFIG, raw)):
+        for file, content in (
+            (folder / "generation_config.json", generation),
+            (folder / CONFIG, raw),
+        ):
             with _whole(file) as partial:
-                partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                partial.write_text(
+                    json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+                )
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the folder {folder} cannot be written: {error}") from error
 
@@ -177,7 +205,9 @@ def _random(name: str, dtype: np.dtype, seed: int) -> Model:
     if shape not in SHAPES:
         near = difflib.get_close_matches(shape, SHAPES, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise CheckpointError(f"{shape!r} is not a known shape{hint}; known are {', '.join(SHAPES)}.")
+        raise CheckpointError(
+            f"{shape!r} is not a known shape{hint}; known are {', '.join(SHAPES)}."
+        )
     decoder = Decoder(SHAPES[shape])
     params = on_large_pages(decoder.init(jax.random.key(seed), dtype))
     return Model(decoder, params, None, name, None, (), name)
@@ -192,21 +222,35 @@ class _Slot(NamedTuple):
 
 
 def _read_params(folder: Path, decoder: Decoder, dtype: np.dtype | None) -> Params:
-    params: Params = {"embed": {}, "blocks": [{} for _ in range(decoder.config.n_layers)], "unembed": {}}
+    params: Params = {
+        "embed": {},
+        "blocks": [{} for _ in range(decoder.config.n_layers)],
+        "unembed": {},
+    }
     expected, head_dim = _expected(decoder), decoder.config.head_dim
     with contextlib.ExitStack() as stack:
         where = open_weights(folder, stack)
-        for name, slots in tqdm.tqdm(expected.items(), "weights", unit=" tensors", disable=None, leave=False):
-            stored = next((spelling for spelling in names.spellings(name) if spelling in where), None)
+        for name, slots in tqdm.tqdm(
+            expected.items(), "weights", unit=" tensors", disable=None, leave=False
+        ):
+            stored = next(
+                (spelling for spelling in names.spellings(name) if spelling in where), None
+            )
             if stored is None:
-                raise CheckpointError(f"{folder} has no tensor {name}, which its configuration needs.")
+                raise CheckpointError(
+                    f"{folder} has no tensor {name}, which its configuration needs."
+                )
             _, leaf, spec = slots[0]
-            array = read_tensor(where[stored], stored, (len(slots) * spec.shape[0], *spec.shape[1:]), folder)
+            array = read_tensor(
+                where[stored], stored, (len(slots) * spec.shape[0], *spec.shape[1:]), folder
+            )
             dtype = array.dtype if dtype is None else dtype
             for slot, piece in zip(slots, names.split(array, len(slots), head_dim), strict=True):
                 part, *inner, module = slot.path
                 holder = params[part][inner[0]] if inner else params[part]
-                holder.setdefault(module, {})[leaf] = jnp.array(_cast(piece, dtype, f"{folder}: {name}"))
+                holder.setdefault(module, {})[leaf] = jnp.array(
+                    _cast(piece, dtype, f"{folder}: {name}")
+                )
     return params
 
 
@@ -239,7 +283,9 @@ def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         cast = array.astype(dtype)
     if dtype == np.float16 and not np.isfinite(cast).all():
-        raise CheckpointError(f"{name} has values beyond the range of float16; use bfloat16 or float32.")
+        raise CheckpointError(
+            f"{name} has values beyond the range of float16; use bfloat16 or float32."
+        )
     return cast
 
 
@@ -250,7 +296,9 @@ def _dtype(dtype: Any, where: str = "") -> np.dtype:
             name = np.dtype(dtype).name
     if name not in _DTYPES:
         prefix = f"{where}: " if where else ""
-        raise CheckpointError(f"{prefix}dtype {dtype!r} is not supported; supported are {', '.join(_DTYPES)}.")
+        raise CheckpointError(
+            f"{prefix}dtype {dtype!r} is not supported; supported are {', '.join(_DTYPES)}."
+        )
     return np.dtype(getattr(ml_dtypes, name)) if name == "bfloat16" else np.dtype(name)
 
 
@@ -275,7 +323,8 @@ def _first(value: Any) -> int | None:
 def _whole(path: Path):
     """A path to write to, moved to `path` when the block ends well and removed when it does not.
 
-    The file gets the mode that a new file of the folder has; safetensors writes for the owner alone.
+    The file gets the mode that a new file of the folder has; safetensors writes for the owner
+    alone.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:

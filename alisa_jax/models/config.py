@@ -1,8 +1,8 @@
 """What a decoder is, as one frozen and hashable value.
 
-A `ModelConfig` holds every number that fixes the shapes and the arithmetic of a decoder-only transformer. It
-is checked when it is made, so that no later code has to ask whether it makes sense. The letters in the
-comments are the axis alphabet of `alisa_jax.axes`.
+A `ModelConfig` holds every number that fixes the shapes and the arithmetic of a decoder-only
+transformer. It is checked when it is made, so that no later code has to ask whether it makes sense.
+The letters in the comments are the axis alphabet of `alisa_jax.axes`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ _FIELDS_OF_ONE = (
 class ModelConfig:
     """Shape and arithmetic of one decoder.
 
-    `arch` is "llama" (RMSNorm, rotary positions, gated MLP, grouped-query attention; arXiv 2302.13971), "opt"
-    (LayerNorm, learned positions, plain MLP; arXiv 2205.01068) or "gpt_neox" (LayerNorm, rotary positions on part
-    of each head, plain MLP; arXiv 2204.06745, section 2, and Pythia, arXiv 2304.01373). `head_dim` need not be
-    d_model / n_heads for "llama". A field that a comment gives to some architectures keeps its default in others.
+    `arch` is "llama" (RMSNorm, rotary positions, gated MLP, grouped-query attention; arXiv
+    2302.13971), "opt" (LayerNorm, learned positions, plain MLP; arXiv 2205.01068) or "gpt_neox"
+    (LayerNorm, rotary positions on part of each head, plain MLP; arXiv 2204.06745, section 2, and
+    Pythia, arXiv 2304.01373). `head_dim` need not be d_model / n_heads for "llama". A field that a
+    comment gives to some architectures keeps its default in others.
 
     Raises ValueError, in one sentence, where a field is out of its range or two fields disagree.
     """
@@ -51,13 +52,17 @@ class ModelConfig:
     mlp_bias: bool = False  # biases of the MLP projections
     rotary_frac: float = 1.0  # gpt_neox: share of a head's channels that are rotated
     parallel_residual: bool = False  # gpt_neox: attention and MLP both read the layer's input
-    norm_before: bool = True  # opt: False normalises after each half, and has no final norm (opt-350m)
-    embed_dim: int | None = None  # opt: width of the token table where it is projected to D; None: D itself
+    # opt: False normalises after each half, and has no final norm (opt-350m)
+    norm_before: bool = True
+    # opt: width of the token table where it is projected to D; None: D itself
+    embed_dim: int | None = None
 
     def __post_init__(self):
         if self.arch not in ARCHITECTURES:
             raise ValueError(f"arch is {self.arch!r}; allowed are {', '.join(ARCHITECTURES)}.")
-        for name in "vocab_size d_model n_layers n_heads n_kv_heads head_dim d_ff max_positions".split():
+        for (
+            name
+        ) in "vocab_size d_model n_layers n_heads n_kv_heads head_dim d_ff max_positions".split():
             value = getattr(self, name)
             if not _whole(value):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")
@@ -67,12 +72,17 @@ class ModelConfig:
                 "each kv head must serve equally many query heads."
             )
         if not self.norm_eps > 0 or not self.rope_theta > 0:
-            raise ValueError(f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must both be above 0.")
+            raise ValueError(
+                f"norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must both be above 0."
+            )
         if self.act not in ACTIVATIONS:
             raise ValueError(f"act is {self.act!r}; allowed are {', '.join(ACTIVATIONS)}.")
-        if self.arch != "llama" and (self.n_kv_heads != self.n_heads or self.n_heads * self.head_dim != self.d_model):
+        if self.arch != "llama" and (
+            self.n_kv_heads != self.n_heads or self.n_heads * self.head_dim != self.d_model
+        ):
             raise ValueError(
-                f"arch {self.arch} needs n_kv_heads = n_heads and n_heads * head_dim = d_model; given are "
+                f"arch {self.arch} needs n_kv_heads = n_heads and n_heads * head_dim = d_model; "
+                "given are "
                 f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, head_dim={self.head_dim}, "
                 f"d_model={self.d_model}."
             )
@@ -81,23 +91,37 @@ class ModelConfig:
         for name, arch in _FIELDS_OF_ONE:
             default = type(self).__dataclass_fields__[name].default
             if self.arch != arch and getattr(self, name) != default:
-                raise ValueError(f"{name} is of {arch} models; for {self.arch} it must be {default}.")
+                raise ValueError(
+                    f"{name} is of {arch} models; for {self.arch} it must be {default}."
+                )
         if not 0 < self.rotary_frac <= 1:
-            raise ValueError(f"rotary_frac is {self.rotary_frac}; it must be above 0 and at most 1.")
-        if self.arch != "opt" and (self.rotary_dims % 2 or not self.rotary_dims):
-            part = "" if self.rotary_frac == 1 else f" of which a share of {self.rotary_frac} is rotated"
             raise ValueError(
-                f"head_dim is {self.head_dim}{part}; rotary positions need an even number of channels, 2 or more."
+                f"rotary_frac is {self.rotary_frac}; it must be above 0 and at most 1."
             )
-        if self.embed_dim is not None and (not _whole(self.embed_dim) or self.embed_dim == self.d_model):
+        if self.arch != "opt" and (self.rotary_dims % 2 or not self.rotary_dims):
+            part = (
+                ""
+                if self.rotary_frac == 1
+                else f" of which a share of {self.rotary_frac} is rotated"
+            )
             raise ValueError(
-                f"embed_dim is {self.embed_dim!r}; it must be a whole number of at least 1 other than "
+                f"head_dim is {self.head_dim}{part}; rotary positions need an even number of "
+                "channels, 2 or more."
+            )
+        if self.embed_dim is not None and (
+            not _whole(self.embed_dim) or self.embed_dim == self.d_model
+        ):
+            raise ValueError(
+                f"embed_dim is {self.embed_dim!r}; it must be a whole number of at least 1 other "
+                "than "
                 f"d_model={self.d_model}, or None for a table as wide as the model."
             )
 
     @property
     def rotary_dims(self) -> int:
-        """Leading channels of each head that are rotated, in pairs (c, c + rotary_dims / 2); 0 without rotation."""
+        """Leading channels of each head that are rotated, in pairs (c, c + rotary_dims / 2); 0
+        without rotation.
+        """
         return 0 if self.arch == "opt" else int(self.head_dim * self.rotary_frac)
 
     @property

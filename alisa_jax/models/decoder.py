@@ -1,16 +1,17 @@
 """The decoder: the only model type that the rest of the library sees.
 
-A `Decoder` is a frozen dataclass of pure functions of (params, inputs); it holds a `ModelConfig` and no
-arrays. A step of any kind (training, prefill, decode) is the same three calls:
+A `Decoder` is a frozen dataclass of pure functions of (params, inputs); it holds a `ModelConfig`
+and no arrays. A step of any kind (training, prefill, decode) is the same three calls:
 
     x = decoder.embed(params, tokens, positions)                                # [B, T, D]
     for layer in range(decoder.config.n_layers):
-        x, aux = decoder.block(params, layer, x, positions, attend)             # attend owns the KV cache
+        x, aux = decoder.block(params, layer, x, positions, attend)             # attend owns the KV
+        cache
     logits = decoder.unembed(params, x)                                         # [B, T, V] float32
 
-`params` is {"embed": dict, "blocks": [dict] * L, "unembed": dict} of arrays in one type; a layer's dict may
-live in any memory until its block is called. Layers are a list, not a stacked array, so that each can be
-placed by itself.
+`params` is {"embed": dict, "blocks": [dict] * L, "unembed": dict} of arrays in one type; a layer's
+dict may live in any memory until its block is called. Layers are a list, not a stacked array, so
+that each can be placed by itself.
 """
 
 from __future__ import annotations
@@ -59,7 +60,11 @@ class Decoder:
         Out-of-range indices (padding) are clipped; raises ValueError where the two shapes differ.
         """
         check("B T", positions, check("B T", tokens, name="tokens"), name="positions")
-        return _FAMILIES[self.config.arch].Embed(self.config).apply({"params": params["embed"]}, tokens, positions)
+        return (
+            _FAMILIES[self.config.arch]
+            .Embed(self.config)
+            .apply({"params": params["embed"]}, tokens, positions)
+        )
 
     def block(
         self,
@@ -70,12 +75,13 @@ class Decoder:
         attend: Attend,
         rotate: bool = True,
     ) -> tuple[jax.Array, Any]:
-        """Layer `layer` -> (x [B, T, D], aux), where aux is what `attend` returned beside its output.
+        """Layer `layer` -> (x [B, T, D], aux), where aux is what `attend` returned beside its
+        output.
 
-        `attend(q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]) -> (out [B, T, N, H], aux)`. It is called
-        once. q and k carry their positions (rotated, but for opt); with rotate=False they are as they were projected.
-        q is not scaled: `attend` multiplies logits by H ** -0.5. Raises ValueError where x, positions or the output of
-        `attend` have the wrong shape.
+        `attend(q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]) -> (out [B, T, N, H], aux)`. It is
+        called once. q and k carry their positions (rotated, but for opt); with rotate=False they
+        are as they were projected. q is not scaled: `attend` multiplies logits by H ** -0.5. Raises
+        ValueError where x, positions or the output of `attend` have the wrong shape.
         """
         c = self.config
         sizes = check("B T D", x, {"D": c.d_model}, name="x")
@@ -97,26 +103,37 @@ class Decoder:
         return module.apply({"params": params["unembed"]}, x, self._table(params))
 
     def count_params(self, embedding: bool = True) -> int:
-        """Number of parameters; `embedding=False` leaves out token and position tables, their projections and an
+        """Number of parameters; `embedding=False` leaves out token and position tables, their
+        projections and an
         untied head."""
         c = self.config
         q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         norm = c.d_model if c.arch == "llama" else 2 * c.d_model
-        biases = c.attention_bias * (q + 2 * kv + c.d_model) + c.mlp_bias * (self._mlp_maps() * c.d_ff)
+        biases = c.attention_bias * (q + 2 * kv + c.d_model) + c.mlp_bias * (
+            self._mlp_maps() * c.d_ff
+        )
         if c.mlp_bias:
             biases += c.d_model - c.d_ff  # the last map's bias is as wide as the model
         total = c.n_layers * (self._block_weights() + biases + 2 * norm) + c.norm_before * norm
         if embedding:
-            total += c.vocab_size * c.table_dim * (1 if c.tie_embeddings else 2) + self._projections()
+            total += (
+                c.vocab_size * c.table_dim * (1 if c.tie_embeddings else 2) + self._projections()
+            )
             if c.arch == "opt":
                 total += (c.max_positions + opt.POSITION_OFFSET) * c.d_model
         return total
 
     @property
     def rotary_angles(self) -> tuple[float, ...]:
-        """Radians that a position turns each pair (c, c + rotary_dims / 2) of key channels; () without rotation."""
+        """Radians that a position turns each pair (c, c + rotary_dims / 2) of key channels; ()
+        without rotation.
+        """
         c = self.config
-        return tuple(inverse_frequencies(c.rotary_dims, c.rope_theta, c.rope_scaling).tolist()) if c.rotary_dims else ()
+        return (
+            tuple(inverse_frequencies(c.rotary_dims, c.rope_theta, c.rope_scaling).tolist())
+            if c.rotary_dims
+            else ()
+        )
 
     def kv_bytes_per_token(self, element_bytes: int = 2) -> int:
         """Bytes of K and V of one token over all layers: 2 L K H element_bytes."""
@@ -124,14 +141,17 @@ class Decoder:
         return 2 * c.n_layers * c.n_kv_heads * c.head_dim * element_bytes
 
     def flops_per_token(self, context_tokens: int) -> int:
-        """Floating-point operations of one token's forward pass when it attends `context_tokens` positions.
+        """Floating-point operations of one token's forward pass when it attends `context_tokens`
+        positions.
 
-        A multiply-add is two. Matrix products only: 2 per weight of the blocks, of the head and of projections
-        to and from narrower embeddings, and 4 L N H per attended position; norms, softmax and elementwise work are
-        left out.
+        A multiply-add is two. Matrix products only: 2 per weight of the blocks, of the head and of
+        projections to and from narrower embeddings, and 4 L N H per attended position; norms,
+        softmax and elementwise work are left out.
         """
         c = self.config
-        weights = c.n_layers * self._block_weights() + c.vocab_size * c.table_dim + self._projections()
+        weights = (
+            c.n_layers * self._block_weights() + c.vocab_size * c.table_dim + self._projections()
+        )
         return 2 * weights + 4 * c.n_layers * c.n_heads * c.head_dim * context_tokens
 
     def _mlp_maps(self) -> int:
@@ -159,10 +179,16 @@ def _init_embed(config: ModelConfig, dtype: Any, key: jax.Array) -> Params:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _init_block(config: ModelConfig, dtype: Any, key: jax.Array) -> Params:
     x, index = jnp.zeros((1, 1, config.d_model), dtype), jnp.zeros((1, 1), jnp.int32)
-    return _FAMILIES[config.arch].Block(config, dtype).init(key, x, index, lambda q, k, v: (q, ()))["params"]
+    return (
+        _FAMILIES[config.arch]
+        .Block(config, dtype)
+        .init(key, x, index, lambda q, k, v: (q, ()))["params"]
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _init_unembed(config: ModelConfig, dtype: Any, key: jax.Array, table: jax.Array | None) -> Params:
+def _init_unembed(
+    config: ModelConfig, dtype: Any, key: jax.Array, table: jax.Array | None
+) -> Params:
     x = jnp.zeros((1, 1, config.d_model), dtype)
     return _FAMILIES[config.arch].Unembed(config, dtype).init(key, x, table).get("params", {})

@@ -4,13 +4,14 @@
 | --- | --- |
 | llama | grouped-query attention, biases, rotary scaling default, linear or llama3 |
 | opt | norms before or after each half, with or without biases, projected embeddings (opt-350m) |
-| gpt_neox | parallel or sequential residuals, any even share of rotated channels, attention biases, the same scalings |
+| gpt_neox | parallel or sequential residuals, any even share of rotated channels, attention biases,
+the same scalings |
 
 All of them with a tied or an untied head and the activations of `ACTIVATIONS`. Pure functions on
-dictionaries; files are read and written in `checkpoint.py`. Both spellings of the rotary settings are read:
-`rope_theta` at the top (`rotary_emb_base` and `rotary_pct` for gpt_neox) with an optional `rope_scaling`, and the newer
-`rope_parameters` (or `rope_scaling`) that holds them all. A setting that would change the arithmetic
-and is not implemented is refused, never ignored.
+dictionaries; files are read and written in `checkpoint.py`. Both spellings of the rotary settings
+are read: `rope_theta` at the top (`rotary_emb_base` and `rotary_pct` for gpt_neox) with an optional
+`rope_scaling`, and the newer `rope_parameters` (or `rope_scaling`) that holds them all. A setting
+that would change the arithmetic and is not implemented is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any
 
 from alisa_jax.models.config import ARCHITECTURES, ModelConfig, RopeScaling
 
-# What checkpoints call the functions of `layers.activation`; the spellings of one function differ in rounding alone.
-# The first of each is the one that is written.
+# What checkpoints call the functions of `layers.activation`; the spellings of one function differ
+# in rounding alone. The first of each is the one that is written.
 ACTIVATIONS = types.MappingProxyType(
     {
         "silu": "silu",
@@ -40,22 +41,27 @@ ACTIVATIONS = types.MappingProxyType(
 
 
 class CheckpointError(ValueError):
-    """A model folder or model name that cannot be used; the message is one sentence that says why."""
+    """A model folder or model name that cannot be used; the message is one sentence
+    that says why.
+    """
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The `ModelConfig` of a parsed `config.json`.
 
-    Raises CheckpointError for an unsupported architecture or setting and for a missing or wrong value.
+    Raises CheckpointError for an unsupported architecture or setting and for a missing or wrong
+    value.
     """
     arch = raw.get("model_type")
     if arch not in ARCHITECTURES:
         raise CheckpointError(
-            f"model_type {arch!r} is not a supported architecture; supported are {', '.join(ARCHITECTURES)}."
+            f"model_type {arch!r} is not a supported architecture; supported are "
+            f"{', '.join(ARCHITECTURES)}."
         )
     if raw.get("quantization_config") is not None:
         raise CheckpointError(
-            "the checkpoint is quantised (quantization_config is set); supported are plain float32, float16 "
+            "the checkpoint is quantised (quantization_config is set); supported are plain "
+            "float32, float16 "
             "and bfloat16 weights."
         )
     try:
@@ -96,7 +102,9 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         }
     if c.arch == "gpt_neox":
         if not c.mlp_bias:
-            raise CheckpointError("a gpt_neox folder can only say mlp_bias = true; given is mlp_bias=False.")
+            raise CheckpointError(
+                "a gpt_neox folder can only say mlp_bias = true; given is mlp_bias=False."
+            )
         return raw | {
             "architectures": ["GPTNeoXForCausalLM"],
             "model_type": "gpt_neox",
@@ -111,7 +119,8 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         }
     if c.attention_bias != c.mlp_bias or c.norm_eps != _OPT_NORM_EPS:
         raise CheckpointError(
-            f"an opt folder can only say attention_bias = mlp_bias and norm_eps = {_OPT_NORM_EPS}; given are "
+            "an opt folder can only say attention_bias = mlp_bias and norm_eps = "
+            f"{_OPT_NORM_EPS}; given are "
             f"attention_bias={c.attention_bias}, mlp_bias={c.mlp_bias}, norm_eps={c.norm_eps}."
         )
     return raw | {
@@ -150,7 +159,8 @@ def _or(raw: Mapping[str, Any], key: str, default: Any) -> Any:
 def _head_dim(d_model: int, n_heads: int) -> int:
     if d_model % n_heads:
         raise CheckpointError(
-            f"hidden_size {d_model} is not a multiple of num_attention_heads {n_heads}, and there is no head_dim."
+            f"hidden_size {d_model} is not a multiple of num_attention_heads {n_heads}, and there "
+            "is no head_dim."
         )
     return d_model // n_heads
 
@@ -158,7 +168,9 @@ def _head_dim(d_model: int, n_heads: int) -> int:
 def _act(raw: Mapping[str, Any], key: str, default: str) -> str:
     name = _or(raw, key, default)
     if name not in ACTIVATIONS:
-        raise CheckpointError(f"{key} {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}.")
+        raise CheckpointError(
+            f"{key} {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}."
+        )
     return ACTIVATIONS[name]
 
 
@@ -167,7 +179,9 @@ def _llama_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     max_positions = _or(raw, "max_position_embeddings", 2048)
     theta, scaling, share = _rope_from_hf(raw, max_positions)
     if share not in (None, 1.0):
-        raise CheckpointError(f"partial_rotary_factor {share} is not supported for a llama model; it must be 1.")
+        raise CheckpointError(
+            f"partial_rotary_factor {share} is not supported for a llama model; it must be 1."
+        )
     head_dim = raw.get("head_dim")
     return ModelConfig(
         arch="llama",
@@ -192,7 +206,10 @@ def _llama_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 def _opt_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     d_model, n_heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
     before, width = _or(raw, "do_layer_norm_before", True), _or(raw, "word_embed_proj_dim", d_model)
-    for key, allowed in (("layer_norm_elementwise_affine", True), ("_remove_final_layer_norm", False)):
+    for key, allowed in (
+        ("layer_norm_elementwise_affine", True),
+        ("_remove_final_layer_norm", False),
+    ):
         if _or(raw, key, allowed) != allowed and (before or key != "_remove_final_layer_norm"):
             raise CheckpointError(
                 f"an opt model with {key}={str(not allowed).lower()} is not supported; "
@@ -245,16 +262,26 @@ def _neox_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-_READERS = types.MappingProxyType({"llama": _llama_from_hf, "opt": _opt_from_hf, "gpt_neox": _neox_from_hf})
+_READERS = types.MappingProxyType(
+    {"llama": _llama_from_hf, "opt": _opt_from_hf, "gpt_neox": _neox_from_hf}
+)
 
 
-def _rope_from_hf(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None, float | None]:
-    """(theta, scaling, share of rotated channels where stated) from any spelling; `rope_parameters` wins."""
+def _rope_from_hf(
+    raw: Mapping[str, Any], max_positions: int
+) -> tuple[float, RopeScaling | None, float | None]:
+    """(theta, scaling, share of rotated channels where stated) from any spelling; `rope_parameters`
+    wins.
+    """
     rope = _or(raw, "rope_parameters", _or(raw, "rope_scaling", {}))
     if not isinstance(rope, Mapping):
         raise CheckpointError(f"the rotary settings are {rope!r}; they must be an object or null.")
-    theta = float(_or(rope, "rope_theta", _or(raw, "rotary_emb_base", _or(raw, "rope_theta", 10000.0))))
-    share = _or(rope, "partial_rotary_factor", _or(raw, "rotary_pct", raw.get("partial_rotary_factor")))
+    theta = float(
+        _or(rope, "rope_theta", _or(raw, "rotary_emb_base", _or(raw, "rope_theta", 10000.0)))
+    )
+    share = _or(
+        rope, "partial_rotary_factor", _or(raw, "rotary_pct", raw.get("partial_rotary_factor"))
+    )
     kind = _or(rope, "rope_type", _or(rope, "type", "default"))
     if kind == "default":
         return theta, None, share
@@ -270,7 +297,9 @@ def _rope_from_hf(raw: Mapping[str, Any], max_positions: int) -> tuple[float, Ro
             int(_or(rope, "original_max_position_embeddings", original)),
         )
         return theta, scaling, share
-    raise CheckpointError(f"rotary scaling {kind!r} is not supported; supported are default, linear, llama3.")
+    raise CheckpointError(
+        f"rotary scaling {kind!r} is not supported; supported are default, linear, llama3."
+    )
 
 
 def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
 """Names of models on the Hugging Face hub, and the folders that they stand for.
 
-"owner/name", or "owner/name@revision" for a branch, a tag or a commit, is downloaded once into the cache of
-huggingface_hub, an extra of this package that is imported here alone and when it is needed. Only what `load` reads is
-taken: configuration, tokenizer and safetensors, or `.bin` weights where there are no others.
+"owner/name", or "owner/name@revision" for a branch, a tag or a commit, is downloaded once into the
+cache of huggingface_hub, an extra of this package that is imported here alone and when it is
+needed. Only what `load` reads is taken: configuration, tokenizer and safetensors, or `.bin` weights
+where there are no others.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ ALLOWED = "a local Hugging Face folder, 'owner/name' or 'owner/name@revision' of
 def locate(name: str) -> tuple[Path, str]:
     """The folder that a name stands for, and what to call the model.
 
-    A path of this machine, there or not, is itself, and always wins; the model is called as its folder. A hub name is
-    the folder of its files, downloaded where they are not in the cache, and the model keeps the name. Raises
-    CheckpointError, in one sentence, where a hub name cannot be had.
+    A path of this machine, there or not, is itself, and always wins; the model is called as its
+    folder. A hub name is the folder of its files, downloaded where they are not in the cache, and
+    the model keeps the name. Raises CheckpointError, in one sentence, where a hub name cannot be
+    had.
     """
     path = Path(name)
     if path.exists() or not _NAME.fullmatch(name):
@@ -38,14 +40,18 @@ def _download(name: str) -> Path:
         import huggingface_hub
     except ImportError as error:
         raise CheckpointError(
-            f"{name!r} is no folder here, and names of the hub need huggingface_hub; install 'alisa-jax[hub]', or give "
+            f"{name!r} is no folder here, and names of the hub need huggingface_hub; install "
+            "'alisa-jax[hub]', or give "
             "a local Hugging Face folder."
         ) from error
     repository, _, revision = name.partition("@")
 
     def fetch(patterns: tuple[str, ...]) -> Path:
         folder = huggingface_hub.snapshot_download(
-            repository, revision=revision or None, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+            repository,
+            revision=revision or None,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"],
         )
         return Path(folder)
 
@@ -56,13 +62,18 @@ def _download(name: str) -> Path:
             folder = fetch((*_FILES, *_BIN_FILES))
     except CheckpointError:
         raise
-    except Exception as error:  # the library and its network stacks raise types without a common base
-        raise CheckpointError(f"{name!r} is no folder here, and {_reason(error)}; give {ALLOWED}.") from error
+    # the library and its network stacks raise types without a common base
+    except Exception as error:
+        raise CheckpointError(
+            f"{name!r} is no folder here, and {_reason(error)}; give {ALLOWED}."
+        ) from error
     return folder
 
 
 def _reason(error: Exception) -> str:
-    """Why a download failed, by the names of the library's errors, which have moved between its modules."""
+    """Why a download failed, by the names of the library's errors, which have moved between its
+    modules.
+    """
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "GatedRepoError" in kinds:
         return "the hub gives it out to accounts with permission only"

@@ -1,9 +1,10 @@
 """Pieces that the families are made of: linear maps, norms, token tables and the output head.
 
-Matrices are stored as [out, in], as in the folders of Hugging Face. Statistics of norms and the logits are float32 whatever
-the type of the weights; everything else stays in the type of the weights, and nothing is promoted silently. Initial values:
-every matrix has standard deviation fan_in ** -0.5, and the two that write to the residual stream a further (2 L) ** -0.5, so
-that the stream keeps its size at any depth.
+Matrices are stored as [out, in], as in the folders of Hugging Face. Statistics of norms and the
+logits are float32 whatever the type of the weights; everything else stays in the type of the
+weights, and nothing is promoted silently. Initial values: every matrix has standard deviation
+fan_in ** -0.5, and the two that write to the residual stream a further (2 L) ** -0.5, so that the
+stream keeps its size at any depth.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ DType = Any
 
 
 def activation(name: str):
-    """The elementwise function called `name`: "silu", "relu", "gelu" (the exact one, with erf) or "gelu_tanh"."""
+    """The elementwise function called `name`: "silu", "relu", "gelu" (the exact one, with erf) or
+    "gelu_tanh".
+    """
     return {
         "silu": jax.nn.silu,
         "relu": jax.nn.relu,
         "gelu": functools.partial(jax.nn.gelu, approximate=False),
-        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),  # arXiv 1606.08415, section 2
+        # arXiv 1606.08415, section 2
+        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     }[name]
 
 
@@ -50,7 +54,12 @@ class Linear(nn.Module):
         init = matrix_init(self.scale * fan_in**-0.5)
         y = products.times(x, self.param("weight", init, (self.features, fan_in), self.param_dtype))
         if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)[None, None, :]
+            y = (
+                y
+                + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)[
+                    None, None, :
+                ]
+            )
         return y
 
 
@@ -81,15 +90,18 @@ class LayerNorm(nn.Module):
         wide = x.astype(jnp.float32)
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        wide = wide * scale.astype(jnp.float32)[None, None, :] + bias.astype(jnp.float32)[None, None, :]
+        wide = (
+            wide * scale.astype(jnp.float32)[None, None, :]
+            + bias.astype(jnp.float32)[None, None, :]
+        )
         return wide.astype(x.dtype)
 
 
 class Table(nn.Module):
     """Rows looked up by index: [B, T] int32 -> [B, T, D].
 
-    An index outside the table is clipped to its ends, so that padding cannot bring NaN into a batch. Whether
-    real tokens and positions are in range is for the caller to check, outside jit.
+    An index outside the table is clipped to its ends, so that padding cannot bring NaN into a
+    batch. Whether real tokens and positions are in range is for the caller to check, outside jit.
     """
 
     rows: int
@@ -104,7 +116,9 @@ class Table(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits in float32: x [B, T, D] -> [B, T, V], through a matrix [V, D] of its own or the token table."""
+    """Logits in float32: x [B, T, D] -> [B, T, V], through a matrix [V, D] of its own or the token
+    table.
+    """
 
     vocab_size: int
     param_dtype: DType = jnp.float32
@@ -113,5 +127,7 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array, table: jax.Array | None) -> jax.Array:
         if table is None:
             fan_in = x.shape[-1]
-            table = self.param("weight", matrix_init(fan_in**-0.5), (self.vocab_size, fan_in), self.param_dtype)
+            table = self.param(
+                "weight", matrix_init(fan_in**-0.5), (self.vocab_size, fan_in), self.param_dtype
+            )
         return products.times(x, table, jnp.float32)

@@ -3,8 +3,8 @@
     x = x + o(attend(rotate(q(n)), rotate(k(n)), v(n)))        n = RMSNorm(x)
     x = x + down(act(gate(n)) * up(n))                         n = RMSNorm(x)
 
-Three modules that hold parameters and nothing else. The block hands q, k and v to `attend` and knows nothing
-of caches; q is not scaled.
+Three modules that hold parameters and nothing else. The block hands q, k and v to `attend` and
+knows nothing of caches; q is not scaled.
 """
 
 from __future__ import annotations
@@ -47,9 +47,15 @@ class Block(nn.Module):
             return Linear(features, bias, scale, dtype, name=name)
 
         n = RMSNorm(c.norm_eps, dtype, name="attn_norm")(x)
-        q = linear("q", c.n_heads * c.head_dim, c.attention_bias)(n).reshape(B, T, c.n_heads, c.head_dim)
-        k = linear("k", c.n_kv_heads * c.head_dim, c.attention_bias)(n).reshape(B, T, c.n_kv_heads, c.head_dim)
-        v = linear("v", c.n_kv_heads * c.head_dim, c.attention_bias)(n).reshape(B, T, c.n_kv_heads, c.head_dim)
+        q = linear("q", c.n_heads * c.head_dim, c.attention_bias)(n).reshape(
+            B, T, c.n_heads, c.head_dim
+        )
+        k = linear("k", c.n_kv_heads * c.head_dim, c.attention_bias)(n).reshape(
+            B, T, c.n_kv_heads, c.head_dim
+        )
+        v = linear("v", c.n_kv_heads * c.head_dim, c.attention_bias)(n).reshape(
+            B, T, c.n_kv_heads, c.head_dim
+        )
         if self.rotate:
             q, k = (rotate(x, positions, c.rope_theta, c.rope_scaling) for x in (q, k))
         out, aux = attend(q, k, v)
@@ -64,7 +70,9 @@ class Block(nn.Module):
 
 
 class Unembed(nn.Module):
-    """Final norm and head: x [B, T, D] -> logits [B, T, V] float32; `table`: the token table if tied."""
+    """Final norm and head: x [B, T, D] -> logits [B, T, V] float32; `table`: the token table if
+    tied.
+    """
 
     config: ModelConfig
     param_dtype: DType = jnp.float32

@@ -1,7 +1,8 @@
-"""The names of tensors in Hugging Face folders, in the spelling that every version of transformers reads.
+"""The names of tensors in Hugging Face folders, in the spelling that every version of transformers
+reads.
 
-Most parameters are one tensor. The q, k and v of GPT-NeoX lie in one, head by head: its output axis is [N, 3, H], and
-`split` and `join` go between the two.
+Most parameters are one tensor. The q, k and v of GPT-NeoX lie in one, head by head: its output axis
+is [N, 3, H], and `split` and `join` go between the two.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import numpy as np
 
 
 def tensor_name(arch: str, part: str, module: str, leaf: str, layer: int | None = None) -> str:
-    """Hugging Face name of one parameter; `part` is embed, blocks or unembed, `leaf` its name in the module.
+    """Hugging Face name of one parameter; `part` is embed, blocks or unembed, `leaf` its name in
+    the module.
 
-    Parameters that lie in one tensor have one name, and `modules` lists them in the order in which they lie there.
+    Parameters that lie in one tensor have one name, and `modules` lists them in the order in which
+    they lie there.
     """
     name = _NAMES[arch][part][module]
     if layer is not None:
@@ -31,7 +34,8 @@ def modules(arch: str, part: str) -> tuple[str, ...]:
 def spellings(name: str) -> tuple[str, ...]:
     """The names that a folder may give the tensor `name`, the usual one first.
 
-    A folder of the bare stack, without a head, leaves out the first word; newer transformers call any head lm_head.
+    A folder of the bare stack, without a head, leaves out the first word; newer transformers call
+    any head lm_head.
     """
     bare = name.removeprefix("model.").removeprefix("gpt_neox.")
     return tuple(dict.fromkeys((name, bare, name.replace("embed_out.", "lm_head."))))

@@ -1,13 +1,14 @@
 """The GPT-NeoX family (arXiv 2204.06745, section 2) and Pythia (arXiv 2304.01373, section 2.2).
 
     a = o(attend(rotate(q(n)), rotate(k(n)), v(n)))            n = LayerNorm(x)
-    x = x + a + down(act(up(m)))                               m = LayerNorm(x), of x + a with sequential residuals
+    x = x + a + down(act(up(m)))                               m = LayerNorm(x), of x + a with
+    sequential residuals
 
-`rotate` turns the leading `rotary_dims` channels of each head and leaves the others as they are. Checkpoints hold
-q, k and v as one matrix; here they are three, as in the other families.
+`rotate` turns the leading `rotary_dims` channels of each head and leaves the others as they are.
+Checkpoints hold q, k and v as one matrix; here they are three, as in the other families.
 
-Three modules that hold parameters and nothing else. The block hands q, k and v to `attend` and knows nothing
-of caches; q is not scaled.
+Three modules that hold parameters and nothing else. The block hands q, k and v to `attend` and
+knows nothing of caches; q is not scaled.
 """
 
 from __future__ import annotations
@@ -51,10 +52,13 @@ class Block(nn.Module):
 
         n = LayerNorm(c.norm_eps, dtype, name="attn_norm")(x)
         q, k, v = (
-            linear(name, D, c.attention_bias)(n).reshape(B, T, c.n_heads, c.head_dim) for name in ("q", "k", "v")
+            linear(name, D, c.attention_bias)(n).reshape(B, T, c.n_heads, c.head_dim)
+            for name in ("q", "k", "v")
         )
         if self.rotate:
-            q, k = (rotate(x, positions, c.rope_theta, c.rope_scaling, c.rotary_dims) for x in (q, k))
+            q, k = (
+                rotate(x, positions, c.rope_theta, c.rope_scaling, c.rotary_dims) for x in (q, k)
+            )
         out, aux = attend(q, k, v)
         a = linear("o", D, c.attention_bias, residual)(out.reshape(B, T, D))
 
@@ -64,7 +68,9 @@ class Block(nn.Module):
 
 
 class Unembed(nn.Module):
-    """Final norm and head: x [B, T, D] -> logits [B, T, V] float32; `table`: the token table if tied."""
+    """Final norm and head: x [B, T, D] -> logits [B, T, V] float32; `table`: the token table if
+    tied.
+    """
 
     config: ModelConfig
     param_dtype: DType = jnp.float32

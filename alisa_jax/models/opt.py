@@ -1,14 +1,15 @@
 """The OPT family (arXiv 2205.01068).
 
-    x = tokens[t] + positions[p + 2]                           opt-350m: project_in(tokens[t]) + positions[p + 2]
+    x = tokens[t] + positions[p + 2]                           opt-350m: project_in(tokens[t]) +
+    positions[p + 2]
     x = x + o(attend(q(n), k(n), v(n)))                        n = LayerNorm(x)
     x = x + down(act(up(n)))                                   n = LayerNorm(x)
 
-With `norm_before=False` (opt-350m) each half ends with its norm instead, x = LayerNorm(x + half(x)), and there is no
-final norm; with `embed_dim` the head reads project_out(x).
+With `norm_before=False` (opt-350m) each half ends with its norm instead, x =
+LayerNorm(x + half(x)), and there is no final norm; with `embed_dim` the head reads project_out(x).
 
-Three modules that hold parameters and nothing else. The block hands q, k and v to `attend` and knows nothing
-of caches; q is not scaled.
+Three modules that hold parameters and nothing else. The block hands q, k and v to `attend` and
+knows nothing of caches; q is not scaled.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Block(nn.Module):
         norm = LayerNorm(c.norm_eps, dtype, name="attn_norm")
         n = norm(x) if c.norm_before else x
         q, k, v = (
-            linear(name, D, c.attention_bias)(n).reshape(B, T, c.n_heads, c.head_dim) for name in ("q", "k", "v")
+            linear(name, D, c.attention_bias)(n).reshape(B, T, c.n_heads, c.head_dim)
+            for name in ("q", "k", "v")
         )
         out, aux = attend(q, k, v)
         x = x + linear("o", D, c.attention_bias, residual)(out.reshape(B, T, D))
@@ -72,7 +74,9 @@ class Block(nn.Module):
 
 
 class Unembed(nn.Module):
-    """Final norm and head: x [B, T, D] -> logits [B, T, V] float32; `table`: the token table if tied."""
+    """Final norm and head: x [B, T, D] -> logits [B, T, V] float32; `table`: the token table if
+    tied.
+    """
 
     config: ModelConfig
     param_dtype: DType = jnp.float32

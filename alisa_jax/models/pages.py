@@ -1,4 +1,6 @@
-"""Weights on large pages: a decode step reads them all, and each small page of a CPU costs an address to look up."""
+"""Weights on large pages: a decode step reads them all, and each small page of a CPU costs an
+address to look up.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,19 @@ _ALIGNED_BYTES = 64  # of an array that JAX takes as it lies
 
 
 def on_large_pages(params: Any) -> Any:
-    """The arrays of `params`, one behind the other in one block of memory, where the default device is a CPU.
+    """The arrays of `params`, one behind the other in one block of memory, where the default device
+    is a CPU.
 
-    NumPy asks the system for large pages for a block of some MiB, and JAX keeps the arrays where they are. On any other
-    device `params` is returned as it is. While it runs both copies are there.
+    NumPy asks the system for large pages for a block of some MiB, and JAX keeps the arrays where
+    they are. On any other device `params` is returned as it is. While it runs both copies are
+    there.
     """
     leaves, tree = jax.tree.flatten(params)
-    if not leaves or leaves[0].devices() != {jax.devices()[0]} or jax.devices()[0].platform != "cpu":
+    if (
+        not leaves
+        or leaves[0].devices() != {jax.devices()[0]}
+        or jax.devices()[0].platform != "cpu"
+    ):
         return params
     starts, end = [], 0
     for leaf in leaves:

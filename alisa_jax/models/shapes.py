@@ -1,8 +1,9 @@
 """Named shapes of published models, for `load("random:NAME")`: real sizes with random weights.
 
-Memory, time and transfers of a cache depend on the shape alone, so they can be measured without the weights.
-Sources: OPT, arXiv 2205.01068, table 1; LLaMA, arXiv 2302.13971, table 2; Llama 3, arXiv 2407.21783, table 3,
-for the 8,192-token model without rotary scaling; Pythia, arXiv 2304.01373, table 1. `configs/models.md` has a row per shape.
+Memory, time and transfers of a cache depend on the shape alone, so they can be measured without the
+weights. Sources: OPT, arXiv 2205.01068, table 1; LLaMA, arXiv 2302.13971, table 2; Llama 3, arXiv
+2407.21783, table 3, for the 8,192-token model without rotary scaling; Pythia, arXiv 2304.01373,
+table 1. `configs/models.md` has a row per shape.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """The tensors of a model folder, by name, as they are stored.
 
-A folder holds them in one file or in shards with an index; safetensors wins where there is a `.bin` too:
+A folder holds them in one file or in shards with an index; safetensors wins where there is a `.bin`
+too:
 
     model.safetensors        or  model.safetensors.index.json and its shards
-    pytorch_model.bin        or  pytorch_model.bin.index.json and its shards, read through torch (`bin.py`)
+    pytorch_model.bin        or  pytorch_model.bin.index.json and its shards, read through torch
+                                 (`bin.py`)
 
 Files are memory mapped where their format allows it, and a tensor is read when it is asked for.
 """
@@ -61,8 +63,8 @@ class Safetensors:
 def open_weights(folder: Path, stack: contextlib.ExitStack) -> dict[str, WeightFile]:
     """Which open file holds each tensor of `folder`; `stack` closes them.
 
-    Raises CheckpointError for a folder without weights, a missing or damaged file, an index that does not say what
-    its shards hold, and a `.bin` that cannot be read.
+    Raises CheckpointError for a folder without weights, a missing or damaged file, an index that
+    does not say what its shards hold, and a `.bin` that cannot be read.
     """
     for weights, index in ((WEIGHTS, INDEX), (BIN_WEIGHTS, BIN_INDEX)):
         if (folder / weights).exists():
@@ -71,19 +73,25 @@ def open_weights(folder: Path, stack: contextlib.ExitStack) -> dict[str, WeightF
         if (folder / index).exists():
             return _open_shards(folder, index, stack)
     raise CheckpointError(
-        f"{folder} has neither {WEIGHTS} nor {INDEX}, and no {BIN_WEIGHTS} or {BIN_INDEX}; other weight formats are "
+        f"{folder} has neither {WEIGHTS} nor {INDEX}, and no {BIN_WEIGHTS} or {BIN_INDEX}; other "
+        "weight formats are "
         "not read."
     )
 
 
 def read_tensor(file: WeightFile, name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
-    """The tensor `name`. Raises CheckpointError where it has another shape or a type that is not supported."""
+    """The tensor `name`. Raises CheckpointError where it has another shape or a type that is not
+    supported.
+    """
     stored, kind = file.describe(name)
     if stored != shape:
-        raise CheckpointError(f"{folder}: tensor {name} has shape {stored}, and the configuration needs {shape}.")
+        raise CheckpointError(
+            f"{folder}: tensor {name} has shape {stored}, and the configuration needs {shape}."
+        )
     if kind not in file.supported:
         raise CheckpointError(
-            f"{folder}: tensor {name} is stored as {kind}; supported are {', '.join(file.supported)}."
+            f"{folder}: tensor {name} is stored as {kind}; supported are "
+            f"{', '.join(file.supported)}."
         )
     return file.read(name)
 
@@ -97,19 +105,25 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable as JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; it must hold a JSON object.")
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}; it must hold a JSON object."
+        )
     return content
 
 
 def _open_shards(folder: Path, index: str, stack: contextlib.ExitStack) -> dict[str, WeightFile]:
     weight_map = read_json(folder / index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
         raise CheckpointError(f"{folder / index} has no weight_map from tensor names to files.")
     files = {file: _open(folder / file, stack) for file in sorted(set(weight_map.values()))}
     held = {name: set(file.keys()) for name, file in files.items()}
     for name, file in weight_map.items():
         if name not in held[file]:
-            raise CheckpointError(f"{folder / file} has no tensor {name}, which {index} says it holds.")
+            raise CheckpointError(
+                f"{folder / file} has no tensor {name}, which {index} says it holds."
+            )
     return {name: files[file] for name, file in weight_map.items()}
 
 

@@ -1,7 +1,9 @@
-"""Placed runs of dense layers: what is off the device comes layer by layer at every step, `ahead` layers in flight.
+"""Placed runs of dense layers: what is off the device comes layer by layer at every step, `ahead`
+layers in flight.
 
-A layer attends its ring, what is streamed from the host, and a prefix that is recomputed beside the step where tokens were
-deleted; the three are joined by `merge`. While nothing is off the device, many steps run inside one program.
+A layer attends its ring, what is streamed from the host, and a prefix that is recomputed beside the
+step where tokens were deleted; the three are joined by `merge`. While nothing is off the device,
+many steps run inside one program.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class LayerRun(PlacedRun):
     def _through_layers(self, plan: Plan) -> None:
         programs, L = self.programs, self.setting.layers
         spans = self.spans[self.whole :]
-        host, dropped = (jnp.asarray([getattr(s, f) for s in spans], jnp.int32) for f in ("host", "dropped"))
+        host, dropped = (
+            jnp.asarray([getattr(s, f) for s in spans], jnp.int32) for f in ("host", "dropped")
+        )
         x = programs.embed(self.params, self.token[:, None], jnp.asarray(self._lengths())[:, None])
         prefixes = {b: stop for b, (_, stop) in self._ranges(plan.recompute).items()}
         prefix_x, prefix_at, prefix_n = self._prefix(prefixes) if prefixes else (None, None, None)
@@ -50,10 +54,14 @@ class LayerRun(PlacedRun):
             block, states = self.params["blocks"][layer], kv[layer]
             prefix = ()
             if prefixes:
-                prefix_x, prefix = programs.prefix_layer(block, prefix_x, prefix_at, prefix_n, states[-1])
+                prefix_x, prefix = programs.prefix_layer(
+                    block, prefix_x, prefix_at, prefix_n, states[-1]
+                )
                 self._hold(tree_bytes(prefix))
             staged, first = flight.pop(0)
-            x, kv[layer] = programs.dense_layer(self.order, block, x, states, host, dropped, staged, first, prefix)
+            x, kv[layer] = programs.dense_layer(
+                self.order, block, x, states, host, dropped, staged, first, prefix
+            )
             jax.block_until_ready((x, kv[layer]))
             self.meter.hold("device", -tree_bytes((staged, prefix)))
             del staged, prefix, states
@@ -63,11 +71,17 @@ class LayerRun(PlacedRun):
         self.kv = tuple(kv)
         self.meter.recomputed_rows += L * sum(prefixes.values())
         self.meter.recomputed_tokens += sum(prefixes.values())
-        self._take(programs.next_token(programs.unembed(self.params, x), self._draw(), jnp.int32(0)))
+        self._take(
+            programs.next_token(programs.unembed(self.params, x), self._draw(), jnp.int32(0))
+        )
 
     def _stream(self, layer: int, ranges: dict[int, tuple[int, int]]):
-        """(leaves of each group, first position of each away sequence) of a layer's host rows; ((), zeros) for nothing."""
-        found = {g: ranges[members[0]] for g, members in enumerate(self.groups) if members[0] in ranges}
+        """(leaves of each group, first position of each away sequence) of a layer's host rows;
+        ((), zeros) for nothing.
+        """
+        found = {
+            g: ranges[members[0]] for g, members in enumerate(self.groups) if members[0] in ranges
+        }
         first = np.zeros(len(self.order), np.int32)
         if not found:
             return (), jnp.asarray(first)
@@ -88,7 +102,9 @@ class LayerRun(PlacedRun):
         some = next(iter(staged.values()))
         for g in set(range(len(self.groups))) - set(found):
             n = len(self.groups[g])
-            staged[g] = tuple(jnp.zeros((n, leaf.shape[1], T, *leaf.shape[3:]), leaf.dtype) for leaf in some)
+            staged[g] = tuple(
+                jnp.zeros((n, leaf.shape[1], T, *leaf.shape[3:]), leaf.dtype) for leaf in some
+            )
             self._hold(tree_bytes(staged[g]))
         return tuple(staged[g] for g in range(len(self.groups))), jnp.asarray(first)
 

@@ -1,7 +1,7 @@
 """Placed runs of policies that select.
 
-Rows that a working set wants and the device does not have are *pending* after a step. They are loaded or recomputed
-before the next step (lag 0), or while it runs, without them (lag 1).
+Rows that a working set wants and the device does not have are *pending* after a step. They are
+loaded or recomputed before the next step (lag 0), or while it runs, without them (lag 1).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Positions, Rows
 
 
 class Requests(NamedTuple):
-    """n tokens that slots of the away part are to hold, in the order of placed layer, sequence and position."""
+    """n tokens that slots of the away part are to hold, in the order of placed layer, sequence and
+    position.
+    """
 
     layer: np.ndarray  # [n] int32
     sequence: np.ndarray  # [n] int32, of the away part
@@ -31,13 +33,16 @@ class Requests(NamedTuple):
         return Requests(*(x[chosen] for x in self))
 
     def by_key(self, first: int) -> Positions:
-        """{(layer, sequence): positions}, sequences of the batch, of which `first` are before the away part."""
+        """{(layer, sequence): positions}, sequences of the batch, of which `first` are before the
+        away part.
+        """
         key = np.stack([self.layer, self.sequence], axis=1)
         cuts = np.flatnonzero((np.diff(key, axis=0) != 0).any(axis=1)) + 1
         runs = [run for run in np.split(self.pos, cuts) if len(run)]
         starts = np.concatenate([[0], cuts])
         return {
-            (int(self.layer[i]), first + int(self.sequence[i])): tuple(run.tolist()) for i, run in zip(starts, runs)
+            (int(self.layer[i]), first + int(self.sequence[i])): tuple(run.tolist())
+            for i, run in zip(starts, runs)
         }
 
 
@@ -55,14 +60,17 @@ def requests(pos: np.ndarray, slot: np.ndarray) -> Requests:
 
 
 def rounds(rows: Requests, pages: int, gather: bool) -> Iterable[Requests]:
-    """`rows` in pieces that staging has room for: `pages` pages of single rows, or the rows of `pages` pages, each whole.
+    """`rows` in pieces that staging has room for: `pages` pages of single rows, or the rows of
+    `pages` pages, each whole.
 
     A page that lay in two pieces would travel twice, and its plan says once.
     """
     page = np.stack([rows.layer, rows.sequence, rows.pos // PAGE_TOKENS], axis=1)
     new = (np.diff(page, axis=0) != 0).any(axis=1)
     place = (
-        np.arange(len(rows.pos)) // PAGE_TOKENS if gather else np.concatenate([[0], np.cumsum(new)])[: len(rows.pos)]
+        np.arange(len(rows.pos)) // PAGE_TOKENS
+        if gather
+        else np.concatenate([[0], np.cumsum(new)])[: len(rows.pos)]
     )
     for i in range(0, int(place.max(initial=-1)) + 1, pages):
         yield rows.where((place >= i) & (place < i + pages))
@@ -107,7 +115,9 @@ class RowRun(PlacedRun):
         self._take(self._columns(out, taken))
 
     def _step_behind(self, now: int) -> None:
-        """lag 1: rows that became pending at the last step come while this one runs, and count from the next one on."""
+        """lag 1: rows that became pending at the last step come while this one runs, and count from
+        the next one on.
+        """
         held = self._held() if self.controller.reads_wanted else None
         self.pending, before = NOTHING, self.waiting
         plan = self._ask(now, held)
@@ -151,14 +161,20 @@ class RowRun(PlacedRun):
         for row in plan.load:
             layers = slice(None) if row.layer == ALL else slice(row.layer, row.layer + 1)
             b = row.sequence - self.whole
-            loaded[layers, slice(None) if row.sequence == ALL else slice(b, b + 1), row.start : row.stop] = True
+            loaded[
+                layers,
+                slice(None) if row.sequence == ALL else slice(b, b + 1),
+                row.start : row.stop,
+            ] = True
         dropped = np.asarray([span.dropped for span in self.spans[self.whole :]], np.int32)
         load = loaded[asked.layer, asked.sequence, asked.pos]
         again = (asked.pos < dropped[asked.sequence]) & bool(plan.recompute)
         at = self.pending.layer, self.pending.sequence, self.pending.pos
         if not (loaded[at] | (self.pending.pos < dropped[self.pending.sequence])).all():
             raise RuntimeError("the plan leaves rows out that are waited for")
-        for rows in rounds(asked.where(load), self.setting.layers * loaded.shape[1], self.setting.gather):
+        for rows in rounds(
+            asked.where(load), self.setting.layers * loaded.shape[1], self.setting.gather
+        ):
             self._load(rows)
         if again.any():
             self._recompute(asked.where(again), plan.recompute)
@@ -170,7 +186,9 @@ class RowRun(PlacedRun):
             none = index < 0
             layer, sequence, pos = (np.where(none, -1, x[index]).astype(np.int32) for x in rows[:3])
             slot = np.where(none[:, None], -1, rows.slots[index]).astype(np.int32)
-            self.kv = self.programs.deliver(not self.lag, self.kv, leaves, layer, sequence, pos, slot)
+            self.kv = self.programs.deliver(
+                not self.lag, self.kv, leaves, layer, sequence, pos, slot
+            )
             del leaves
             self.meter.hold("device", -size)
 
@@ -181,7 +199,8 @@ class RowRun(PlacedRun):
         which = np.searchsorted(sequences, rows.sequence)
         place = _ranks(rows.layer * len(sequences) + which)
         away = self.setting.batch - self.whole
-        n, E = min(away, _round(len(sequences), 4)), max(16, _round(int(place.max()) + 1, 2))  # few shapes
+        # few shapes
+        n, E = min(away, _round(len(sequences), 4)), max(16, _round(int(place.max()) + 1, 2))
         T = bucket(max(stops[b] for b in sequences.tolist()))
         tokens, length = np.zeros((n, T), np.int32), np.ones(n, np.int32)
         pos, slot = np.full((L, n, E), -1, np.int32), np.full((L, n, E, P), -1, np.int32)
@@ -191,7 +210,9 @@ class RowRun(PlacedRun):
         pos[rows.layer, which, place] = rows.pos
         slot[rows.layer, which, place] = rows.slots
         named = np.pad(sequences.astype(np.int32), (0, n - len(sequences)), constant_values=-1)
-        self.kv = self.programs.recompute(not self.lag, self.params, self.kv, tokens, length, named, pos, slot)
+        self.kv = self.programs.recompute(
+            not self.lag, self.params, self.kv, tokens, length, named, pos, slot
+        )
         self.meter.recomputed_rows += len(rows.pos)
         self.meter.recomputed_tokens += int(length[: len(sequences)].sum())
 

@@ -1,8 +1,10 @@
-"""`Placed`: generation whose cache does not fit on the device, with a controller that says where each token lives.
+"""`Placed`: generation whose cache does not fit on the device, with a controller that says where
+each token lives.
 
-One loop serves every controller. Before a step the controller gets a `View` and answers with a `Plan`; a run (`offload.run`)
-obeys it through the `Mover`, then steps until there is something to decide again: while nothing has to move, many steps run
-inside one program. Prompts go layer by layer, and what does not stay leaves before the next layer begins.
+One loop serves every controller. Before a step the controller gets a `View` and answers with a
+`Plan`; a run (`offload.run`) obeys it through the `Mover`, then steps until there is something to
+decide again: while nothing has to move, many steps run inside one program. Prompts go layer by
+layer, and what does not stay leaves before the next layer begins.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ from alisa_jax.placement.plan import Controller, Setting
 
 @dataclass(frozen=True)
 class PlacedResult:
-    """What `Placed.generate` returns. Bytes are of K, V and all else that a cache keeps: working sets, statistics, staging.
+    """What `Placed.generate` returns. Bytes are of K, V and all else that a cache keeps: working
+    sets, statistics, staging.
 
-    A row is a token of one layer and sequence. tokens_per_s = batch * new tokens / (prefill_s + decode_s).
+    A row is a token of one layer and sequence. tokens_per_s = batch * new tokens /
+    (prefill_s + decode_s).
     """
 
     tokens: list[list[int]]  # new tokens of each prompt
@@ -65,36 +69,48 @@ class PlacedResult:
 class Placed:
     """Runs `engine`'s model, policy and codec with its cache placed by `controller`.
 
-    controller: a spec such as "alisa(traffic=paper)", or the object. device_kv_bytes, host_kv_bytes: budgets for everything
-    that the cache keeps on each side. Raises `spec.SpecError` for an unknown controller, RuntimeError where the machine
-    cannot offload.
+    controller: a spec such as "alisa(traffic=paper)", or the object. device_kv_bytes,
+    host_kv_bytes: budgets for everything that the cache keeps on each side. Raises `spec.SpecError`
+    for an unknown controller, RuntimeError where the machine cannot offload.
     """
 
     def __init__(
-        self, engine, controller="resident", device_kv_bytes: float = math.inf, host_kv_bytes: float = math.inf
+        self,
+        engine,
+        controller="resident",
+        device_kv_bytes: float = math.inf,
+        host_kv_bytes: float = math.inf,
     ):
         self.engine = engine
-        self.controller: Controller = placement.parse(controller) if isinstance(controller, str) else controller
+        self.controller: Controller = (
+            placement.parse(controller) if isinstance(controller, str) else controller
+        )
         self.device_kv_bytes, self.host_kv_bytes = device_kv_bytes, host_kv_bytes
         self.host = mover.self_test() if self.controller.offloads else None
         self.placed = settings.placed_layers(engine.layers)
         self.programs = Programs(engine, self.placed)
 
-    def under(self, controller, device_kv_bytes: float = math.inf, host_kv_bytes: float = math.inf) -> Placed:
+    def under(
+        self, controller, device_kv_bytes: float = math.inf, host_kv_bytes: float = math.inf
+    ) -> Placed:
         """The same engine, and what it has compiled, under another controller and other budgets."""
         other = Placed(self.engine, controller, device_kv_bytes, host_kv_bytes)
         other.programs = self.programs
         return other
 
     def setting(self, prompt_tokens: Sequence[int], new_tokens: int) -> Setting:
-        """The run in numbers; exact bytes, from shapes alone. Raises ValueError for what no controller can run."""
+        """The run in numbers; exact bytes, from shapes alone. Raises ValueError for what no
+        controller can run.
+        """
         gather = self.host is None or self.host.reads == "rows"
         config, layers = self.engine.model.decoder.config, self.engine.layers
         budgets = self.device_kv_bytes, self.host_kv_bytes
         return settings.setting_of(config, layers, prompt_tokens, new_tokens, *budgets, gather)
 
     def check(self, prompt_tokens: Sequence[int], new_tokens: int) -> Setting:
-        """The setting; raises ValueError, naming the smallest value that would do, for what cannot be run."""
+        """The setting; raises ValueError, naming the smallest value that would do, for what cannot
+        be run.
+        """
         setting = self.setting(prompt_tokens, new_tokens)
         settings.check(self.controller, setting)
         return setting
@@ -102,27 +118,34 @@ class Placed:
     def generate(self, prompts, max_new_tokens: int, progress: bool = False) -> PlacedResult:
         """Greedy continuation of a ragged batch by `max_new_tokens` tokens each.
 
-        prompts: as of `Engine.generate`. Raises ValueError, before anything runs, for what the controller refuses and for
-        what `Engine.generate` refuses.
+        prompts: as of `Engine.generate`. Raises ValueError, before anything runs, for what the
+        controller refuses and for what `Engine.generate` refuses.
         """
         return self._run(prompts, max_new_tokens, None, progress)
 
     def score(self, sequences, prompt_tokens: int, progress: bool = False) -> PlacedResult:
-        """Log-probabilities of sequences, all of one length, from token `prompt_tokens` on, fed token by token.
+        """Log-probabilities of sequences, all of one length, from token `prompt_tokens` on, fed
+        token by token.
 
-        The first `prompt_tokens` are a dense prompt. `PlacedResult.logprobs` has an entry for each later token,
-        `PlacedResult.tokens` repeats them. Raises ValueError as `generate` does, and for sequences of different lengths.
+        The first `prompt_tokens` are a dense prompt. `PlacedResult.logprobs` has an entry for each
+        later token, `PlacedResult.tokens` repeats them. Raises ValueError as `generate` does, and
+        for sequences of different lengths.
         """
         batch = self.engine.batch(sequences)
         if len(set(batch.length.tolist())) > 1 or not 1 <= prompt_tokens < batch.length[0]:
             raise ValueError(
-                f"score needs sequences of one length, longer than prompt_tokens={prompt_tokens}; got lengths "
+                f"score needs sequences of one length, longer than prompt_tokens={prompt_tokens}; "
+                "got lengths "
                 f"{batch.length.tolist()}"
             )
         prompts = [row[:prompt_tokens].tolist() for row in batch.tokens]
-        return self._run(prompts, int(batch.length[0]) - prompt_tokens, batch.tokens[:, prompt_tokens:], progress)
+        return self._run(
+            prompts, int(batch.length[0]) - prompt_tokens, batch.tokens[:, prompt_tokens:], progress
+        )
 
-    def _run(self, prompts, new_tokens: int, forced: np.ndarray | None, progress: bool) -> PlacedResult:
+    def _run(
+        self, prompts, new_tokens: int, forced: np.ndarray | None, progress: bool
+    ) -> PlacedResult:
         start, compiles = time.perf_counter(), self.engine.compiles
         batch = self.engine.batch(prompts)
         if new_tokens < 1:
@@ -145,7 +168,10 @@ class Placed:
                 run = kind(self, part, meter, batch.tokens[rows], batch.length[rows], text)
                 run.run(lambda tokens, batch=part.batch: shown.update(tokens * batch))
                 runs.append(run)
-        columns = [[row for run in runs for row in np.concatenate(run.columns[i], axis=1)] for i in range(3)]
+        columns = [
+            [row for run in runs for row in np.concatenate(run.columns[i], axis=1)]
+            for i in range(3)
+        ]
         return PlacedResult(
             tokens=[row.tolist() for row in columns[0]],
             margins=columns[1],

@@ -1,7 +1,8 @@
-"""The pure functions that placed runs jit: a prompt layer by layer, what obeys a plan, and dense layers one at a time.
+"""The pure functions that placed runs jit: a prompt layer by layer, what obeys a plan, and dense
+layers one at a time.
 
-`kv` is a tuple over layers of tuples over parts (`alisa_jax.attention.parts`); the away part, where there is one, is the
-last. `placed` names the layers whose tokens a controller places.
+`kv` is a tuple over layers of tuples over parts (`alisa_jax.attention.parts`); the away part, where
+there is one, is the last. `placed` names the layers whose tokens a controller places.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Cut(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """What the away parts of the placed layers wait for; shapes as in `kv.pending.Pending` with a layer axis in front."""
+    """What the away parts of the placed layers wait for; shapes as in `kv.pending.Pending` with a
+    layer axis in front.
+    """
 
     pos: jax.Array  # [L, B, P, PENDING_ROWS] int32
     slot: jax.Array  # [L, B, P, PENDING_ROWS] int32
@@ -44,18 +47,31 @@ def embed(decoder: Decoder, params, tokens, at) -> jax.Array:
 
 def last_logits(decoder: Decoder, params, x, length) -> jax.Array:
     """Logits [B, V] of the last token of each prompt, x [B, T, D]."""
-    return decoder.unembed(params, jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1))[:, 0]
+    return decoder.unembed(params, jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1))[
+        :, 0
+    ]
 
 
 def prefill_layer(
-    decoder: Decoder, kind: step.Layer, layout: tuple[Part, ...], cuts: tuple[Cut, ...], block, x, at, length, host
+    decoder: Decoder,
+    kind: step.Layer,
+    layout: tuple[Part, ...],
+    cuts: tuple[Cut, ...],
+    block,
+    x,
+    at,
+    length,
+    host,
 ):
     """One layer of a prompt: (x, its parts, for each cut the leaves of each page)."""
 
     def attend(q, k, v):
         out, states, kept = parts.prefill(kind, layout, q, k, v, length, host)
         pages = [
-            [parts.prompt_page(kind, kept, c.sequences, page, PAGE_TOKENS) for page in range(c.first, c.stop)]
+            [
+                parts.prompt_page(kind, kept, c.sequences, page, PAGE_TOKENS)
+                for page in range(c.first, c.stop)
+            ]
             for c in cuts
         ]
         return out, (states, pages)
@@ -65,7 +81,9 @@ def prefill_layer(
 
 
 def steps(decoder: Decoder, placed: tuple[int, ...], params, kv, token, done, eos, n, draw):
-    """`step.generate_chunk` on layers in parts, with what is pending after it (None: no part is away)."""
+    """`step.generate_chunk` on layers in parts, with what is pending after it
+    (None: no part is away).
+    """
     out, kv = step.generate_chunk(decoder, params, kv, token, done, eos, n, draw)
     return out, kv, waiting(placed, kv)
 
@@ -97,7 +115,9 @@ def move_host(placed: tuple[int, ...], kv, host):
 
 
 def deliver(placed: tuple[int, ...], clear: bool, kv, leaves: Leaves, layer, sequence, pos, slot):
-    """`kv` with rows `leaves` [R, K, *] in slots [R, P] of `layer`, `sequence`, tokens `pos`, [R]; see `parts.deliver`."""
+    """`kv` with rows `leaves` [R, K, *] in slots [R, P] of `layer`, `sequence`, tokens `pos`, [R];
+    see `parts.deliver`.
+    """
 
     def one(i, state):
         mine = jnp.where(layer == i, sequence, -1)
@@ -112,11 +132,23 @@ def resume(placed: tuple[int, ...], kv):
     return kv, waiting(placed, kv)
 
 
-def recompute(decoder: Decoder, placed: tuple[int, ...], clear: bool, params, kv, tokens, length, sequence, pos, slot):
+def recompute(
+    decoder: Decoder,
+    placed: tuple[int, ...],
+    clear: bool,
+    params,
+    kv,
+    tokens,
+    length,
+    sequence,
+    pos,
+    slot,
+):
     """`kv` with tokens computed anew from the ids of their prefixes and delivered.
 
-    tokens [n, T], length [n], sequence [n] of the away part (-1: none); pos [L, n, E] the tokens wanted, -1 none, and their
-    slots [L, n, E, P]. A prefix depends on itself alone, so this is what the prompt gave.
+    tokens [n, T], length [n], sequence [n] of the away part (-1: none); pos [L, n, E] the tokens
+    wanted, -1 none, and their slots [L, n, E, P]. A prefix depends on itself alone, so this is what
+    the prompt gave.
     """
     n, T = tokens.shape
     E = pos.shape[2]
@@ -132,7 +164,9 @@ def recompute(decoder: Decoder, placed: tuple[int, ...], clear: bool, params, kv
             i, state = placed.index(layer), kv[layer][-1]
             leaves = parts.encoded(state, k, v, jnp.maximum(sequence, 0), pos[i])
             rows = jnp.where(pos[i] >= 0, sequence[:, None], -1).reshape(n * E)
-            return out, parts.deliver(state, leaves, rows, pos[i].reshape(n * E), slot[i].reshape(n * E, -1), clear)
+            return out, parts.deliver(
+                state, leaves, rows, pos[i].reshape(n * E), slot[i].reshape(n * E, -1), clear
+            )
 
         x, state = decoder.block(params, layer, x, at, attend)
         if state is not None:
@@ -141,23 +175,38 @@ def recompute(decoder: Decoder, placed: tuple[int, ...], clear: bool, params, kv
 
 
 def dense_layer(
-    decoder: Decoder, order: tuple[int, ...], block, x, states: Parts, host, dropped, staged, first, prefix
+    decoder: Decoder,
+    order: tuple[int, ...],
+    block,
+    x,
+    states: Parts,
+    host,
+    dropped,
+    staged,
+    first,
+    prefix,
 ):
-    """One layer of a decode step whose away part attends what its ring holds, `staged` and the recomputed prefix.
+    """One layer of a decode step whose away part attends what its ring holds, `staged` and the
+    recomputed prefix.
 
-    x [B, 1, D]; staged: leaves [n, K, T, *] of each group of sequences, `order` the places of the away sequences among
-    them, positions from `first` on; () for nothing; prefix: leaves of positions from 0 on, or (). Returns (x, states).
+    x [B, 1, D]; staged: leaves [n, K, T, *] of each group of sequences, `order` the places of the
+    away sequences among them, positions from `first` on; () for nothing; prefix: leaves of
+    positions from 0 on, or (). Returns (x, states).
     """
     at = step.lengths(states)[:, None]
     pieces = []
     if staged or prefix:
-        joined = tuple(_ordered(leaf, order) for leaf in zip(*staged, strict=True)) if staged else prefix
+        joined = (
+            tuple(_ordered(leaf, order) for leaf in zip(*staged, strict=True)) if staged else prefix
+        )
         pieces.append(Streamed(joined, first))
     if prefix:
         pieces.append(Streamed(prefix, jnp.zeros_like(first)))
 
     def attend(q, k, v):
-        out, new = parts.decode_streamed(states, q[:, 0], k[:, 0], v[:, 0], host, dropped, tuple(pieces))
+        out, new = parts.decode_streamed(
+            states, q[:, 0], k[:, 0], v[:, 0], host, dropped, tuple(pieces)
+        )
         return out[:, None], new
 
     return decoder.block({"blocks": [block]}, 0, x, at, attend)
@@ -168,7 +217,10 @@ def prefix_layer(decoder: Decoder, block, x, at, length, state):
 
     def attend(q, k, v):
         ws, codec = state.ws, state.codec
-        leaves = [codec.encode(packed, jnp.swapaxes(y, 1, 2), "slots") for packed, y in ((ws.k, k), (ws.v, v))]
+        leaves = [
+            codec.encode(packed, jnp.swapaxes(y, 1, 2), "slots")
+            for packed, y in ((ws.k, k), (ws.v, v))
+        ]
         return causal(q, k, v, length, state.impl), (*leaves[0], *leaves[1])
 
     return decoder.block({"blocks": [block]}, 0, x, at, attend)
@@ -176,7 +228,10 @@ def prefix_layer(decoder: Decoder, block, x, at, length, state):
 
 def widen(leaves: Leaves, T: int) -> Leaves:
     """Streamed leaves [n, K, t, *] with T positions."""
-    return tuple(jnp.pad(x, [(0, T - s if axis == 2 else 0) for axis, s in enumerate(x.shape)]) for x in leaves)
+    return tuple(
+        jnp.pad(x, [(0, T - s if axis == 2 else 0) for axis, s in enumerate(x.shape)])
+        for x in leaves
+    )
 
 
 def _ordered(groups: tuple[jax.Array, ...], order: tuple[int, ...]) -> jax.Array:
@@ -193,7 +248,9 @@ def _away(placed: tuple[int, ...], kv, change):
 
 
 class Programs:
-    """The functions above, jitted for the model, policy and codec of `engine`; `Engine.compiles` counts their traces."""
+    """The functions above, jitted for the model, policy and codec of `engine`; `Engine.compiles`
+    counts their traces.
+    """
 
     def __init__(self, engine, placed: tuple[int, ...]):
         decoder, jit, on = engine.model.decoder, engine._jit, functools.partial

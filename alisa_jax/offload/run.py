@@ -1,4 +1,6 @@
-"""One placed run: obeys the plans of a controller step by step. What its two kinds, `selecting` and `streaming`, share."""
+"""One placed run: obeys the plans of a controller step by step. What its two kinds, `selecting` and
+`streaming`, share.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,15 @@ from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Rows, Setting, Span
 
 
 class PlacedRun:
-    """What both kinds share: the prompt, the loop, and stores and drops. `placed` is the `offload.engine.Placed`."""
+    """What both kinds share: the prompt, the loop, and stores and drops. `placed` is the
+    `offload.engine.Placed`.
+    """
 
     layout_of_pages = ""
 
-    def __init__(self, placed, setting: Setting, meter: Meter, tokens: np.ndarray, length: np.ndarray, forced):
+    def __init__(
+        self, placed, setting: Setting, meter: Meter, tokens: np.ndarray, length: np.ndarray, forced
+    ):
         self.placed, self.setting, self.meter, self.forced = placed, setting, meter, forced
         self.programs = placed.programs
         self.controller, self.params = placed.controller, placed.engine.model.params
@@ -31,7 +37,9 @@ class PlacedRun:
         layout = self.controller.layout(setting)
         self.whole = layout.whole
         layers = placed.engine.layers
-        self.layouts = [settings.layout_of(layout, setting, i in placed.placed) for i in range(len(layers))]
+        self.layouts = [
+            settings.layout_of(layout, setting, i in placed.placed) for i in range(len(layers))
+        ]
         away = range(setting.batch - self.whole)
         prompts = [setting.prompt_tokens[self.whole + b] for b in away]
         alike = {n: tuple(b for b in away if prompts[b] == n) for n in dict.fromkeys(prompts)}
@@ -40,8 +48,10 @@ class PlacedRun:
         if len(away):
             self.mover = Mover(self.groups, self.layout_of_pages, placed.host.reads, meter)
         self.spans: tuple[Span, ...] = (Span(),) * setting.batch
-        self.columns: tuple[list, list, list] = ([], [], [])  # tokens, margins, log-probabilities [B, n]
-        self.behind: list[tuple[list, int]] = []  # pages on their way to the host, and their device bytes
+        # tokens, margins, log-probabilities [B, n]
+        self.columns: tuple[list, list, list] = ([], [], [])
+        # pages on their way to the host, and their device bytes
+        self.behind: list[tuple[list, int]] = []
         self.notes: list[str] = []
         self.p1 = self.p2 = setting.new_tokens
         self.prefill_s = self.decode_s = self.decide_s = 0.0
@@ -78,24 +88,38 @@ class PlacedRun:
         at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], tokens.shape)
         plan = self.decide(0, None, None)
         kept = self._ranges(plan.store)
-        cuts = [(g, Cut(members, *page_range(kept.get(members[0], (0, 0))))) for g, members in enumerate(self.groups)]
+        cuts = [
+            (g, Cut(members, *page_range(kept.get(members[0], (0, 0)))))
+            for g, members in enumerate(self.groups)
+        ]
         cuts = [(g, cut) for g, cut in cuts if cut.first < cut.stop]
-        host, length = jnp.asarray([span.host for span in self.spans], jnp.int32), jnp.asarray(self.length)
+        host, length = (
+            jnp.asarray([span.host for span in self.spans], jnp.int32),
+            jnp.asarray(self.length),
+        )
         x, kv = self.programs.embed(self.params, jnp.asarray(tokens), at), []
-        for layer, (kind, layout) in enumerate(zip(placed.engine.layers, self.layouts, strict=True)):
+        for layer, (kind, layout) in enumerate(
+            zip(placed.engine.layers, self.layouts, strict=True)
+        ):
             mine = cuts if layer in placed.placed else []
             block = self.params["blocks"][layer]
             chosen = tuple(cut for _, cut in mine)
-            x, states, some = self.programs.prefill_layer(kind, layout, chosen, block, x, at, length, host)
+            x, states, some = self.programs.prefill_layer(
+                kind, layout, chosen, block, x, at, length, host
+            )
             kv.append(states)
             self.meter.hold("device", tree_bytes((states, some)))
             if some:
                 i = placed.placed.index(layer)
                 found = zip(mine, some, strict=True)
                 self.mover.store(
-                    (i, g, cut.first + j, page) for (g, cut), cells in found for j, page in enumerate(cells)
+                    (i, g, cut.first + j, page)
+                    for (g, cut), cells in found
+                    for j, page in enumerate(cells)
                 )
-                jax.block_until_ready([leaves for key, leaves in self.mover.pages.items() if key[0] == i])
+                jax.block_until_ready(
+                    [leaves for key, leaves in self.mover.pages.items() if key[0] == i]
+                )
             size = tree_bytes(some)
             del some
             self.meter.hold("device", -size)
@@ -104,11 +128,21 @@ class PlacedRun:
         return self.programs.next_token(logits, self._draw(), jnp.int32(0))
 
     def decide(self, step_: int, wanted, entering) -> Plan:
-        """Ask the controller, carry out drops and what it stores of the ring, and move to its spans."""
+        """Ask the controller, carry out drops and what it stores of the ring, and move to its
+        spans.
+        """
         setting = self.setting
         prompts, first = setting.prompt_tokens, step_ == 0
         lengths = (0,) * setting.batch if first else tuple(s + step_ - 1 for s in prompts)
-        view = View(setting, step_, lengths, prompts if first else (1,) * setting.batch, self.spans, wanted, entering)
+        view = View(
+            setting,
+            step_,
+            lengths,
+            prompts if first else (1,) * setting.batch,
+            self.spans,
+            wanted,
+            entering,
+        )
         start = time.perf_counter()
         plan = self.controller.decide(view)
         self.decide_s += time.perf_counter() - start
@@ -136,7 +170,9 @@ class PlacedRun:
         while self.next_move < setting.new_tokens:
             if self.next_move >= step_:
                 lengths = tuple(s + self.next_move - 1 for s in setting.prompt_tokens)
-                view = View(setting, self.next_move, lengths, (1,) * setting.batch, self.spans, {}, {})
+                view = View(
+                    setting, self.next_move, lengths, (1,) * setting.batch, self.spans, {}, {}
+                )
                 if self.controller.spans(view) != self.spans:
                     break
             self.next_move += 1
@@ -156,9 +192,16 @@ class PlacedRun:
                 self.behind.append((sent, tree_bytes(leaves)))
 
     def _hold(self, size: int) -> None:
-        """`size` more device bytes; pages that are written behind are waited for where there would be no room for them."""
-        meter, ready = self.meter, lambda arrays: all(leaf.is_ready() for leaf in jax.tree.leaves(arrays))
-        while self.behind and (ready(self.behind[0][0]) or meter.live["device"] + size > meter.budgets["device"]):
+        """`size` more device bytes; pages that are written behind are waited for where there would
+        be no room for them.
+        """
+        meter, ready = (
+            self.meter,
+            lambda arrays: all(leaf.is_ready() for leaf in jax.tree.leaves(arrays)),
+        )
+        while self.behind and (
+            ready(self.behind[0][0]) or meter.live["device"] + size > meter.budgets["device"]
+        ):
             sent, held = self.behind.pop(0)
             jax.block_until_ready(sent)
             meter.hold("device", -held)
@@ -178,14 +221,20 @@ class PlacedRun:
         """Rows of all layers as {away sequence: (start, stop)}."""
         found: dict[int, tuple[int, int]] = {}
         for row in rows:
-            sequences = range(self.whole, self.setting.batch) if row.sequence == ALL else (row.sequence,)
+            sequences = (
+                range(self.whole, self.setting.batch) if row.sequence == ALL else (row.sequence,)
+            )
             for b in sequences:
                 old = found.get(b - self.whole, (row.start, row.stop))
                 found[b - self.whole] = min(old[0], row.start), max(old[1], row.stop)
         return found
 
     def _draw(self):
-        return None if self.forced is None else Forced(jnp.asarray(self._padded_text()), jnp.int32(self.made))
+        return (
+            None
+            if self.forced is None
+            else Forced(jnp.asarray(self._padded_text()), jnp.int32(self.made))
+        )
 
     def _padded_text(self) -> np.ndarray:
         return np.pad(self.forced, ((0, 0), (0, step.CHUNK_STEPS)))

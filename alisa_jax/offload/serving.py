@@ -1,7 +1,8 @@
-"""One face for an engine whose cache is all on the device and for one under a controller: `Serving`.
+"""One face for an engine whose cache is all on the device and for one under a controller:
+`Serving`.
 
-Callers bring batches of token ids and need not know where the cache lives. Under a controller the first tokens of a sequence
-to score are a dense prompt: one, or those that the codec calibrates on.
+Callers bring batches of token ids and need not know where the cache lives. Under a controller the
+first tokens of a sequence to score are a dense prompt: one, or those that the codec calibrates on.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from alisa_jax.offload.engine import Placed
 
 
 class Serving:
-    """Scores and continues batches with `engine`, or with `placed`, its cache under a controller, where that is given.
+    """Scores and continues batches with `engine`, or with `placed`, its cache under a controller,
+    where that is given.
 
     protocol: of scores, as of `Engine.score`; under a controller tokens are always decoded.
     """
 
     def __init__(self, engine: Engine, placed: Placed | None = None, protocol: str = "decode"):
         self.engine, self.placed, self.protocol = engine, placed, protocol
-        self.first = max(1, engine.codec.frozen_after)  # tokens of the prompt of a sequence scored under a controller
+        # tokens of the prompt of a sequence scored under a controller
+        self.first = max(1, engine.codec.frozen_after)
         self.ran: dict[str, str] = {}  # what ran, and why it was that
 
     def check_scores(self, sequences: Sequence[list[int]], last: Sequence[int]) -> None:
@@ -34,18 +37,27 @@ class Serving:
         if self.placed is not None:
             self.placed.check([self.first] * len(before), max(map(len, sequences)) - self.first)
 
-    def score(self, sequences: Sequence[list[int]], last: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Log-probabilities, and whether each token is the greedy one, of the last `last[i]` tokens of sequence i."""
+    def score(
+        self, sequences: Sequence[list[int]], last: Sequence[int]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Log-probabilities, and whether each token is the greedy one, of the last `last[i]` tokens
+        of sequence i.
+        """
         if self.placed is None:
             scores = self.engine.score(sequences, self.protocol, last=last)
             self.ran[scores.implementation] = scores.implementation_reason
             return list(zip(scores.logprobs, scores.correct, strict=True))
         self.ran[self.engine.implementation] = self.engine.implementation_reason
         longest = max(map(len, sequences))  # what is added comes after all that is read
-        run = self.placed.score([[*ids, *ids[-1:] * (longest - len(ids))] for ids in sequences], self.first)
+        run = self.placed.score(
+            [[*ids, *ids[-1:] * (longest - len(ids))] for ids in sequences], self.first
+        )
         ends = [len(ids) - self.first for ids in sequences]
         spans = [slice(end - n, end) for end, n in zip(ends, last, strict=True)]
-        return [(row[span], lead[span] >= 0) for row, lead, span in zip(run.logprobs, run.margins, spans, strict=True)]
+        return [
+            (row[span], lead[span] >= 0)
+            for row, lead, span in zip(run.logprobs, run.margins, spans, strict=True)
+        ]
 
     def check_prompts(self, prompts: Sequence[list[int]], new_tokens: int) -> None:
         """Raise ValueError where `generate` would, before anything runs."""
@@ -54,17 +66,28 @@ class Serving:
             self.placed.check([len(ids) for ids in prompts], new_tokens)
 
     def generate(
-        self, prompts: Sequence[list[int]], new_tokens: int, sampling: Sampling, key=None, stop: Sequence[str] = ()
+        self,
+        prompts: Sequence[list[int]],
+        new_tokens: int,
+        sampling: Sampling,
+        key=None,
+        stop: Sequence[str] = (),
     ) -> list[list[int]]:
         """New tokens of each prompt, before its first EOS; arguments as of `Engine.generate`.
 
-        Under a controller tokens are greedy and nothing stops: `sampling`, `key` and `stop` do not count.
+        Under a controller tokens are greedy and nothing stops: `sampling`, `key` and `stop` do not
+        count.
         """
         eos = self.engine.model.eos_ids
         self.ran[self.engine.implementation] = self.engine.implementation_reason
         if self.placed is None:
-            made = self.engine.generate(prompts, new_tokens, eos, sampling=sampling, key=key, stop=stop)
+            made = self.engine.generate(
+                prompts, new_tokens, eos, sampling=sampling, key=key, stop=stop
+            )
         else:
             made = self.placed.generate(prompts, new_tokens)
-        ends = [next((j for j, token in enumerate(row) if token in eos), len(row)) for row in made.tokens]
+        ends = [
+            next((j for j, token in enumerate(row) if token in eos), len(row))
+            for row in made.tokens
+        ]
         return [row[:end] for row, end in zip(made.tokens, ends, strict=True)]

@@ -1,4 +1,6 @@
-"""What a placed run needs, from shapes alone: the `Setting` that controllers decide by, and what cannot be placed."""
+"""What a placed run needs, from shapes alone: the `Setting` that controllers decide by, and what
+cannot be placed.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,11 @@ def setting_of(
     host_kv_bytes: float = math.inf,
     gather: bool = True,
 ) -> Setting:
-    """The run in numbers. Bytes are those of the arrays that `parts.init` would make, found without making them.
+    """The run in numbers. Bytes are those of the arrays that `parts.init` would make, found without
+    making them.
 
-    Layers that attend everything beside layers that select (`dense_layers=`) stay on the device whole and count as fixed.
-    Raises ValueError for what no controller can run.
+    Layers that attend everything beside layers that select (`dense_layers=`) stay on the device
+    whole and count as fixed. Raises ValueError for what no controller can run.
     """
     check_layers(layers)
     placed = placed_layers(layers)
@@ -39,7 +42,9 @@ def setting_of(
     selects, evicts = policies[0].selects, policies[0].selects and any(p.evicts for p in policies)
     context = PAGE_TOKENS * pages(max(prompt_tokens) + new_tokens - 1)
     slots = max(p.capacity(context) for p in policies) if selects else 0
-    fixed = sum(_fixed_bytes(config, kind, context, i in placed, evicts) for i, kind in enumerate(layers))
+    fixed = sum(
+        _fixed_bytes(config, kind, context, i in placed, evicts) for i, kind in enumerate(layers)
+    )
     return Setting(
         layers=len(placed),
         prompt_tokens=tuple(int(n) for n in prompt_tokens),
@@ -65,9 +70,12 @@ def placed_layers(layers: tuple[Layer, ...]) -> tuple[int, ...]:
 def check(controller: Controller, setting: Setting) -> None:
     """Raise ValueError, in one sentence, for what `controller` cannot run."""
     controller.check(setting)
-    if setting.refreshes and any(controller.layout(part).kept_pages for part in controller.groups(setting)):
+    if setting.refreshes and any(
+        controller.layout(part).kept_pages for part in controller.groups(setting)
+    ):
         raise ValueError(
-            "a policy that refreshes attends every token at times, and placement brings single rows to the policies that "
+            "a policy that refreshes attends every token at times, and placement brings single "
+            "rows to the policies that "
             "select: give refresh_every=0, or a device budget that holds everything"
         )
 
@@ -76,19 +84,25 @@ def check_layers(layers: tuple[Layer, ...]) -> None:
     """Raise ValueError, in one sentence, for what no controller can run."""
     for kind in layers:
         if kind.route != "working_set":
-            raise ValueError(f"placement serves the route working_set; {kind.policy} is run by the route {kind.route}")
+            raise ValueError(
+                f"placement serves the route working_set; {kind.policy} is run by the route "
+                f"{kind.route}"
+            )
         if kind.policy.appends:
             raise ValueError(
-                f"placement plans sets of a known size; {kind.policy} keeps what its prompt leaves and all after it"
+                f"placement plans sets of a known size; {kind.policy} keeps what its prompt "
+                "leaves and all after it"
             )
         if not kind.codec.placed:
             raise ValueError(
-                "placement moves tokens by their rows, and the codec keeps some tokens beside their rows: "
+                "placement moves tokens by their rows, and the codec keeps some tokens beside "
+                "their rows: "
                 "give raw, int8 or int4"
             )
         if kind.turning is not None:
             raise ValueError(
-                f"placement moves keys that carry their positions; {kind.policy} with {kind.codec} turns them at every step"
+                f"placement moves keys that carry their positions; {kind.policy} with "
+                f"{kind.codec} turns them at every step"
             )
 
 
@@ -108,7 +122,9 @@ def _fixed_bytes(config: ModelConfig, kind: Layer, context: int, placed: bool, e
     rings = placed and not evicts
     ring = PAGE_TOKENS if rings and kind.policy.selects else 0
     part = Part(0, 1, context, ring)
-    empty = lambda: attention.freeze(parts.init(kind, part, config.n_heads, config.n_kv_heads, config.head_dim))
+    empty = lambda: attention.freeze(
+        parts.init(kind, part, config.n_heads, config.n_kv_heads, config.head_dim)
+    )
     state = jax.eval_shape(empty)
     home = state.store if isinstance(state.store, Ring) else state.ws
     rows = [*kind.codec.leaves(home.k), *kind.codec.leaves(home.v)] if rings else []

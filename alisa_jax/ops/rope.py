@@ -1,12 +1,15 @@
-"""Rotary positions (arXiv 2104.09864, section 3.2.2) in the layout of Hugging Face LLaMA and GPT-NeoX checkpoints.
+"""Rotary positions (arXiv 2104.09864, section 3.2.2) in the layout of Hugging Face LLaMA and
+GPT-NeoX checkpoints.
 
-The leading R channels of a head are rotated, all H of them or a part: channel i of their first half is paired with
-channel i of their second half, and the pair is turned by position * theta ** (-2 i / R). Angles, sines and the
-rotation itself are float32: a bfloat16 position is wrong by whole tokens beyond 256.
+The leading R channels of a head are rotated, all H of them or a part: channel i of their first half
+is paired with channel i of their second half, and the pair is turned by position * theta **
+(-2 i / R). Angles, sines and the rotation itself are float32: a bfloat16 position is wrong by whole
+tokens beyond 256.
 
-`rotate` serves models, by theta; `turned` serves caches, by the angles of a `Rotation`. A rotary model makes logits from
-differences of positions alone. Keys that are stored before their rotation can thus be placed anew at every step
-(StreamingLLM), and are quantised without the rotation that mixes their channels (SKVQ).
+`rotate` serves models, by theta; `turned` serves caches, by the angles of a `Rotation`. A rotary
+model makes logits from differences of positions alone. Keys that are stored before their rotation
+can thus be placed anew at every step (StreamingLLM), and are quantised without the rotation that
+mixes their channels (SKVQ).
 """
 
 from __future__ import annotations
@@ -26,11 +29,11 @@ ROPE_SCALINGS = ("linear", "llama3")
 class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context.
 
-    `linear` divides every frequency by `factor` (position interpolation, arXiv 2306.15595, section 3.2).
-    `llama3` divides the slow ones only: wavelengths above original_max_positions / low_freq_factor are
-    divided by `factor`, those below original_max_positions / high_freq_factor are left alone, and between the
-    two the frequency is interpolated linearly in original_max_positions / wavelength. The last three fields
-    are of `llama3` alone.
+    `linear` divides every frequency by `factor` (position interpolation, arXiv 2306.15595, section
+    3.2). `llama3` divides the slow ones only: wavelengths above original_max_positions /
+    low_freq_factor are divided by `factor`, those below original_max_positions / high_freq_factor
+    are left alone, and between the two the frequency is interpolated linearly in
+    original_max_positions / wavelength. The last three fields are of `llama3` alone.
 
     Raises ValueError where a value is out of its range.
     """
@@ -43,29 +46,36 @@ class RopeScaling:
 
     def __post_init__(self):
         if self.kind not in ROPE_SCALINGS:
-            raise ValueError(f"rope scaling is {self.kind!r}; allowed are {', '.join(ROPE_SCALINGS)}.")
+            raise ValueError(
+                f"rope scaling is {self.kind!r}; allowed are {', '.join(ROPE_SCALINGS)}."
+            )
         if not self.factor > 0:
             raise ValueError(f"rope scaling factor is {self.factor}; it must be above 0.")
         if self.kind == "llama3":
             if not 0 < self.low_freq_factor < self.high_freq_factor:
                 raise ValueError(
                     f"rope scaling has low_freq_factor={self.low_freq_factor} and "
-                    f"high_freq_factor={self.high_freq_factor}; they must be above 0 and in this order."
+                    f"high_freq_factor={self.high_freq_factor}; they must be above 0 and in this "
+                    "order."
                 )
             if self.original_max_positions < 1:
                 raise ValueError(
-                    f"rope scaling has original_max_positions={self.original_max_positions}; it must be at least 1."
+                    f"rope scaling has original_max_positions={self.original_max_positions}; it "
+                    "must be at least 1."
                 )
 
 
 def inverse_frequencies(dims: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-    """Radians per token of each pair of `dims` channels, float64 [dims / 2]; computed outside jit."""
+    """Radians per token of each pair of `dims` channels, float64 [dims / 2]; computed
+    outside jit.
+    """
     freq = theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
     if scaling is None:
         return freq
     if scaling.kind == "linear":
         return freq / scaling.factor
-    turns = scaling.original_max_positions * freq / (2 * math.pi)  # full turns within the trained context
+    # full turns within the trained context
+    turns = scaling.original_max_positions * freq / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: fast, unchanged; 0: slow, divided
     return freq * (keep + (1.0 - keep) / scaling.factor)
@@ -78,7 +88,9 @@ def rotate(
     scaling: RopeScaling | None = None,
     dims: int | None = None,  # R; None: all H channels
 ) -> jax.Array:
-    """x with its leading `dims` channels turned by its positions: [B, T, N, H] in the type of x, worked in float32."""
+    """x with its leading `dims` channels turned by its positions: [B, T, N, H] in the type of x,
+    worked in float32.
+    """
     dims = x.shape[-1] if dims is None else dims
     freq = jnp.asarray(inverse_frequencies(dims, theta, scaling), jnp.float32)
     angle = positions.astype(jnp.float32)[:, :, None, None] * freq[None, None, None, :]
@@ -89,7 +101,9 @@ def rotate(
 
 
 class Rotation(NamedTuple):
-    """How a model turns its keys: pair c of H channels, (c, c + len(angles)), by angles[c] radians a position."""
+    """How a model turns its keys: pair c of H channels, (c, c + len(angles)), by angles[c] radians
+    a position.
+    """
 
     angles: tuple[float, ...]
     positions: int  # of the longest context
@@ -106,7 +120,8 @@ class Turn(NamedTuple):
 
 
 def turned(x: jax.Array, places: jax.Array, rotation: Rotation) -> jax.Array:
-    """x [..., H] turned by its places [...] int32: pair (c, c + R / 2) of the leading R channels by places * angles[c].
+    """x [..., H] turned by its places [...] int32: pair (c, c + R / 2) of the leading R channels by
+    places * angles[c].
 
     Worked in float32, as `rotate` does; the result has the type of x.
     """
@@ -121,7 +136,9 @@ def turned(x: jax.Array, places: jax.Array, rotation: Rotation) -> jax.Array:
 
 
 def sines(places: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the angle of each pair at places [...] int32: [..., R / 2] float32 each."""
+    """Cosine and sine of the angle of each pair at places [...] int32: [..., R / 2]
+    float32 each.
+    """
     angles = jnp.asarray(rotation.angles, jnp.float32).reshape((1,) * places.ndim + (-1,))
     angle = places.astype(jnp.float32)[..., None] * angles
     return jnp.cos(angle), jnp.sin(angle)

@@ -1,7 +1,8 @@
-"""Where does each stored token live at the next step: one controller, one file, one frozen dataclass.
+"""Where does each stored token live at the next step: one controller, one file, one frozen
+dataclass.
 
-Nothing here imports jax or holds an array: a controller gets a `View` and returns a `Plan`. The same controllers are
-priced by `simulate` and obeyed by the part that moves real arrays.
+Nothing here imports jax or holds an array: a controller gets a `View` and returns a `Plan`. The
+same controllers are priced by `simulate` and obeyed by the part that moves real arrays.
 """
 
 from __future__ import annotations
@@ -14,10 +15,27 @@ from alisa_jax.placement.controllers.alisa import Alisa
 from alisa_jax.placement.controllers.flexgen import FlexGen
 from alisa_jax.placement.controllers.resident import Resident
 from alisa_jax.placement.controllers.waves import Waves
-from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Controller, Layout, Plan, Rows, Setting, Span, Tier, View
+from alisa_jax.placement.plan import (
+    ALL,
+    PAGE_TOKENS,
+    Controller,
+    Layout,
+    Plan,
+    Rows,
+    Setting,
+    Span,
+    Tier,
+    View,
+)
 
 CONTROLLERS = MappingProxyType(
-    {"resident": Resident, "waves": Waves, "accelerate": Accelerate, "flexgen": FlexGen, "alisa": Alisa}
+    {
+        "resident": Resident,
+        "waves": Waves,
+        "accelerate": Accelerate,
+        "flexgen": FlexGen,
+        "alisa": Alisa,
+    }
 )
 
 __all__ = [
@@ -42,5 +60,7 @@ __all__ = [
 
 
 def parse(text: str) -> Controller:
-    """The controller that `text` names, for example 'alisa(traffic=paper)'. Raises `spec.SpecError`."""
+    """The controller that `text` names, for example 'alisa(traffic=paper)'. Raises
+    `spec.SpecError`.
+    """
     return spec.parse(text, CONTROLLERS)

@@ -22,5 +22,7 @@ def read_bytes(text: str, dense_kv_bytes: float, where: str = "") -> float:
         return math.inf
     found = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([A-Za-z]*)", text.strip())
     if not found or found[2] not in {*UNITS, "x"}:
-        raise ValueError(f"{where}{text!r} is no size; write 2GB, 512MiB, or 0.33x for a share of the dense KV")
+        raise ValueError(
+            f"{where}{text!r} is no size; write 2GB, 512MiB, or 0.33x for a share of the dense KV"
+        )
     return float(found[1]) * (dense_kv_bytes if found[2] == "x" else UNITS[found[2]])

@@ -1,13 +1,14 @@
 """Rows between device memory and pinned host memory: the only module that chooses a memory kind.
 
-On the host there are pages: 16 tokens of one layer and of one group of sequences whose prompts are equally long (a group
-fills, loses and wants its pages together; ragged batches have many groups). A page is a tuple of arrays, those that K and
-then V are made of in the codec, in pinned memory, written once and never changed; it is freed whole. Layout "tokens" is
-[n, 16, K, *], for rows that are wanted one by one; "slots" is [n, K, 16, *], for pages that are streamed.
+On the host there are pages: 16 tokens of one layer and of one group of sequences whose prompts are
+equally long (a group fills, loses and wants its pages together; ragged batches have many groups). A
+page is a tuple of arrays, those that K and then V are made of in the codec, in pinned memory,
+written once and never changed; it is freed whole. Layout "tokens" is [n, 16, K, *], for rows that
+are wanted one by one; "slots" is [n, K, 16, *], for pages that are streamed.
 
-Reads take what `self_test` found to work: `rows`, where the host's memory can be read in place and only the wanted rows
-travel; else `pages`, which travel whole. Bytes are counted as the sizes of the arrays that travel, without the zeros that
-fill up what is streamed by `rows`.
+Reads take what `self_test` found to work: `rows`, where the host's memory can be read in place and
+only the wanted rows travel; else `pages`, which travel whole. Bytes are counted as the sizes of the
+arrays that travel, without the zeros that fill up what is streamed by `rows`.
 """
 
 from __future__ import annotations
@@ -39,26 +40,37 @@ class HostReport(NamedTuple):
 def self_test() -> HostReport:
     """Send pages of every element type to the host and back, and compare bits.
 
-    Raises RuntimeError where there is no pinned host memory or a page does not come back as it went.
+    Raises RuntimeError where there is no pinned host memory or a page does not come back as it
+    went.
     """
     device = jax.devices()[0]
     kinds = tuple(sorted(memory.kind for memory in device.addressable_memories()))
     if HOST_KIND not in kinds:
-        raise RuntimeError(f"{device} has no {HOST_KIND} memory, only {', '.join(kinds)}: use the controller resident")
+        raise RuntimeError(
+            f"{device} has no {HOST_KIND} memory, only {', '.join(kinds)}: use the controller "
+            "resident"
+        )
     in_place = True
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8):
-        bits = np.random.default_rng(0).integers(0, 256, 3 * PAGE_TOKENS * 2 * 8 * jnp.dtype(dtype).itemsize, np.uint8)
+        bits = np.random.default_rng(0).integers(
+            0, 256, 3 * PAGE_TOKENS * 2 * 8 * jnp.dtype(dtype).itemsize, np.uint8
+        )
         page = jnp.asarray(bits.view(jnp.dtype(dtype)).reshape(3, PAGE_TOKENS, 2, 8))
         there = jax.device_put(page, _place(HOST_KIND))
         back = jax.device_put(there, _place("device"))
         if there.sharding.memory_kind != HOST_KIND or _bits(back) != bits.tobytes():
-            raise RuntimeError(f"a {jnp.dtype(dtype).name} page did not come back from {HOST_KIND} memory as it went")
+            raise RuntimeError(
+                f"a {jnp.dtype(dtype).name} page did not come back from {HOST_KIND} memory as it "
+                "went"
+            )
         in_place &= _in_place(there) and _bits(there) == bits.tobytes()
     return HostReport(kinds, "rows" if in_place else "pages")
 
 
 class Meter:
-    """Live bytes on both sides, their peaks, and what travelled. Raises RuntimeError beyond a budget."""
+    """Live bytes on both sides, their peaks, and what travelled. Raises RuntimeError beyond a
+    budget.
+    """
 
     def __init__(self, device_kv_bytes: float, host_kv_bytes: float):
         self.budgets = {"device": device_kv_bytes, "host": host_kv_bytes}
@@ -72,7 +84,10 @@ class Meter:
         self.live[side] += more
         self.peak[side] = max(self.peak[side], self.live[side])
         if self.live[side] > self.budgets[side]:
-            raise RuntimeError(f"{self.live[side]} KV bytes on the {side}, whose budget is {self.budgets[side]:.0f}")
+            raise RuntimeError(
+                f"{self.live[side]} KV bytes on the {side}, whose budget is "
+                f"{self.budgets[side]:.0f}"
+            )
 
 
 class Mover:
@@ -85,16 +100,21 @@ class Mover:
         self.groups, self.layout, self.reads, self.meter = groups, layout, reads, meter
         self.of = {b: (g, j) for g, members in enumerate(groups) for j, b in enumerate(members)}
         self.pages: dict[tuple[int, int, int], Leaves] = {}  # (layer, group, page)
-        self.views: dict[tuple[int, int, int], tuple[np.ndarray, ...]] = {}  # the same memory, of pages that were read
+        # the same memory, of pages that were read
+        self.views: dict[tuple[int, int, int], tuple[np.ndarray, ...]] = {}
         self.staging = Staging()
 
     def store(self, pages: Iterable[tuple[int, int, int, Leaves]]) -> None:
-        """Send (layer, group, page, leaves) to the host, all in one transfer that is not waited for."""
+        """Send (layer, group, page, leaves) to the host, all in one transfer that is not waited
+        for.
+        """
         pages = list(pages)
         sent = jax.device_put([leaves for *_, leaves in pages], _place(HOST_KIND))
         for (layer, group, page, _), leaves in zip(pages, sent, strict=True):
             if (layer, group, page) in self.pages:
-                raise RuntimeError(f"page {page} of layer {layer}, group {group} is already on the host")
+                raise RuntimeError(
+                    f"page {page} of layer {layer}, group {group} is already on the host"
+                )
             self.pages[layer, group, page] = leaves
             size = _size(leaves)
             self.meter.store_bytes += size
@@ -107,25 +127,38 @@ class Mover:
             self.views.pop((layer, group, page), None)
             self.meter.hold("host", -_size(self.pages.pop((layer, group, page))))
 
-    def fetch(self, layer: np.ndarray, sequence: np.ndarray, pos: np.ndarray) -> list[tuple[Leaves, np.ndarray]]:
-        """Rows of `layer`, `sequence`, `pos` [n] to the device, in one transfer that is not waited for.
+    def fetch(
+        self, layer: np.ndarray, sequence: np.ndarray, pos: np.ndarray
+    ) -> list[tuple[Leaves, np.ndarray]]:
+        """Rows of `layer`, `sequence`, `pos` [n] to the device, in one transfer that is not waited
+        for.
 
-        Returns pieces: leaves [R, K, *], and for each of their rows its index below n, or -1. Layout "tokens" only.
+        Returns pieces: leaves [R, K, *], and for each of their rows its index below n, or -1.
+        Layout "tokens" only.
         """
         self.meter.loaded_rows += len(pos)
-        group, member = (np.array([self.of[b][i] for b in range(len(self.of))])[sequence] for i in range(2))
+        group, member = (
+            np.array([self.of[b][i] for b in range(len(self.of))])[sequence] for i in range(2)
+        )
         page, offset = np.divmod(pos, PAGE_TOKENS)
         order = np.lexsort((page, group, layer))
         key = np.stack([layer, group, page], axis=1)[order]
         cuts = np.flatnonzero((np.diff(key, axis=0) != 0).any(axis=1)) + 1
-        touched = [(tuple(key[chosen[0]].tolist()), order[chosen]) for chosen in np.split(np.arange(len(pos)), cuts)]
-        return (self._fetch_rows if self.reads == "rows" else self._fetch_pages)(touched, member, offset)
+        touched = [
+            (tuple(key[chosen[0]].tolist()), order[chosen])
+            for chosen in np.split(np.arange(len(pos)), cuts)
+        ]
+        return (self._fetch_rows if self.reads == "rows" else self._fetch_pages)(
+            touched, member, offset
+        )
 
     def stream(self, layer: int, group: int, first: int, stop: int, room: int) -> Leaves:
-        """Pages first .. stop - 1 of a layer and group to the device, as leaves [n, K, T, *]. Layout "slots" only.
+        """Pages first .. stop - 1 of a layer and group to the device, as leaves [n, K, T, *].
+        Layout "slots" only.
 
-        Read by `rows`, T is that of `room` pages, with zeros behind those that are asked for, and the memory is written
-        again for another stream after `release(layer)`. Read as `pages`, T is theirs.
+        Read by `rows`, T is that of `room` pages, with zeros behind those that are asked for, and
+        the memory is written again for another stream after `release(layer)`. Read as `pages`, T is
+        theirs.
         """
         keys = [(layer, group, page) for page in range(first, stop)]
         self.meter.loaded_rows += PAGE_TOKENS * len(keys) * len(self.groups[group])
@@ -135,7 +168,9 @@ class Mover:
             return _joined(sent)
         views = [self._view(key) for key in keys]
         self.meter.load_bytes += sum(leaf.nbytes for leaves in views for leaf in leaves)
-        return tuple(jax.device_put(self.staging.gather(layer, views, PAGE_TOKENS * room), _place("device")))
+        return tuple(
+            jax.device_put(self.staging.gather(layer, views, PAGE_TOKENS * room), _place("device"))
+        )
 
     def _view(self, key: tuple[int, int, int]) -> tuple[np.ndarray, ...]:
         """A page as NumPy sees it, where it lies; to ask JAX for it takes as long as to copy it."""
@@ -148,13 +183,18 @@ class Mover:
         self.staging.release(layer)
 
     def _fetch_rows(self, touched, member, offset):
-        rows = [np.empty((len(member), *leaf.shape[2:]), leaf.dtype) for leaf in self.pages[touched[0][0]]]
+        rows = [
+            np.empty((len(member), *leaf.shape[2:]), leaf.dtype)
+            for leaf in self.pages[touched[0][0]]
+        ]
         for key, index in touched:
             for row, leaf in zip(rows, self._view(key), strict=True):
                 row[index] = leaf[member[index], offset[index]]
         pieces, start = [], 0
         for size in powers(len(member)):
-            pieces.append(([row[start : start + size] for row in rows], np.arange(start, start + size)))
+            pieces.append(
+                ([row[start : start + size] for row in rows], np.arange(start, start + size))
+            )
             start += size
         sent = jax.device_put([leaves for leaves, _ in pieces], _place("device"))
         self.meter.load_bytes += sum(map(_size, sent))
@@ -172,7 +212,9 @@ class Mover:
 
 
 def powers(number: int) -> list[int]:
-    """`number` as a sum of falling powers of two: transfers of few shapes that carry nothing superfluous."""
+    """`number` as a sum of falling powers of two: transfers of few shapes that carry nothing
+    superfluous.
+    """
     return [1 << bit for bit in range(number.bit_length() - 1, -1, -1) if number >> bit & 1]
 
 

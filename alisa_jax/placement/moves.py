@@ -1,11 +1,23 @@
-"""From "where should it be" to the rows that a plan lists: what every offloading controller shares."""
+"""From "where should it be" to the rows that a plan lists: what every offloading
+controller shares.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Layout, Positions, Rows, Setting, Span, Tier, View
+from alisa_jax.placement.plan import (
+    ALL,
+    PAGE_TOKENS,
+    Layout,
+    Positions,
+    Rows,
+    Setting,
+    Span,
+    Tier,
+    View,
+)
 
 
 def full_pages(tokens: int) -> int:
@@ -29,8 +41,11 @@ def moves_between(view: View, spans: Sequence[Span]) -> tuple[tuple[Rows, ...], 
     return _folded([store[pair] for pair in pairs]), _folded([drop[pair] for pair in pairs])
 
 
-def fetch(view: View, spans: Sequence[Span], wanted: Positions | None) -> tuple[tuple[Rows, ...], tuple[Rows, ...]]:
-    """(load, recompute) of the `wanted` positions that are off the device; None: of all tokens, a layer at a time.
+def fetch(
+    view: View, spans: Sequence[Span], wanted: Positions | None
+) -> tuple[tuple[Rows, ...], tuple[Rows, ...]]:
+    """(load, recompute) of the `wanted` positions that are off the device; None: of all tokens, a
+    layer at a time.
 
     A deleted token is recomputed by a prefill of the prefix that ends with it, through all layers.
     """
@@ -46,7 +61,10 @@ def fetch(view: View, spans: Sequence[Span], wanted: Positions | None) -> tuple[
             name = sequence if alike else one
             away = positions[: bisect_left(positions, min(spans[one].host, view.lengths[one]))]
             lost = bisect_left(away, spans[one].dropped)
-            load += [Rows(start, stop, Tier.HOST, Tier.WORKING, layer, name) for start, stop in runs(away[lost:])]
+            load += [
+                Rows(start, stop, Tier.HOST, Tier.WORKING, layer, name)
+                for start, stop in runs(away[lost:])
+            ]
             for b in sequences if alike else (one,):
                 prefix[b] = max(prefix[b], away[lost - 1] + 1 if lost else 0)
     return tuple(load), _folded([((0, stop, Tier.NOWHERE, Tier.WORKING),) for stop in prefix])
@@ -68,7 +86,8 @@ def refuse_store(name: str, setting: Setting) -> None:
     """Raise ValueError when the policy keeps nothing that could be offloaded."""
     if setting.evicts:
         raise ValueError(
-            f"{name} keeps tokens on the host until they are wanted, and the policy evicts what it does not keep: "
+            f"{name} keeps tokens on the host until they are wanted, and the policy evicts what "
+            "it does not keep: "
             "give a policy that selects (dense, swa), or the controller resident or waves"
         )
 
@@ -77,24 +96,32 @@ def refuse_device(name: str, setting: Setting, least: float, budget: float | Non
     """Raise ValueError when the device budget is below `least` bytes."""
     budget = setting.device_kv_bytes if budget is None else budget
     if least > budget:
-        raise ValueError(f"{name} needs device_kv_bytes of at least {_ceil(least)} here; got {int(budget)}")
+        raise ValueError(
+            f"{name} needs device_kv_bytes of at least {_ceil(least)} here; got {int(budget)}"
+        )
 
 
 def refuse_host(name: str, setting: Setting, least: float) -> None:
     """Raise ValueError when the host budget is below `least` bytes."""
     if least > setting.host_kv_bytes:
         raise ValueError(
-            f"{name} needs host_kv_bytes of at least {_ceil(least)} here; got {int(setting.host_kv_bytes)}"
+            f"{name} needs host_kv_bytes of at least {_ceil(least)} here; got "
+            f"{int(setting.host_kv_bytes)}"
         )
 
 
 def host_bytes(setting: Setting, spans: Iterable[Span]) -> float:
     """Bytes of the host pages."""
-    return setting.layers * setting.page_bytes * sum((s.host - s.dropped) // PAGE_TOKENS for s in spans)
+    return (
+        setting.layers
+        * setting.page_bytes
+        * sum((s.host - s.dropped) // PAGE_TOKENS for s in spans)
+    )
 
 
 def device_bytes(setting: Setting, layout: Layout, ahead: int) -> float:
-    """Device bytes of a run, from its first step to its last: what is fixed, the store as it is laid out, and staging where
+    """Device bytes of a run, from its first step to its last: what is fixed, the store as it is
+    laid out, and staging where
     a sequence is not kept whole."""
     stay, away = layout.whole, setting.batch - layout.whole
     rings = setting.layers * setting.page_bytes * away * layout.kept_pages
@@ -103,7 +130,9 @@ def device_bytes(setting: Setting, layout: Layout, ahead: int) -> float:
 
 
 def largest(fits: Callable[[int], bool], stop: int) -> int:
-    """The largest number in 0 .. stop for which `fits` holds, 0 included, when it holds up to some number."""
+    """The largest number in 0 .. stop for which `fits` holds, 0 included, when it holds up to some
+    number.
+    """
     low, high = 0, stop
     while low < high:
         middle = (low + high + 1) // 2
@@ -112,7 +141,9 @@ def largest(fits: Callable[[int], bool], stop: int) -> int:
 
 
 def _folded(by_sequence: Sequence[Iterable[tuple]]) -> tuple[Rows, ...]:
-    """(start, stop, source, target) of each sequence as rows without the empty ones; all alike: one row for ALL."""
+    """(start, stop, source, target) of each sequence as rows without the empty ones; all alike: one
+    row for ALL.
+    """
     given = list(map(tuple, by_sequence))
     kept = {ranges: tuple(one for one in ranges if one[0] < one[1]) for ranges in set(given)}
     if len(set(kept.values())) == 1:

@@ -1,21 +1,24 @@
 """What a controller knows and what it answers: numbers in, a plan out; nothing here holds an array.
 
-Tokens are numbered by position. Step 0 is the prefill, which writes the prompt; step j > 0 reads what is cached and writes
-one token more, so that s + j tokens are cached after it (s the prompt), and the last of n new tokens is made by step n - 1.
-Where the K and V of a token are:
+Tokens are numbered by position. Step 0 is the prefill, which writes the prompt; step j > 0 reads
+what is cached and writes one token more, so that s + j tokens are cached after it (s the prompt),
+and the last of n new tokens is made by step n - 1. Where the K and V of a token are:
 
-    DEVICE     rows of the store on the device, in pages of 16 tokens per layer and sequence: the newest tokens
-    WORKING    slots of the working set, always on the device: copies of the rows that a selecting policy wants
+    DEVICE     rows of the store on the device, in pages of 16 tokens per layer and sequence: the
+               newest tokens
+    WORKING    slots of the working set, always on the device: copies of the rows that a selecting
+               policy wants
     STAGING    device memory that holds the rows of one layer until its attention is done
     HOST       immutable pages of 16 tokens per layer and sequence; only full pages go there
     NOWHERE    deleted, or not yet computed
 
-Arrays on the device are rectangular and made once, as large as the run ends: a sequence has room for as many pages as the
-longest one beside it, and bytes count that room.
+Arrays on the device are rectangular and made once, as large as the run ends: a sequence has room
+for as many pages as the longest one beside it, and bytes count that room.
 
-A step obeys its plan in the order store, drop, load, recompute, then attends, then writes its token; only the prefill writes
-first, a layer at a time, and a layer's rows leave before the next layer runs. A store moves rows (the device
-pages are free afterwards), a load copies them, a drop deletes them.
+A step obeys its plan in the order store, drop, load, recompute, then attends, then writes its
+token; only the prefill writes first, a layer at a time, and a layer's rows leave before the next
+layer runs. A store moves rows (the device pages are free afterwards), a load copies them, a drop
+deletes them.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ class Tier(enum.StrEnum):
 
 
 class Rows(NamedTuple):
-    """Positions start .. stop - 1 of (layer | ALL, sequence | ALL, head | ALL), from one tier to another.
+    """Positions start .. stop - 1 of (layer | ALL, sequence | ALL, head | ALL), from one tier to
+    another.
 
     Positions that a shorter sequence of a ragged batch does not have are not meant.
     """
@@ -60,9 +64,9 @@ class Rows(NamedTuple):
 class Plan:
     """What to move at one step, in the order of the fields.
 
-    ahead: layers whose loads are in flight while one computes (the layer-at-a-time driver); 0: loads come first.
-    lag: 1 where the loads were chosen a step earlier, so that they hide behind that step.
-    notes: sentences for the reader, such as a clamped deletion.
+    ahead: layers whose loads are in flight while one computes (the layer-at-a-time driver); 0:
+    loads come first. lag: 1 where the loads were chosen a step earlier, so that they hide behind
+    that step. notes: sentences for the reader, such as a clamped deletion.
     """
 
     store: tuple[Rows, ...] = ()
@@ -80,7 +84,9 @@ class Plan:
 
 
 class Span(NamedTuple):
-    """Where a sequence's tokens are: [0, dropped) NOWHERE, [dropped, host) HOST, from host on DEVICE."""
+    """Where a sequence's tokens are: [0, dropped) NOWHERE, [dropped, host) HOST, from host on
+    DEVICE.
+    """
 
     dropped: int = 0
     host: int = 0
@@ -89,10 +95,11 @@ class Span(NamedTuple):
 class Layout(NamedTuple):
     """How the store lies on the device for a whole run.
 
-    whole: the first `whole` sequences keep every token there, in room for the longest of them at its end. kept_pages: each
-    other sequence keeps a ring of so many pages per layer, its newest tokens; the row of a token is its position modulo
-    16 kept_pages, so that a token must have been stored before the one that comes 16 kept_pages later is written. 0 where
-    all are whole, and only there.
+    whole: the first `whole` sequences keep every token there, in room for the longest of them at
+    its end. kept_pages: each other sequence keeps a ring of so many pages per layer, its newest
+    tokens; the row of a token is its position modulo 16 kept_pages, so that a token must have been
+    stored before the one that comes 16 kept_pages later is written. 0 where all are whole, and only
+    there.
     """
 
     whole: int
@@ -103,12 +110,13 @@ class Layout(NamedTuple):
 class Setting:
     """What is known of a run before it starts.
 
-    prompt_tokens: one length per sequence. token_bytes: K and V of one token in one layer and one home.
-    slots: slots of the working set per layer and sequence; 0 where attention reads the store itself.
-    sequence_bytes, stats_bytes: further device bytes of one sequence over all layers: constants of the codec, and
-    statistics of the policy. device_kv_bytes, host_kv_bytes: budgets for everything that a cache keeps there.
-    selects: a policy chooses tokens; evicts: what it does not choose is gone; refreshes: it attends all at times.
-    gather: single rows can be read from host pages; False: whole pages travel.
+    prompt_tokens: one length per sequence. token_bytes: K and V of one token in one layer and one
+    home. slots: slots of the working set per layer and sequence; 0 where attention reads the store
+    itself. sequence_bytes, stats_bytes: further device bytes of one sequence over all layers:
+    constants of the codec, and statistics of the policy. device_kv_bytes, host_kv_bytes: budgets
+    for everything that a cache keeps there. selects: a policy chooses tokens; evicts: what it does
+    not choose is gone; refreshes: it attends all at times. gather: single rows can be read from
+    host pages; False: whole pages travel.
 
     Raises ValueError where a number is out of its range.
     """
@@ -132,7 +140,10 @@ class Setting:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if not self.prompt_tokens or min(self.prompt_tokens) < 1:
-            raise ValueError(f"prompt_tokens needs one length of at least 1 per sequence; got {self.prompt_tokens}")
+            raise ValueError(
+                "prompt_tokens needs one length of at least 1 per sequence; got "
+                f"{self.prompt_tokens}"
+            )
         if not self.token_bytes > 0:
             raise ValueError(f"token_bytes must be above 0; got {self.token_bytes}")
 
@@ -152,31 +163,45 @@ class Setting:
 
     @property
     def fixed_bytes(self) -> float:
-        """Device bytes that do not depend on placement: working set, codec constants, statistics."""
+        """Device bytes that do not depend on placement: working set, codec constants,
+        statistics.
+        """
         slots = self.layers * self.slots * self.token_bytes
         return self.batch * (slots + self.sequence_bytes + self.stats_bytes)
 
     def store_bytes(self, tokens: Iterable[int]) -> float:
-        """The store's bytes for sequences of `tokens` tokens, all layers; 0 where nothing is stored.
+        """The store's bytes for sequences of `tokens` tokens, all layers; 0 where nothing is
+        stored.
 
         The array is rectangular: each sequence has the pages of the longest.
         """
         tokens = tuple(tokens)
-        return 0.0 if self.evicts else self.layers * self.page_bytes * len(tokens) * pages(max(tokens, default=0))
+        return (
+            0.0
+            if self.evicts
+            else self.layers * self.page_bytes * len(tokens) * pages(max(tokens, default=0))
+        )
 
     def staging_bytes(self, ahead: int, sequences: slice = slice(None)) -> float:
         """Device bytes that offloading `sequences` needs for rows on their way.
 
-        Dense: a layer of the final context and `ahead` more, and one more where streamed rows are laid out anew, because
-        sequences are not equally long or there are many pages. Selecting: a page for each layer and sequence (more rows than
-        that travel in rounds), and the prompt of the layer in flight. Rectangular: as many pages for each sequence as the
-        longest of them has.
+        Dense: a layer of the final context and `ahead` more, and one more where streamed rows are
+        laid out anew, because sequences are not equally long or there are many pages. Selecting: a
+        page for each layer and sequence (more rows than that travel in rounds), and the prompt of
+        the layer in flight. Rectangular: as many pages for each sequence as the longest of them
+        has.
         """
         prompts = self.prompt_tokens[sequences]
         longest = max(prompts, default=0)
         if not self.selects:
-            widened = len(set(prompts)) > 1 or pages(longest + self.new_tokens - 1) > 64  # see `stream_pages`
-            return (ahead + 1 + widened) * self.page_bytes * len(prompts) * pages(longest + self.new_tokens - 1)
+            # see `stream_pages`
+            widened = len(set(prompts)) > 1 or pages(longest + self.new_tokens - 1) > 64
+            return (
+                (ahead + 1 + widened)
+                * self.page_bytes
+                * len(prompts)
+                * pages(longest + self.new_tokens - 1)
+            )
         return self.page_bytes * len(prompts) * (self.layers + pages(longest))
 
     def part(self, first: int, stop: int) -> Setting:
@@ -184,16 +209,18 @@ class Setting:
         return dataclasses.replace(self, prompt_tokens=self.prompt_tokens[first:stop])
 
 
-Positions = Mapping[tuple[int, int], tuple[int, ...]]  # (layer | ALL, sequence | ALL) to positions, ascending
+# (layer | ALL, sequence | ALL) to positions, ascending
+Positions = Mapping[tuple[int, int], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class View:
     """What a controller may know at a step.
 
-    lengths, new: tokens of each sequence that are cached, and that this step writes (step 0: none, and the prompts).
-    spans: where they are before the step. wanted: what this step attends besides its own token; None: everything.
-    entering: of these, what the working set does not hold yet; empty at step 1, because the prefill seeds the set.
+    lengths, new: tokens of each sequence that are cached, and that this step writes
+    (step 0: none, and the prompts). spans: where they are before the step. wanted: what this step
+    attends besides its own token; None: everything. entering: of these, what the working set does
+    not hold yet; empty at step 1, because the prefill seeds the set.
     """
 
     setting: Setting
@@ -213,9 +240,9 @@ class View:
 class Controller:
     """Base of all controllers: frozen dataclasses whose `decide` is a pure function of the view.
 
-    offloads: it needs a store to offload. reads_wanted: once something is off the device, the plan of a step of a run
-    that selects depends on `view.wanted`; False: on lengths, spans and `view.entering` alone. (A dense run has no
-    `wanted`: every step moves everything.)
+    offloads: it needs a store to offload. reads_wanted: once something is off the device, the plan
+    of a step of a run that selects depends on `view.wanted`; False: on lengths, spans and
+    `view.entering` alone. (A dense run has no `wanted`: every step moves everything.)
     """
 
     offloads: ClassVar[bool] = True
@@ -225,7 +252,9 @@ class Controller:
         return False
 
     def check(self, setting: Setting) -> None:
-        """Raise ValueError, naming the smallest value that would do, when `setting` cannot be run."""
+        """Raise ValueError, naming the smallest value that would do, when `setting`
+        cannot be run.
+        """
         raise NotImplementedError
 
     def groups(self, setting: Setting) -> tuple[Setting, ...]:
@@ -254,7 +283,8 @@ def pages(tokens: int) -> int:
 
 
 def stream_pages(number: int, most: int) -> int:
-    """Room in pages for `number` streamed ones, at most `most`: rounded up by less than a 32nd where there are many, so
+    """Room in pages for `number` streamed ones, at most `most`: rounded up by less than a 32nd
+    where there are many, so
     that long runs meet few sizes."""
     step = 1 << max(0, number.bit_length() - 6)
     return min(most, -(-number // step) * step)
@@ -270,18 +300,23 @@ def views(setting: Setting):
 def moved_bytes(rows: Iterable[Rows], setting: Setting, lengths: tuple[int, ...]) -> float:
     """Bytes that `rows` are on the link, where sequences have `lengths` tokens.
 
-    Stores are whole pages. Loads are rows where the setting gathers, else each page that a row lies in, once.
+    Stores are whole pages. Loads are rows where the setting gathers, else each page that a row lies
+    in, once.
     """
     if setting.gather:
         return setting.token_bytes * sum(
-            _layers(row, setting) * sum(max(0, min(row.stop, n) - row.start) for n in _of(row, lengths)) for row in rows
+            _layers(row, setting)
+            * sum(max(0, min(row.stop, n) - row.start) for n in _of(row, lengths))
+            for row in rows
         )
     touched: dict[tuple[int, int], set[int]] = {}
     for row in rows:
         for sequence, length in enumerate(lengths):
             stop = min(row.stop, length)
             if row.sequence in (ALL, sequence) and row.start < stop:
-                touched.setdefault((row.layer, sequence), set()).update(range(row.start // PAGE_TOKENS, pages(stop)))
+                touched.setdefault((row.layer, sequence), set()).update(
+                    range(row.start // PAGE_TOKENS, pages(stop))
+                )
     total = 0
     for (layer, sequence), ids in touched.items():
         beside = touched.get((ALL, sequence), set()) if layer != ALL else set()

@@ -1,7 +1,8 @@
 """Host buffers in which streamed pages are gathered, kept from step to step.
 
-A stream gathers a layer at a time, tens of megabytes. Memory of that size that is allocated anew for each is taken from the
-system and given back, page fault by page fault, which takes several times as long as what is written to it.
+A stream gathers a layer at a time, tens of megabytes. Memory of that size that is allocated anew
+for each is taken from the system and given back, page fault by page fault, which takes several
+times as long as what is written to it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-ALIGNMENT = 64  # bytes; a CPU device reads an array that begins so in place, where it would copy another
-THREADS = 2  # that copy: K and V are as a rule two arrays, and NumPy copies without the interpreter's lock
+# bytes; a CPU device reads an array that begins so in place, where it would copy another
+ALIGNMENT = 64
+# that copy: K and V are as a rule two arrays, and NumPy copies without the interpreter's lock
+THREADS = 2
 
 
 class Staging:
@@ -23,8 +26,12 @@ class Staging:
         self.lent: dict[Hashable, list[np.ndarray]] = {}
         self.workers = ThreadPoolExecutor(THREADS)
 
-    def gather(self, key: Hashable, pages: Sequence[tuple[np.ndarray, ...]], T: int) -> list[np.ndarray]:
-        """`pages` of leaves [n, K, t, *] one behind the other, as leaves [n, K, T, *] with zeros at the end."""
+    def gather(
+        self, key: Hashable, pages: Sequence[tuple[np.ndarray, ...]], T: int
+    ) -> list[np.ndarray]:
+        """`pages` of leaves [n, K, t, *] one behind the other, as leaves [n, K, T, *] with zeros at
+        the end.
+        """
         wholes = []
         for leaf in pages[0]:
             n, K, _, *rest = leaf.shape

@@ -1,9 +1,10 @@
 """How many tokens a budget keeps: whole numbers, decided in NumPy when a program is traced.
 
-Both spellings of a budget are understood everywhere: `kv_sparsity` (a share of the context is left out, so
-r = 1 - kv_sparsity is kept and the count grows with the context) and `tokens` (a fixed count). Halves round up, as in
-Algorithm 1's k = round(n r / 2) read as nearest integer (ISCA 2024, arXiv 2403.17312), and a budget keeps one token at
-least. Counts are tables over n = 0 .. S, so that host code, jitted code and oracles agree on every border.
+Both spellings of a budget are understood everywhere: `kv_sparsity`
+(a share of the context is left out, so r = 1 - kv_sparsity is kept and the count grows with the
+context) and `tokens` (a fixed count). Halves round up, as in Algorithm 1's k = round(n r / 2) read
+as nearest integer (ISCA 2024, arXiv 2403.17312), and a budget keeps one token at least. Counts are
+tables over n = 0 .. S, so that host code, jitted code and oracles agree on every border.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import numpy as np
 def check(kv_sparsity: float | None, tokens: int | None) -> None:
     """Raise ValueError unless exactly one budget is given and lies in its domain."""
     if (kv_sparsity is None) == (tokens is None):
-        raise ValueError(f"give either kv_sparsity or tokens; got kv_sparsity={kv_sparsity} and tokens={tokens}")
+        raise ValueError(
+            f"give either kv_sparsity or tokens; got kv_sparsity={kv_sparsity} and tokens={tokens}"
+        )
     if kv_sparsity is not None and not 0.0 <= kv_sparsity < 1.0:
         raise ValueError(f"kv_sparsity must be in [0, 1); got {kv_sparsity}")
     if tokens is not None and tokens < 1:
@@ -27,7 +30,9 @@ def kept_frac(kv_sparsity: float) -> float:
 
 
 def round_half_up(x) -> np.ndarray:
-    """Nearest integers of float64 `x`, halves up; 1e-9 absorbs what decimal fractions lose in binary."""
+    """Nearest integers of float64 `x`, halves up; 1e-9 absorbs what decimal fractions lose in
+    binary.
+    """
     return np.floor(np.asarray(x, np.float64) + 0.5 + 1e-9).astype(np.int64)
 
 
@@ -46,7 +51,8 @@ def at_least_one(count: np.ndarray) -> np.ndarray:
 def lookup(table: np.ndarray, length):
     """table[length] for a traced `length`; lengths beyond the table read its last entry.
 
-    Entries that repeat the last one at the end are left out, so a constant budget is a short table at any context.
+    Entries that repeat the last one at the end are left out, so a constant budget is a short table
+    at any context.
     """
     import jax.numpy as jnp
 

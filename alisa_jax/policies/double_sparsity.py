@@ -1,18 +1,25 @@
-"""`double_sparsity(kv_sparsity= | tokens=, channels=0.25, label_bits=4)`: the tokens with the highest q k over few channels.
+"""`double_sparsity(kv_sparsity= | tokens=, channels=0.25, label_bits=4)`: the tokens with the
+highest q k over few channels.
 
-Double Sparsity (arXiv 2408.07092, Section 3). Every token has a label: its key in r = `channels` H of the H channels of a
-kv head, those that carry the most of q k in the model at hand, which a calibration tells (`ranking`: by the mean of |q|, of
-|k|, both before their rotation, or of |q k| of a token with itself; a kv head goes by the mean over its query heads). A
-query scores all tokens by their labels and attends exactly the best ones. Nothing is evicted: what is out may return.
+Double Sparsity (arXiv 2408.07092, Section 3). Every token has a label: its key in r = `channels` H
+of the H channels of a kv head, those that carry the most of q k in the model at hand, which a
+calibration tells (`ranking`: by the mean of |q|, of |k|, both before their rotation, or of |q k| of
+a token with itself; a kv head goes by the mean over its query heads). A query scores all tokens by
+their labels and attends exactly the best ones. Nothing is evicted: what is out may return.
 
-    label    r channels of the rotated key, `label_bits` bits each, with the token's own least value and step
-    score    q k over those channels; where G > 1 query heads share a kv head, softmax(H^-1/2 q k) summed over them
-    k        round(n (1 - kv_sparsity)) of n past tokens, or `tokens`, for each kv head; ties go to the lowest position
-    local    of these, the `local` most recent tokens are always kept. The method guarantees none (0)
+    label    r channels of the rotated key, `label_bits` bits each, with the token's own least value
+             and step
+    score    q k over those channels; where G > 1 query heads share a kv head, softmax(H^-1/2 q k)
+             summed over them
+    k        round(n (1 - kv_sparsity)) of n past tokens, or `tokens`, for each kv head; ties go to
+             the lowest position
+    local    of these, the `local` most recent tokens are always kept. The method guarantees none
+             (0)
 
-Layers below `dense_layers` attend densely. Differences from the authors' code: it repeats kv heads before it labels, so
-each query head has its own tokens, while here all that is stored and chosen is per kv head; it quantises the query's label
-as well, which is not stored and stays as it is here; the query's own token is always attended here.
+Layers below `dense_layers` attend densely. Differences from the authors' code: it repeats kv heads
+before it labels, so each query head has its own tokens, while here all that is stored and chosen is
+per kv head; it quantises the query's label as well, which is not stored and stays as it is here;
+the query's own token is always attended here.
 
 Without a model (`resolve` was not called) all channels are labels.
 """
@@ -39,9 +46,11 @@ TINY = 2.0**-100  # the smallest step: that of a label of zeros
 
 @flax.struct.dataclass
 class Labels:
-    """Labels of S tokens, head-major: code c stands for low + step c; 16 and 32 bits hold the values themselves.
+    """Labels of S tokens, head-major: code c stands for low + step c; 16 and 32 bits hold the
+    values themselves.
 
-    A bfloat16 is kept as its bits, uint16: XLA:CPU would copy a whole array of bfloat16 through float32 to write one row.
+    A bfloat16 is kept as its bits, uint16: XLA:CPU would copy a whole array of bfloat16 through
+    float32 to write one row.
     """
 
     codes: jax.Array  # [B, K, S, ceil(r bits / 8)] uint8, or [B, K, S, r] uint16 or float32
@@ -60,7 +69,8 @@ class DoubleSparsity(base.Policy):
     dense_layers: int = 2
     ranking: str = "qk"
     local: int = 0
-    table: tuple = dataclasses.field(default=(), repr=False)  # [L][K][r] label channels; () for all of them
+    # [L][K][r] label channels; () for all of them
+    table: tuple = dataclasses.field(default=(), repr=False)
 
     evicts: ClassVar[bool] = False
     needs_query: ClassVar[bool] = True
@@ -70,16 +80,23 @@ class DoubleSparsity(base.Policy):
     def __post_init__(self):
         budget.check(self.kv_sparsity, self.tokens)
         if not 0.0 < self.channels <= 1.0:
-            raise ValueError(f"channels is a share of the channels of a head, in (0, 1]; got {self.channels}")
+            raise ValueError(
+                f"channels is a share of the channels of a head, in (0, 1]; got {self.channels}"
+            )
         if self.label_bits not in BITS:
-            raise ValueError(f"label_bits must be one of {', '.join(map(str, BITS))}; got {self.label_bits}")
+            raise ValueError(
+                f"label_bits must be one of {', '.join(map(str, BITS))}; got {self.label_bits}"
+            )
         if self.ranking not in RANKINGS:
             raise ValueError(f"ranking must be one of {', '.join(RANKINGS)}; got {self.ranking!r}")
         for name in ("dense_layers", "local"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.tokens is not None and self.tokens < self.local:
-            raise ValueError(f"tokens counts the local ones and must be at least local={self.local}; got {self.tokens}")
+            raise ValueError(
+                f"tokens counts the local ones and must be at least local={self.local}; got "
+                f"{self.tokens}"
+            )
 
     def label_channels(self, H: int) -> int:
         """r: channels of a label, for heads of H channels."""
@@ -91,15 +108,19 @@ class DoubleSparsity(base.Policy):
             return dataclasses.replace(self, table=())
         if calibration is None:
             raise ValueError(
-                f"double_sparsity(channels={self.channels:g}) needs the channels that carry the most of q k in this model:"
+                f"double_sparsity(channels={self.channels:g}) needs the channels that carry the "
+                "most of q k in this model:"
                 " give a calibration, which python -m eval.calibrate makes, or channels=1"
             )
         calibration.check(config)
-        weight = np.asarray(getattr(calibration, f"{self.ranking}_abs"), np.float64)  # [L, N or K, H]
+        # [L, N or K, H]
+        weight = np.asarray(getattr(calibration, f"{self.ranking}_abs"), np.float64)
         L, K, H = config.n_layers, config.n_kv_heads, config.head_dim
         weight = weight.reshape(L, K, -1, H).mean(axis=2)
         best = np.sort(np.argsort(-weight, axis=-1, kind="stable")[..., :r], axis=-1)
-        return dataclasses.replace(self, table=tuple(tuple(map(tuple, layer)) for layer in best.tolist()))
+        return dataclasses.replace(
+            self, table=tuple(tuple(map(tuple, layer)) for layer in best.tolist())
+        )
 
     def for_layer(self, layer: int) -> base.Policy:
         if layer < self.dense_layers:
@@ -110,9 +131,13 @@ class DoubleSparsity(base.Policy):
         return K
 
     def counts(self, S: int) -> tuple[np.ndarray, np.ndarray]:
-        """([S + 1], [S + 1]) int32: tokens by their labels and local ones when n tokens are past."""
+        """([S + 1], [S + 1]) int32: tokens by their labels and local ones when n tokens
+        are past.
+        """
         n = np.arange(S + 1)
-        kept = budget.at_least_one(budget.round_half_up(budget.amounts(self.kv_sparsity, self.tokens, S)))
+        kept = budget.at_least_one(
+            budget.round_half_up(budget.amounts(self.kv_sparsity, self.tokens, S))
+        )
         local = np.minimum(n, self.local).astype(np.int32)
         return np.maximum(kept - local, 0), local
 
@@ -121,16 +146,21 @@ class DoubleSparsity(base.Policy):
 
     def init(self, dims: base.Dims) -> Labels:
         r = len(self._channels(dims.K, dims.H)[0])
-        like = jax.eval_shape(self._encode, jax.ShapeDtypeStruct((dims.B, dims.K, dims.S, r), jnp.float32))
+        like = jax.eval_shape(
+            self._encode, jax.ShapeDtypeStruct((dims.B, dims.K, dims.S, r), jnp.float32)
+        )
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     def grow(self, stats: Labels, S: int, M: int) -> Labels:
         more = S - stats.codes.shape[2]
-        return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, more)] + [(0, 0)] * (x.ndim - 3)), stats)
+        return jax.tree.map(
+            lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, more)] + [(0, 0)] * (x.ndim - 3)), stats
+        )
 
     def seed(self, stats: Labels, rows, length, dims):
         pos = jnp.where(base.positions(dims.S) < base.column(length), base.positions(dims.S), -1)
-        return stats, jnp.broadcast_to(pos, (dims.B, dims.K, dims.M))  # all are at hand: the next query chooses
+        # all are at hand: the next query chooses
+        return stats, jnp.broadcast_to(pos, (dims.B, dims.K, dims.M))
 
     def note(self, stats: Labels, k: jax.Array, first: jax.Array) -> Labels:
         new = self._encode(self._labels(jnp.swapaxes(k, 1, 2)))
@@ -149,7 +179,8 @@ class DoubleSparsity(base.Policy):
     def scores(self, stats: Labels, q: jax.Array, past: jax.Array) -> jax.Array:
         """What tokens compete by: q [B, K, G, H], past [B, 1, S] bool -> [B, K, S] float32.
 
-        With G > 1 the logarithm of the attention that the query heads would pay to the labels: no token's is lost to 0.
+        With G > 1 the logarithm of the attention that the query heads would pay to the labels: no
+        token's is lost to 0.
         """
         label = self._labels(q).astype(jnp.float32)
         if self.label_bits >= 16:
@@ -159,7 +190,9 @@ class DoubleSparsity(base.Policy):
             z = z + jnp.sum(label, -1, keepdims=True) * _value(stats.low)[:, :, None]
         if q.shape[2] == 1:
             return z[:, :, 0]
-        z = jnp.where(past[:, :, None] & ~jnp.isnan(z), z * jnp.float32(q.shape[3] ** -0.5), -jnp.inf)
+        z = jnp.where(
+            past[:, :, None] & ~jnp.isnan(z), z * jnp.float32(q.shape[3] ** -0.5), -jnp.inf
+        )
         return jax.nn.logsumexp(jax.nn.log_softmax(z, axis=-1), axis=2)
 
     def _channels(self, K: int, H: int) -> tuple[tuple[int, ...], ...]:
@@ -183,19 +216,28 @@ class DoubleSparsity(base.Policy):
             return Labels(x if self.label_bits == 32 else _bits(x), None, None)
         levels, per_byte = 2**self.label_bits - 1, 8 // self.label_bits
         low = _bits(_bfloat16_not_above(jnp.min(x, axis=-1, initial=jnp.inf)))
-        step = _bits(-_bfloat16_not_above((_value(low) - jnp.max(x, axis=-1, initial=-jnp.inf)) / jnp.float32(levels)))
+        step = _bits(
+            -_bfloat16_not_above(
+                (_value(low) - jnp.max(x, axis=-1, initial=-jnp.inf)) / jnp.float32(levels)
+            )
+        )
         wide = jnp.maximum(_value(step), jnp.float32(TINY))[..., None]
         code = jnp.clip(jnp.round((x - _value(low)[..., None]) / wide), 0, levels).astype(jnp.uint8)
         code = jnp.pad(code, [(0, 0)] * 3 + [(0, -x.shape[-1] % per_byte)])
         parts = jnp.split(code, per_byte, axis=-1)
-        return Labels(sum(part << jnp.uint8(i * self.label_bits) for i, part in enumerate(parts)), low, step)
+        return Labels(
+            sum(part << jnp.uint8(i * self.label_bits) for i, part in enumerate(parts)), low, step
+        )
 
     def _product_of_codes(self, q: jax.Array, codes: jax.Array) -> jax.Array:
         """q [B, K, G, r] against the numbers in codes: [B, K, G, S] float32."""
         per_byte, mask = 8 // self.label_bits, jnp.uint8(2**self.label_bits - 1)
         q = jnp.pad(q, [(0, 0)] * 3 + [(0, per_byte * codes.shape[-1] - q.shape[-1])])
         parts = jnp.split(q, per_byte, axis=-1)
-        return sum(_product(x, (codes >> jnp.uint8(i * self.label_bits)) & mask) for i, x in enumerate(parts))
+        return sum(
+            _product(x, (codes >> jnp.uint8(i * self.label_bits)) & mask)
+            for i, x in enumerate(parts)
+        )
 
 
 def _product(q, labels) -> jax.Array:

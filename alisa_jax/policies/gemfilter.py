@@ -1,24 +1,30 @@
-"""`gemfilter(layer=, tokens=1024, pool=5)`: one early layer chooses the tokens of a prompt that the model reads.
+"""`gemfilter(layer=, tokens=1024, pool=5)`: one early layer chooses the tokens of a prompt that the
+model reads.
 
-GemFilter (arXiv 2409.17422, Algorithm 1). Layers 0 .. `layer` run over the whole prompt. There the query of the last token,
-rotated as all keys are, ranks the tokens; the best `tokens` of them, in their order, are the prompt that the whole model
-reads, at positions 0, 1, ...: keys and values of the first pass are thrown away.
+GemFilter (arXiv 2409.17422, Algorithm 1). Layers 0 .. `layer` run over the whole prompt. There the
+query of the last token, rotated as all keys are, ranks the tokens; the best `tokens` of them, in
+their order, are the prompt that the whole model reads, at positions 0, 1, ...: keys and values of
+the first pass are thrown away.
 
-    score    q k of the last token's query, raw: no H^-1/2, no softmax; summed over query heads, each with its kv head
+    score    q k of the last token's query, raw: no H^-1/2, no softmax; summed over query heads,
+             each with its kv head
     pool     mean over `pool` neighbouring positions, those outside the prompt counting 0; 1: none
     chosen   the `tokens` best, ties to the lowest position; all of a prompt that has no more
 
-Pooling is absent from the paper's algorithm, the mean in its listing and in the authors' code, and called the maximum in its
-appendix: pooling="max" is that. A score that is not a number counts for its neighbours as a place outside the prompt, and
-its token is chosen last. The last token is not sure to be chosen (`last_kept`). Of `layer` only queries and keys are
-computed, where the authors run the whole of it.
+Pooling is absent from the paper's algorithm, the mean in its listing and in the authors' code, and
+called the maximum in its appendix: pooling="max" is that. A score that is not a number counts for
+its neighbours as a place outside the prompt, and its token is chosen last. The last token is not
+sure to be chosen (`last_kept`). Of `layer` only queries and keys are computed, where the authors
+run the whole of it.
 
-`layer` counts from 0: the authors take 13 of 32 for Llama-3.1-8B, 19 of 40 for Mistral-Nemo, 19 of 32 for Phi-3.5-mini, the
-first layer whose choice covers a planted needle. Unless it is given, it is two fifths of the model's layers, to the nearest
-(13 of 32), which is a rule of ours and worth a sweep.
+`layer` counts from 0: the authors take 13 of 32 for Llama-3.1-8B, 19 of 40 for Mistral-Nemo, 19 of
+32 for Phi-3.5-mini, the first layer whose choice covers a planted needle. Unless it is given, it is
+two fifths of the model's layers, to the nearest (13 of 32), which is a rule of ours and worth a
+sweep.
 
-What follows the prompt is attended densely, and so is all that is read without one: the protocols `decode` and
-`prefill_mask`. Without a model (`resolve` was not called) and without `layer` nothing is chosen.
+What follows the prompt is attended densely, and so is all that is read without one: the protocols
+`decode` and `prefill_mask`. Without a model (`resolve` was not called) and without `layer` nothing
+is chosen.
 """
 
 from __future__ import annotations
@@ -39,7 +45,9 @@ POOLINGS = ("avg", "max")
 
 @dataclass(frozen=True)
 class GemFilter(Dense):
-    """Dense attention over the tokens of a prompt that one layer chooses, and over all that follow."""
+    """Dense attention over the tokens of a prompt that one layer chooses, and over all
+    that follow.
+    """
 
     layer: int | None = None
     tokens: int = 1024
@@ -52,7 +60,9 @@ class GemFilter(Dense):
         if self.tokens < 1:
             raise ValueError(f"tokens must be at least 1; got {self.tokens}")
         if self.pool < 1 or self.pool % 2 == 0:
-            raise ValueError(f"pool must be odd, a token and as many on both sides; got {self.pool}")
+            raise ValueError(
+                f"pool must be odd, a token and as many on both sides; got {self.pool}"
+            )
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}; got {self.pooling!r}")
 
@@ -80,18 +90,25 @@ class GemFilter(Dense):
     def choose(self, q, k, length) -> jax.Array:
         T = k.shape[1]
         inside = base.positions(T) < base.column(length)  # [B, 1, T]
-        best = swap.top_mask(jnp.where(inside, self.scores(q, k, length)[:, None], -jnp.inf), jnp.int32(self.tokens))
+        best = swap.top_mask(
+            jnp.where(inside, self.scores(q, k, length)[:, None], -jnp.inf), jnp.int32(self.tokens)
+        )
         return base.slots_of(best, min(self.tokens, T))[:, 0]
 
     def scores(self, q: jax.Array, k: jax.Array, length: jax.Array) -> jax.Array:
-        """What tokens compete by, [B, T] float32, no NaN: q [B, N, H] of the last token, k [B, T, K, H], length [B]."""
+        """What tokens compete by, [B, T] float32, no NaN: q [B, N, H] of the last token, k
+        [B, T, K, H], length [B].
+        """
         (B, T, K, H), half = k.shape, self.pool // 2
-        q = jnp.sum(q.astype(jnp.float32).reshape(B, K, -1, H), axis=2)  # the query heads of a group meet the same keys
+        # the query heads of a group meet the same keys
+        q = jnp.sum(q.astype(jnp.float32).reshape(B, K, -1, H), axis=2)
         raw = jnp.einsum("bkh,btkh->bt", q, k.astype(jnp.float32), precision="highest")
         known = ~jnp.isnan(raw) & (base.positions(T)[0] < length[:, None])
         none, join = (0.0, jax.lax.add) if self.pooling == "avg" else (-jnp.inf, jax.lax.max)
         sides = ((0, 0), (half, half))
-        pooled = jax.lax.reduce_window(jnp.where(known, raw, none), none, join, (1, self.pool), (1, 1), sides)
+        pooled = jax.lax.reduce_window(
+            jnp.where(known, raw, none), none, join, (1, self.pool), (1, 1), sides
+        )
         if self.pooling == "avg":
             pooled = pooled / jnp.float32(self.pool)
         lowest = jnp.finfo(jnp.float32).min
@@ -99,5 +116,7 @@ class GemFilter(Dense):
 
 
 def last_kept(chosen: jax.Array, length: jax.Array) -> jax.Array:
-    """[B] bool: whether `chosen` [B, n], of `choose`, holds the last token of each prompt, of `length` [B] tokens."""
+    """[B] bool: whether `chosen` [B, n], of `choose`, holds the last token of each prompt, of
+    `length` [B] tokens.
+    """
     return jnp.any(chosen == (length - 1)[:, None], axis=1)

@@ -1,21 +1,25 @@
-"""`h2o(kv_sparsity= | heavy=, recent=, gqa="sum" | "mean" | "max", normalise="none" | "age")`: heavy hitters by kv head.
+"""`h2o(kv_sparsity= | heavy=, recent=, gqa="sum" | "mean" | "max", normalise="none" | "age")`:
+heavy hitters by kv head.
 
-H2O (NeurIPS 2023, arXiv 2306.14048). A token's score is the attention that it has received since it came, summed over
-queries and over the query heads of its kv head; for a prompt, over all of its queries. Each kv head keeps the last `recent`
-tokens and, of those before, the `heavy` ones with the highest scores. What is evicted is gone: its slot is used again, and
-no later attention can bring it back. One token comes in a step, so one goes at most: an argmin, and no sort.
+H2O (NeurIPS 2023, arXiv 2306.14048). A token's score is the attention that it has received since it
+came, summed over queries and over the query heads of its kv head; for a prompt, over all of its
+queries. Each kv head keeps the last `recent` tokens and, of those before, the `heavy` ones with the
+highest scores. What is evicted is gone: its slot is used again, and no later attention can bring it
+back. One token comes in a step, so one goes at most: an argmin, and no sort.
 
-Of the variants in the authors' repository this is the causal one that really drops tokens (their streaming code), with true
-positions; the one behind their accuracy tables sums the whole matrix, future rows included. The one in their FlexGen, with
-room for n heavy tokens and n recent ones, the query's own counted, puts the oldest recent token into the place of the worst
-heavy one without comparing the two: that is h2o(heavy=n-1, recent=n). With kv_sparsity 1 - r the budget round(n r) is split
-evenly as there, the odd token recent, and grows with the context. `normalise="age"` divides a score by the steps it has had,
-which a plain sum rewards.
+Of the variants in the authors' repository this is the causal one that really drops tokens
+(their streaming code), with true positions; the one behind their accuracy tables sums the whole
+matrix, future rows included. The one in their FlexGen, with room for n heavy tokens and n recent
+ones, the query's own counted, puts the oldest recent token into the place of the worst heavy one
+without comparing the two: that is h2o(heavy=n-1, recent=n). With kv_sparsity 1 - r the budget
+round(n r) is split evenly as there, the odd token recent, and grows with the context.
+`normalise="age"` divides a score by the steps it has had, which a plain sum rewards.
 
-The paper's models have a kv head for every query head. Where G of them share one, `gqa` says what a token's score is:
-the "sum" of the attention it got from all of them, their "mean", which ranks alike and runs the same, or the "max": each
-query head keeps an account of its own from the token's first step to its last, and the largest of the G accounts counts. A
-token that one head lives on then outranks one that all heads look at in passing; scores take G times the memory.
+The paper's models have a kv head for every query head. Where G of them share one, `gqa` says what a
+token's score is: the "sum" of the attention it got from all of them, their "mean", which ranks
+alike and runs the same, or the "max": each query head keeps an account of its own from the token's
+first step to its last, and the largest of the G accounts counts. A token that one head lives on
+then outranks one that all heads look at in passing; scores take G times the memory.
 """
 
 from __future__ import annotations
@@ -32,7 +36,9 @@ from alisa_jax.policies import base, budget, swap
 
 @dataclass(frozen=True)
 class H2O(base.Policy):
-    """Scores are kept per slot, [B, K, M] float32, or [B, N, M] with gqa="max"; ties keep the earlier token."""
+    """Scores are kept per slot, [B, K, M] float32, or [B, N, M] with gqa="max"; ties keep the
+    earlier token.
+    """
 
     kv_sparsity: float | None = None
     heavy: int | None = None
@@ -41,20 +47,25 @@ class H2O(base.Policy):
     normalise: str = "none"
 
     seed_kind: ClassVar[str] = "sum"
-    routes: ClassVar[tuple[str, ...]] = ("working_set", "masked")  # what goes depends on all that went before
+    # what goes depends on all that went before
+    routes: ClassVar[tuple[str, ...]] = ("working_set", "masked")
 
     def __post_init__(self):
         counts = self.heavy, self.recent
-        if (self.kv_sparsity is None) == (counts == (None, None)) or (None in counts and counts != (None, None)):
+        if (self.kv_sparsity is None) == (counts == (None, None)) or (
+            None in counts and counts != (None, None)
+        ):
             raise ValueError(
-                f"give either kv_sparsity, or heavy and recent; got kv_sparsity={self.kv_sparsity}, heavy={self.heavy} and "
+                "give either kv_sparsity, or heavy and recent; got "
+                f"kv_sparsity={self.kv_sparsity}, heavy={self.heavy} and "
                 f"recent={self.recent}"
             )
         if self.kv_sparsity is not None:
             budget.check(self.kv_sparsity, None)
         elif min(counts) < 0 or sum(counts) < 1:
             raise ValueError(
-                f"heavy and recent are at least 0 and one of them more; got heavy={self.heavy} and recent={self.recent}"
+                f"heavy and recent are at least 0 and one of them more; got heavy={self.heavy} "
+                f"and recent={self.recent}"
             )
         if self.gqa not in ("sum", "mean", "max"):
             raise ValueError(f'gqa must be "sum", "mean" or "max"; got {self.gqa!r}')
@@ -95,8 +106,12 @@ class H2O(base.Policy):
         return jnp.where(at >= 0, swap.take(rows, jnp.maximum(at, 0)), jnp.float32(0.0)), pos
 
     def observe(self, stats, mass, pos, slot, length, dense=None):
-        new = jax.lax.broadcasted_iota(jnp.int32, mass.shape, 2) == _for_each(slot[:, :, None], mass.shape[1])
-        return jnp.where(new, jnp.float32(0.0), stats) + jnp.where(jnp.isnan(mass), jnp.float32(0.0), mass)
+        new = jax.lax.broadcasted_iota(jnp.int32, mass.shape, 2) == _for_each(
+            slot[:, :, None], mass.shape[1]
+        )
+        return jnp.where(new, jnp.float32(0.0), stats) + jnp.where(
+            jnp.isnan(mass), jnp.float32(0.0), mass
+        )
 
     def exchange(self, stats, pos, bias, length, S):
         heavy, first = self._borders(length, S)
@@ -112,7 +127,8 @@ class H2O(base.Policy):
         return heavy, base.column(length) - recent
 
     def _rank(self, score, pos, length, K: int):
-        """[B, K, X]: what tokens `pos` [B, K or 1, X] with accounts `score` [B, mass_heads, X] are compared by before the
+        """[B, K, X]: what tokens `pos` [B, K or 1, X] with accounts `score` [B, mass_heads, X] are
+        compared by before the
         query at `length` [B, 1, 1]."""
         B, heads, X = score.shape
         score = score if heads == K else jnp.max(score.reshape(B, K, heads // K, X), axis=2)

@@ -1,7 +1,8 @@
 """`local(kv_sparsity= | tokens=)`: the most recent tokens, a sliding window.
 
-The baseline "Local" of Figure 4 (arXiv 2403.17312; Longformer's pattern, arXiv 2004.05150). At kv_sparsity 1 - r the
-query at position n attends the round(n r) tokens before it and itself, or the last `tokens` and itself.
+The baseline "Local" of Figure 4 (arXiv 2403.17312; Longformer's pattern, arXiv 2004.05150). At
+kv_sparsity 1 - r the query at position n attends the round(n r) tokens before it and itself, or the
+last `tokens` and itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Local(base.Policy):
 
     def kept(self, S: int) -> np.ndarray:
         """[S + 1] int32: tokens kept when n tokens are past."""
-        return budget.at_least_one(budget.round_half_up(budget.amounts(self.kv_sparsity, self.tokens, S)))
+        return budget.at_least_one(
+            budget.round_half_up(budget.amounts(self.kv_sparsity, self.tokens, S))
+        )
 
     def capacity(self, S: int) -> int:
         return int(self.kept(S).max()) + 1

@@ -1,24 +1,29 @@
-"""`merge(threshold=0.75, share=, ...)`: neighbours of a prompt whose keys are alike become one token, per kv head.
+"""`merge(threshold=0.75, share=, ...)`: neighbours of a prompt whose keys are alike become one
+token, per kv head.
 
-KVMerger (arXiv 2407.08454). After a dense prompt the most recent tokens, and of the others those that drew the most
-attention, stay as they are. The rest is scanned from the last token to the first: token i joins the set of token i + 1 if
-the cosine of their rotated keys exceeds `threshold`, else it opens a set. The pivot p of a set is the member with the
-largest column sum of attention, and with g_i = exp(-|k_p - k_i|^2 / (2 sigma^2)) and w = g / sum g the set becomes one token
+KVMerger (arXiv 2407.08454). After a dense prompt the most recent tokens, and of the others those
+that drew the most attention, stay as they are. The rest is scanned from the last token to the
+first: token i joins the set of token i + 1 if the cosine of their rotated keys exceeds `threshold`,
+else it opens a set. The pivot p of a set is the member with the largest column sum of attention,
+and with g_i = exp(-|k_p - k_i|^2 / (2 sigma^2)) and w = g / sum g the set becomes one token
 
-    k* = sum_i w_i k_i        v* = sum_i w_i v_i        logit bias log |S|        at the position of p.
+    k* = sum_i w_i k_i        v* = sum_i w_i v_i        logit bias log |S|        at the position of
+                                                        p.
 
-What comes later is appended as it is; from an empty cache nothing ever merges, and this is dense attention.
+What comes later is appended as it is; from an empty cache nothing ever merges, and this is dense
+attention.
 
-The paper leaves two things that do not hold together, and both readings can be run. It prints sigma = sum g / (sqrt 2 |S|),
-through g itself and never above 0.707, while its ablation names 5 as best: `sigma="literal"` iterates the print and comes
-close to eviction once keys are 1 apart, a number is used as it is, and "mean_dist", the mean of |k_p - k_i| over sqrt 2, is
-what the print may have meant (over all |S| members, p included). And its v* is |S| sum w_i v_i with no |S| in the
-denominator of the softmax (`value_mode="paper"`), which is wrong even where the merged keys are equal; the bias above
-("mean+logn") is then exact. "mean" has neither.
+The paper leaves two things that do not hold together, and both readings can be run. It prints sigma
+= sum g / (sqrt 2 |S|), through g itself and never above 0.707, while its ablation names 5 as best:
+`sigma="literal"` iterates the print and comes close to eviction once keys are 1 apart, a number is
+used as it is, and "mean_dist", the mean of |k_p - k_i| over sqrt 2, is what the print may have
+meant (over all |S| members, p included). And its v* is |S| sum w_i v_i with no |S| in the
+denominator of the softmax (`value_mode="paper"`), which is wrong even where the merged keys are
+equal; the bias above ("mean+logn") is then exact. "mean" has neither.
 
-Readings of ours: `recent` and `heavy` are shares of the prompt's length, halves up, and heavy tokens are not recent ones
-(0.17 and 0.12 are the paper's for half a cache, 0.08 and 0.02 for 35 %). A fixed threshold keeps what the keys make it keep;
-`share` is a budget.
+Readings of ours: `recent` and `heavy` are shares of the prompt's length, halves up, and heavy
+tokens are not recent ones (0.17 and 0.12 are the paper's for half a cache, 0.08 and 0.02 for 35 %).
+A fixed threshold keeps what the keys make it keep; `share` is a budget.
 """
 
 from __future__ import annotations
@@ -38,12 +43,14 @@ _THRESHOLD = 0.75
 
 @dataclass(frozen=True)
 class Merge(base.Policy):
-    """Stateless after the prompt. Without `share` the number of tokens that remain is what the keys make it.
+    """Stateless after the prompt. Without `share` the number of tokens that remain is what the keys
+    make it.
 
-    share: at most round(n share) of n prompt tokens remain, at least one. `threshold` is then searched for each sequence and
-    head, the highest of 20 bisections that meets it, so fewer remain where equal cosines join together; and fewer tokens are
-    protected, first of the heavy ones, where a set between any two of them would be too many.
-    dense_layers: the first layers, which do not merge; their attention is flatter.
+    share: at most round(n share) of n prompt tokens remain, at least one. `threshold` is then
+    searched for each sequence and head, the highest of 20 bisections that meets it, so fewer remain
+    where equal cosines join together; and fewer tokens are protected, first of the heavy ones,
+    where a set between any two of them would be too many. dense_layers: the first layers, which do
+    not merge; their attention is flatter.
     """
 
     threshold: float = _THRESHOLD
@@ -61,33 +68,51 @@ class Merge(base.Policy):
 
     def __post_init__(self):
         if not -np.inf < self.threshold < np.inf:
-            raise ValueError(f"threshold must be a finite number, 1 to merge nothing; got {self.threshold}")
+            raise ValueError(
+                f"threshold must be a finite number, 1 to merge nothing; got {self.threshold}"
+            )
         if min(self.recent, self.heavy) < 0 or not self.recent + self.heavy <= 1:
             raise ValueError(
                 "recent and heavy are shares of the prompt, at least 0 and at most 1 together; "
                 f"got recent={self.recent} and heavy={self.heavy}"
             )
-        width = self.sigma in ("mean_dist", "literal") if isinstance(self.sigma, str) else 0 < self.sigma < np.inf
+        width = (
+            self.sigma in ("mean_dist", "literal")
+            if isinstance(self.sigma, str)
+            else 0 < self.sigma < np.inf
+        )
         if not width:
-            raise ValueError(f'sigma must be a number above 0, "mean_dist" or "literal"; got {self.sigma!r}')
+            raise ValueError(
+                f'sigma must be a number above 0, "mean_dist" or "literal"; got {self.sigma!r}'
+            )
         if self.value_mode not in ("mean+logn", "mean", "paper"):
-            raise ValueError(f'value_mode must be "mean+logn", "mean" or "paper"; got {self.value_mode!r}')
+            raise ValueError(
+                f'value_mode must be "mean+logn", "mean" or "paper"; got {self.value_mode!r}'
+            )
         if self.share is not None and not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1; got {self.share}")
         if self.share is not None and self.threshold != _THRESHOLD:
-            raise ValueError(f"give either threshold or share; got threshold={self.threshold} and share={self.share}")
+            raise ValueError(
+                f"give either threshold or share; got threshold={self.threshold} and "
+                f"share={self.share}"
+            )
         if self.dense_layers < 0:
             raise ValueError(f"dense_layers must be at least 0; got {self.dense_layers}")
 
     def counts(self, S: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[S + 1] int32 each: recent tokens, heavy tokens, and tokens that may remain, of a prompt of n tokens."""
+        """[S + 1] int32 each: recent tokens, heavy tokens, and tokens that may remain, of a prompt
+        of n tokens.
+        """
         n = np.arange(S + 1, dtype=np.int32)
-        recent, heavy = (budget.round_half_up(n * share).astype(np.int32) for share in (self.recent, self.heavy))
+        recent, heavy = (
+            budget.round_half_up(n * share).astype(np.int32) for share in (self.recent, self.heavy)
+        )
         recent, allowed = np.minimum(recent, n), n
         if self.share is not None:
             allowed = budget.at_least_one(budget.round_half_up(n * self.share))
             recent = np.minimum(recent, np.maximum(allowed - 1, 0))
-            heavy = np.minimum(heavy, np.maximum(allowed - recent - 1, 0) // 2)  # heavy + 1 sets lie around them
+            # heavy + 1 sets lie around them
+            heavy = np.minimum(heavy, np.maximum(allowed - recent - 1, 0) // 2)
         return recent, np.minimum(heavy, n - recent), allowed
 
     def for_layer(self, layer: int) -> base.Policy:
@@ -114,9 +139,13 @@ class Merge(base.Policy):
         return stats, base.evicted(pos, bias, jnp.zeros(pos.shape, jnp.bool_))
 
     def sets(self, k: jax.Array, mass: jax.Array, length: jax.Array) -> jax.Array:
-        """`merging` ids [B, K, T] of the sets of a prompt; k [B, K, T, H], mass [B, K, T], length [B]."""
+        """`merging` ids [B, K, T] of the sets of a prompt; k [B, K, T, H], mass [B, K, T], length
+        [B].
+        """
         T = k.shape[2]
-        recent, heavy, allowed = (base.column(budget.lookup(table, length)) for table in self.counts(T))
+        recent, heavy, allowed = (
+            base.column(budget.lookup(table, length)) for table in self.counts(T)
+        )
         n, p = base.column(length), base.positions(T)
         old = p < n - recent
         free = old & ~swap.top_mask(jnp.where(old, mass, -jnp.inf), heavy)
@@ -135,7 +164,9 @@ class Merge(base.Policy):
         slot = jnp.where(base.positions(T) < base.column(length), slot, M)
         count = merging.over(jax.ops.segment_sum, jnp.ones(w.shape[:3], jnp.float32), slot, M)
         pos = merging.over(jax.ops.segment_max, pivot, slot, M)
-        keys, values = (merging.over(jax.ops.segment_sum, w * x.astype(jnp.float32), slot, M) for x in (k, v))
+        keys, values = (
+            merging.over(jax.ops.segment_sum, w * x.astype(jnp.float32), slot, M) for x in (k, v)
+        )
         if self.value_mode == "paper":
             values = values * count[..., None]
         bias = jnp.log(count) if self.value_mode == "mean+logn" else jnp.zeros_like(count)

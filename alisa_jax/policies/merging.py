@@ -1,7 +1,8 @@
 """Merging neighbours whose keys are alike: sets, pivots and weights, all in static shapes.
 
-Tokens lie on the last axis, T of them, padding behind; leading axes are [B, K]. A set is a run of tokens, and `ids` numbers
-the sets from 0, ascending: a token of padding is a set by itself. All arithmetic is float32.
+Tokens lie on the last axis, T of them, padding behind; leading axes are [B, K]. A set is a run of
+tokens, and `ids` numbers the sets from 0, ascending: a token of padding is a set by itself. All
+arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -12,35 +13,45 @@ import jax
 import jax.numpy as jnp
 
 STEPS = 20  # halvings of an interval of 3: cosines closer than 3e-6 are not told apart
-ITERATIONS = 200  # of a width through its own weights: 168 reach 1e-7 where it converges most slowly
+# of a width through its own weights: 168 reach 1e-7 where it converges most slowly
+ITERATIONS = 200
 
 
 def cosines(k: jax.Array) -> jax.Array:
     """[B, K, T]: cosine of each key of `k` [B, K, T, H] and the next one, in [-1, 1].
 
-    A key of length 0 has cosine 0 to all others. What is no number, and the last token, which has no next one, gets -1.
+    A key of length 0 has cosine 0 to all others. What is no number, and the last token, which has
+    no next one, gets -1.
     """
     k = k.astype(jnp.float32)
     size = jnp.sqrt(jnp.sum(jnp.square(k), axis=-1, keepdims=True))
     k = k / jnp.maximum(size, jnp.finfo(jnp.float32).tiny)
     cos = jnp.clip(jnp.sum(k[:, :, :-1] * k[:, :, 1:], axis=-1), -1.0, 1.0)
-    return jnp.pad(jnp.where(jnp.isnan(cos), -1.0, cos), ((0, 0), (0, 0), (0, 1)), constant_values=-1.0)
+    return jnp.pad(
+        jnp.where(jnp.isnan(cos), -1.0, cos), ((0, 0), (0, 0), (0, 1)), constant_values=-1.0
+    )
 
 
 def pairs(free: jax.Array) -> jax.Array:
-    """[B, K, T] bool: token i and the next one may share a set; `free` [B, K, T]: may merge at all."""
+    """[B, K, T] bool: token i and the next one may share a set; `free` [B, K, T]: may
+    merge at all.
+    """
     return free & jnp.pad(free[..., 1:], ((0, 0), (0, 0), (0, 1)))
 
 
 def fitted(cos: jax.Array, may: jax.Array, length: jax.Array, allowed: jax.Array) -> jax.Array:
-    """[B, K, 1]: the highest threshold, found by bisection, that leaves at most `allowed` [B, 1, 1] sets of a prompt.
+    """[B, K, 1]: the highest threshold, found by bisection, that leaves at most `allowed` [B, 1, 1]
+    sets of a prompt.
 
-    length [B, 1, 1]; 1 where all of its tokens may stay. Pairs of `may` [B, K, T] can join; when all of them do (-2), few
-    enough must be left.
+    length [B, 1, 1]; 1 where all of its tokens may stay. Pairs of `may` [B, K, T] can join; when
+    all of them do (-2), few enough must be left.
     """
 
     def fits(threshold):
-        return length - jnp.sum(may & (cos > threshold), axis=-1, keepdims=True, dtype=jnp.int32) <= allowed
+        return (
+            length - jnp.sum(may & (cos > threshold), axis=-1, keepdims=True, dtype=jnp.int32)
+            <= allowed
+        )
 
     def halve(_, ends):
         low, high = ends
@@ -53,16 +64,20 @@ def fitted(cos: jax.Array, may: jax.Array, length: jax.Array, allowed: jax.Array
 
 
 def numbered(joins: jax.Array) -> jax.Array:
-    """`ids` [B, K, T] int32 of the sets; `joins` [B, K, T] bool: token i is in the set of token i + 1.
+    """`ids` [B, K, T] int32 of the sets; `joins` [B, K, T] bool: token i is in the set of token i +
+    1.
 
-    Scanning from the last token, i opens a set unless it joins; the same sets are numbered from the first token here.
+    Scanning from the last token, i opens a set unless it joins; the same sets are numbered from the
+    first token here.
     """
-    opens = jnp.pad(~joins[..., :-1], ((0, 0), (0, 0), (1, 0)))  # of its set, i is the first and i - 1 in another
+    # of its set, i is the first and i - 1 in another
+    opens = jnp.pad(~joins[..., :-1], ((0, 0), (0, 0), (1, 0)))
     return jnp.cumsum(opens, axis=-1, dtype=jnp.int32)
 
 
 def over(reduce, x: jax.Array, ids: jax.Array, n: int) -> jax.Array:
-    """`reduce`, a segment operation of `jax.ops`, over x [B, K, T, *] by ascending `ids` [B, K, T]: [B, K, n, *].
+    """`reduce`, a segment operation of `jax.ops`, over x [B, K, T, *] by ascending `ids` [B, K, T]:
+    [B, K, n, *].
 
     Ids from n on go nowhere.
     """
@@ -72,11 +87,15 @@ def over(reduce, x: jax.Array, ids: jax.Array, n: int) -> jax.Array:
 
 def spread(reduce, x: jax.Array, ids: jax.Array) -> jax.Array:
     """As `over`, and every token gets what its set comes to: [B, K, T]."""
-    return jnp.take_along_axis(over(reduce, x, ids, ids.shape[-1]), ids, axis=-1, mode="promise_in_bounds")
+    return jnp.take_along_axis(
+        over(reduce, x, ids, ids.shape[-1]), ids, axis=-1, mode="promise_in_bounds"
+    )
 
 
 def pivots(mass: jax.Array, ids: jax.Array) -> jax.Array:
-    """[B, K, T] int32: the token of each token's set with the most `mass` [B, K, T], the first of equals; NaN is least."""
+    """[B, K, T] int32: the token of each token's set with the most `mass` [B, K, T], the first of
+    equals; NaN is least.
+    """
     T = ids.shape[-1]
     mass = jnp.where(jnp.isnan(mass), -jnp.inf, mass)
     best = mass == spread(jax.ops.segment_max, mass, ids)
@@ -85,10 +104,12 @@ def pivots(mass: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def weights(k: jax.Array, pivot: jax.Array, ids: jax.Array, sigma: float | str) -> jax.Array:
-    """[B, K, T]: g / sum of g over the set, g = exp(-|k_p - k|^2 / (2 sigma^2)) for its pivot p; they sum to 1.
+    """[B, K, T]: g / sum of g over the set, g = exp(-|k_p - k|^2 / (2 sigma^2)) for its pivot p;
+    they sum to 1.
 
-    k [B, K, T, H]; pivot, ids [B, K, T]; sigma: a number, "mean_dist" (the mean of |k_p - k| over the set, over sqrt 2) or
-    "literal" (the fixed point of sigma = mean of g / sqrt 2, iterated from 0.7).
+    k [B, K, T, H]; pivot, ids [B, K, T]; sigma: a number, "mean_dist"
+    (the mean of |k_p - k| over the set, over sqrt 2) or "literal"
+    (the fixed point of sigma = mean of g / sqrt 2, iterated from 0.7).
     """
     k = k.astype(jnp.float32)
     apart = k - jnp.take_along_axis(k, pivot[..., None], axis=2, mode="promise_in_bounds")

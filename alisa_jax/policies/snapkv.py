@@ -1,19 +1,23 @@
-"""`snapkv(capacity=1024, window=32, kernel=7, pool="max" | "avg")`: what the end of a prompt looks at, and all that follows.
+"""`snapkv(capacity=1024, window=32, kernel=7, pool="max" | "avg")`: what the end of a prompt looks
+at, and all that follows.
 
-SnapKV (NeurIPS 2024, arXiv 2404.14469). At the end of a dense prompt each kv head adds up the attention of the last `window`
-queries, pools it along the positions before the window (stride 1, as many places as before), and keeps the window and the
-best capacity - window of the tokens before it. Pooling lets a token that is looked at bring its neighbours, so that a span
-stays whole. A prompt of at most `capacity` tokens is kept as it is. What comes later is appended and never evicted: the
-cache grows with the text that is generated, not with the prompt. From an empty cache this is dense attention. Keys keep the
-rotation of their true positions.
+SnapKV (NeurIPS 2024, arXiv 2404.14469). At the end of a dense prompt each kv head adds up the
+attention of the last `window` queries, pools it along the positions before the window
+(stride 1, as many places as before), and keeps the window and the best capacity - window of the
+tokens before it. Pooling lets a token that is looked at bring its neighbours, so that a span stays
+whole. A prompt of at most `capacity` tokens is kept as it is. What comes later is appended and
+never evicted: the cache grows with the text that is generated, not with the prompt. From an empty
+cache this is dense attention. Keys keep the rotation of their true positions.
 
-Beyond what is pooled lies -inf for "max" and 0 for "avg", which divides by `kernel` all the same; the window lies beyond it
-too. "max" makes a peak a plateau of equal scores; ties go to the lowest position.
+Beyond what is pooled lies -inf for "max" and 0 for "avg", which divides by `kernel` all the same;
+the window lies beyond it too. "max" makes a peak a plateau of equal scores; ties go to the lowest
+position.
 
-The authors repeat kv heads first and choose for every query head, so that with grouped queries their cache is as wide as
-the query heads. Here a kv head has one set, by the attention of its group, summed before it is pooled; kvpress averages
-over the group, which ranks alike (it knows "avg" alone, and sums and averages commute). The defaults are those of the
-authors' LongBench runs; their model hooks have capacity=2048, kernel=5 and pool="avg".
+The authors repeat kv heads first and choose for every query head, so that with grouped queries
+their cache is as wide as the query heads. Here a kv head has one set, by the attention of its
+group, summed before it is pooled; kvpress averages over the group, which ranks alike
+(it knows "avg" alone, and sums and averages commute). The defaults are those of the authors'
+LongBench runs; their model hooks have capacity=2048, kernel=5 and pool="avg".
 """
 
 from __future__ import annotations
@@ -30,9 +34,12 @@ from alisa_jax.policies import base, swap
 
 @dataclass(frozen=True)
 class SnapKV(base.Policy):
-    """Stateless: each prompt is cut once, by its own length. `tokens`, a spec's capacity, are those kept of it."""
+    """Stateless: each prompt is cut once, by its own length. `tokens`, a spec's capacity, are those
+    kept of it.
+    """
 
-    tokens: int = dataclasses.field(default=1024, metadata={"spec": "capacity"})  # `capacity` is a method
+    # `capacity` is a method
+    tokens: int = dataclasses.field(default=1024, metadata={"spec": "capacity"})
     window: int = 32
     kernel: int = 7
     pool: str = "max"
@@ -46,7 +53,8 @@ class SnapKV(base.Policy):
             raise ValueError(f"window must be at least 1; got {self.window}")
         if self.tokens <= self.window:
             raise ValueError(
-                f"capacity counts the window and must be more than window={self.window}; got {self.tokens}"
+                f"capacity counts the window and must be more than window={self.window}; got "
+                f"{self.tokens}"
             )
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd and at least 1; got {self.kernel}")
@@ -79,7 +87,8 @@ class SnapKV(base.Policy):
         return stats, base.slots_of(keep | (~old & (p < n)), dims.M)
 
     def pooled(self, paid: jax.Array, old: jax.Array) -> jax.Array:
-        """What `paid` [B, K, S] ranks as, position by position, where nothing outside `old` [B, 1, S] counts.
+        """What `paid` [B, K, S] ranks as, position by position, where nothing outside `old`
+        [B, 1, S] counts.
 
         Of "avg" it is the sum over the kernel, which ranks as the average does.
         """

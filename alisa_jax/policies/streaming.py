@@ -1,16 +1,20 @@
-"""`streaming(sinks=4, kv_sparsity= | tokens=, positions="true" | "cache")`: the first tokens and the most recent ones.
+"""`streaming(sinks=4, kv_sparsity= | tokens=, positions="true" | "cache")`: the first tokens and
+the most recent ones.
 
-StreamingLLM (ICLR 2024, arXiv 2309.17453): softmax must put its mass somewhere, models learn to put it on the first tokens,
-and a sliding window that lets these go breaks. So `sinks` tokens are never evicted, and the rest of the budget slides.
-The budget counts both: with `tokens` the window has tokens - sinks, with kv_sparsity 1 - r the two together have
-round(n r). The sinks are there from the beginning, and one recent token at least: while a share of a short context is less
-than that, more than the share is kept.
+StreamingLLM (ICLR 2024, arXiv 2309.17453): softmax must put its mass somewhere, models learn to put
+it on the first tokens, and a sliding window that lets these go breaks. So `sinks` tokens are never
+evicted, and the rest of the budget slides. The budget counts both: with `tokens` the window has
+tokens - sinks, with kv_sparsity 1 - r the two together have round(n r). The sinks are there from
+the beginning, and one recent token at least: while a share of a short context is less than that,
+more than the share is kept.
 
-With positions="true", the default, a key keeps the rotation of the place where the token stood: what is attended is the
-masked text, as under every other policy here. positions="cache" is the method of the authors' code: tokens are placed by
-their index in the cache, at every step anew, so a model sees no distance longer than the budget, and a stream runs on beyond
-the longest position that the model knows. Keys are stored before their rotation for that, and rotary models alone can do it.
-A dense prompt is read at true positions in either case. Without sinks, or before anything is evicted, both are the same.
+With positions="true", the default, a key keeps the rotation of the place where the token stood:
+what is attended is the masked text, as under every other policy here. positions="cache" is the
+method of the authors' code: tokens are placed by their index in the cache, at every step anew, so a
+model sees no distance longer than the budget, and a stream runs on beyond the longest position that
+the model knows. Keys are stored before their rotation for that, and rotary models alone can do it.
+A dense prompt is read at true positions in either case. Without sinks, or before anything is
+evicted, both are the same.
 """
 
 from __future__ import annotations
@@ -38,7 +42,10 @@ class Streaming(base.Policy):
         if self.sinks < 0:
             raise ValueError(f"sinks must be at least 0; got {self.sinks}")
         if self.tokens is not None and self.tokens <= self.sinks:
-            raise ValueError(f"tokens counts the sinks and must be more than sinks={self.sinks}; got {self.tokens}")
+            raise ValueError(
+                f"tokens counts the sinks and must be more than sinks={self.sinks}; got "
+                f"{self.tokens}"
+            )
         if self.positions not in ("true", "cache"):
             raise ValueError(f'positions must be "true" or "cache"; got {self.positions!r}')
 
@@ -52,34 +59,45 @@ class Streaming(base.Policy):
 
     def resolve(self, config, calibration=None):
         if self.raw_keys and not config.rotary_dims:
-            raise ValueError(f"positions=cache needs a model with rotary positions; {config.arch} models learn theirs")
+            raise ValueError(
+                f"positions=cache needs a model with rotary positions; {config.arch} models learn "
+                "theirs"
+            )
         if self.endless and self.tokens >= config.max_positions:
             raise ValueError(
-                f"positions=cache needs tokens below {config.max_positions}, the model's context; got {self.tokens}"
+                f"positions=cache needs tokens below {config.max_positions}, the model's context; "
+                f"got {self.tokens}"
             )
         return super().resolve(config, calibration)
 
     def recent(self, S: int) -> np.ndarray:
-        """[S + 1] int32: tokens of the sliding window when n tokens are past, the sinks not counted."""
+        """[S + 1] int32: tokens of the sliding window when n tokens are past, the sinks not
+        counted.
+        """
         n = np.arange(S + 1)
         kept = budget.round_half_up(budget.amounts(self.kv_sparsity, self.tokens, S))
-        return np.minimum(np.maximum(kept - self.sinks, 1), np.maximum(n - self.sinks, 0)).astype(np.int32)
+        return np.minimum(np.maximum(kept - self.sinks, 1), np.maximum(n - self.sinks, 0)).astype(
+            np.int32
+        )
 
     def capacity(self, S: int) -> int:
         return min(S, self.sinks + int(self.recent(S).max())) + 1
 
     def _first(self, length, S: int):
         """[B, 1, 1]: where the sliding window begins."""
-        counted = S if self.tokens is None else min(S, self.tokens)  # no table as long as an endless stream
+        # no table as long as an endless stream
+        counted = S if self.tokens is None else min(S, self.tokens)
         return base.column(length - budget.lookup(self.recent(counted), length))
 
     def places(self, pos, length):
-        """With positions="cache": indices in the cache, less that of the query, which is thus at 0 (`place`).
+        """With positions="cache": indices in the cache, less that of the query, which is thus at 0
+        (`place`).
 
-        The index of a token is its rank by age among those that are kept, sinks first, and that of the query their number.
-        Rotary logits depend on differences alone, and these are what the ring and the number of kept tokens tell: a token of
-        the window is as far from the query as it stood, and the sinks lie directly before the window. Never below
-        1 - capacity, at whatever position of the stream.
+        The index of a token is its rank by age among those that are kept, sinks first, and that of
+        the query their number. Rotary logits depend on differences alone, and these are what the
+        ring and the number of kept tokens tell: a token of the window is as far from the query as
+        it stood, and the sinks lie directly before the window. Never below 1 - capacity, at
+        whatever position of the stream.
         """
         if not self.raw_keys:
             return pos
@@ -95,4 +113,6 @@ class Streaming(base.Policy):
 
     def select(self, stats, length, S, q=None) -> jax.Array:
         p = base.positions(S)
-        return ((p < jnp.int32(self.sinks)) | (p >= self._first(length, S))) & (p < base.column(length))
+        return ((p < jnp.int32(self.sinks)) | (p >= self._first(length, S))) & (
+            p < base.column(length)
+        )

@@ -1,11 +1,14 @@
 """`strided(kv_sparsity=, anchor="position" | "query")`: evenly spaced tokens.
 
-The baseline "Strided" of Figure 4 (arXiv 2403.17312; Sparse Transformer's pattern, arXiv 1904.10509): one token in
-every 1/r. For any r the kept indices are those where floor(i r) steps up: exactly evenly spaced where 1/r is whole.
+The baseline "Strided" of Figure 4 (arXiv 2403.17312; Sparse Transformer's pattern, arXiv
+1904.10509): one token in every 1/r. For any r the kept indices are those where floor(i r) steps up:
+exactly evenly spaced where 1/r is whole.
 
     anchor="position"   i = position + 1: a token is kept for good or dropped after its own step
-    anchor="query"      i = distance to the query: the whole comb moves with the query, so the selection turns over
-                        entirely at every step and only the routes that read by index or by mask serve it
+    anchor="query"      i = distance to the query: the whole comb moves with the query, so the
+                        selection turns over
+                        entirely at every step and only the routes that read by index or by mask
+                        serve it
 """
 
 from __future__ import annotations
@@ -37,7 +40,11 @@ class Strided(base.Policy):
 
     @property
     def routes(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("working_set", "indexed", "masked") if self.anchor == "position" else ("indexed", "masked")
+        return (
+            ("working_set", "indexed", "masked")
+            if self.anchor == "position"
+            else ("indexed", "masked")
+        )
 
     def _comb(self, S: int) -> np.ndarray:
         """[S + 1] bool: which i in 0 .. S are kept (i = 0 never is)."""

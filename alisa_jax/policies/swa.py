@@ -3,19 +3,24 @@
 The query at position n attends
 
     locally static     the last k_l tokens
-    globally dynamic   the k_g tokens with the largest S among the rest, S_p = sum of the last W rows of attention,
+    globally dynamic   the k_g tokens with the largest S among the rest, S_p = sum of the last W
+                       rows of attention,
                        summed over the heads (`shared_heads`) or each kv head for itself
     itself
 
-with k = round(n r / 2), r = 1 - kv_sparsity, k_l = round(n r local_frac), k_g = round(n r (1 - local_frac)): both k at
-the default. No token is lost: what is not attended stays in the store and returns when its S does. The points that the
-paper leaves open are options; the defaults are the recommended readings:
+with k = round(n r / 2), r = 1 - kv_sparsity, k_l = round(n r local_frac), k_g =
+round(n r (1 - local_frac)): both k at the default. No token is lost: what is not attended stays in
+the store and returns when its S does. The points that the paper leaves open are options; the
+defaults are the recommended readings:
 
-    window          "k" (Algorithm 1) | "2k" (Figure 6) | a number of rows; `decay` d instead: S <- d S + row, O(S) memory
-    refresh_every   n > 0: every n-th position attends all tokens and its dense row enters the window, so tokens can return
+    window          "k" (Algorithm 1) | "2k" (Figure 6) | a number of rows; `decay` d instead: S <-
+                    d S + row, O(S) memory
+    refresh_every   n > 0: every n-th position attends all tokens and its dense row enters the
+                    window, so tokens can return
                     that were out for a whole window (0, the paper: never)
     dense_layers    the first layers attend densely
-    spare_slots     just-dropped tokens stay resident in this many slots, so that returning costs no copy
+    spare_slots     just-dropped tokens stay resident in this many slots, so that returning costs no
+                    copy
 Ties go to the lowest position.
 """
 
@@ -80,7 +85,9 @@ class Swa(base.Policy):
         if self.decay is not None and not 0.0 < self.decay < 1.0:
             raise ValueError(f"decay must be in (0, 1); got {self.decay}")
         if self.decay is not None and self.window != "k":
-            raise ValueError(f"give either window or decay; got window={self.window!r} and decay={self.decay}")
+            raise ValueError(
+                f"give either window or decay; got window={self.window!r} and decay={self.decay}"
+            )
         if not 0.0 <= self.local_frac <= 1.0:
             raise ValueError(f"local_frac must be in [0, 1]; got {self.local_frac}")
         for name in ("refresh_every", "dense_layers", "spare_slots"):
@@ -97,8 +104,10 @@ class Swa(base.Policy):
         grows = isinstance(self.window, str) and self.decay is None and self.tokens is None
         if grows and S > MAX_GROWING_WINDOW_TOKENS:
             raise ValueError(
-                f"swa(window={self.window!r}) keeps a window of rows that grows with the context and serves at most"
-                f" {MAX_GROWING_WINDOW_TOKENS} tokens; got a context of {S}: give window=<rows>, decay= or tokens="
+                f"swa(window={self.window!r}) keeps a window of rows that grows with the context "
+                "and serves at most"
+                f" {MAX_GROWING_WINDOW_TOKENS} tokens; got a context of {S}: give window=<rows>, "
+                "decay= or tokens="
             )
 
     def counts(self, S: int) -> Counts:
@@ -111,7 +120,11 @@ class Swa(base.Policy):
         top = budget.at_least_one(top) if self.local_frac < 1 else np.zeros(S + 1, np.int32)
         top = np.minimum(top, n - local).astype(np.int32)
         k = budget.at_least_one(budget.round_half_up(amount * 0.5))
-        width = np.full(S + 1, self.window) if isinstance(self.window, int) else k * (2 if self.window == "2k" else 1)
+        width = (
+            np.full(S + 1, self.window)
+            if isinstance(self.window, int)
+            else k * (2 if self.window == "2k" else 1)
+        )
         return Counts(local, top, np.minimum(width, n).astype(np.int32))
 
     def capacity(self, S: int) -> int:
@@ -133,12 +146,16 @@ class Swa(base.Policy):
 
     def grow(self, stats: SwaStats, S: int, M: int) -> SwaStats:
         old = stats.slot_of.shape[-1]
-        slot_of = jnp.pad(stats.slot_of, ((0, 0), (0, 0), (0, S - old)), constant_values=swap.ABSENT)
+        slot_of = jnp.pad(
+            stats.slot_of, ((0, 0), (0, 0), (0, S - old)), constant_values=swap.ABSENT
+        )
         return SwaStats(window_sum.grow(stats.sums, S, self._ring(S)), slot_of)
 
     def seed(self, stats: SwaStats, rows, length, dims):
         width = budget.lookup(self.counts(dims.S).width, length)
-        stats = stats.replace(sums=window_sum.seed(stats.sums, _without_nan(rows), width, self.decay))
+        stats = stats.replace(
+            sums=window_sum.seed(stats.sums, _without_nan(rows), width, self.decay)
+        )
         pos = base.slots_of(self.select(stats, length, dims.S), dims.M)
         return stats.replace(slot_of=swap.index_slots(pos, dims.S)), pos
 
@@ -174,7 +191,9 @@ class Swa(base.Policy):
         return (Swa, *(getattr(self, field.name) for field in dataclasses.fields(Swa)))
 
     def exchange_layers(self, policies, stats, pos, bias, length, S):
-        """The sequences of all layers are one batch: a swap is many small operations, and their number is what counts."""
+        """The sequences of all layers are one batch: a swap is many small operations, and their
+        number is what counts.
+        """
         counts, L, B = self.counts(S), len(stats), length.shape[0]
         score = [policy.ranking(one, length) for policy, one in zip(policies, stats, strict=True)]
         first_local = base.column(length - budget.lookup(counts.local, length))[..., 0]
@@ -202,5 +221,7 @@ class Swa(base.Policy):
 
 
 def _without_nan(row: jax.Array) -> jax.Array:
-    """Attention that is not a number counts as none, so that it neither wins a selection nor stays in a sum."""
+    """Attention that is not a number counts as none, so that it neither wins a selection nor stays
+    in a sum.
+    """
     return jnp.where(jnp.isnan(row), jnp.float32(0.0), row)

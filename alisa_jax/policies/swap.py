@@ -1,13 +1,15 @@
 """Keeping a top-k set up to date by swaps instead of sorting.
 
-A set of slots holds the best tokens of a growing sequence. Between two steps little changes, so the set is repaired: while
-it is too large its worst member goes, while it is too small the best outsider comes, and then "best outside against worst
-inside" is swapped until nothing improves. That ends in exactly the set that a full sort would give, for any starting set.
-Higher score wins, and among equal scores the lower position. The few best outsiders and the few worst members are listed
-first; the nth of the one list can only replace the nth of the other, so all swaps are found at once.
+A set of slots holds the best tokens of a growing sequence. Between two steps little changes, so the
+set is repaired: while it is too large its worst member goes, while it is too small the best
+outsider comes, and then "best outside against worst inside" is swapped until nothing improves. That
+ends in exactly the set that a full sort would give, for any starting set. Higher score wins, and
+among equal scores the lower position. The few best outsiders and the few worst members are listed
+first; the nth of the one list can only replace the nth of the other, so all swaps are found at
+once.
 
-`slot_of` [B, P, S] is the inverse of `pos` [B, P, M]: the slot of an active token, ABSENT, or PARKED - slot for a token
-that is resident and not active.
+`slot_of` [B, P, S] is the inverse of `pos` [B, P, M]: the slot of an active token, ABSENT, or
+PARKED - slot for a token that is resident and not active.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from alisa_jax.policies.base import Exchange
 
 ABSENT = -1
 PARKED = -2
-LOADS = 4, 16  # rows that one call may ask for in a short and in a long context; a call that needs more says so
+# rows that one call may ask for in a short and in a long context; a call that needs more says so
+LOADS = 4, 16
 BLOCK = 32
 
 
 def loads(S: int) -> int:
-    """How many rows a call may ask for in a context of S tokens, in which ever more of them change places."""
+    """How many rows a call may ask for in a context of S tokens, in which ever more of them change
+    places.
+    """
     return min(LOADS[1], max(LOADS[0], S // 1024))
 
 
@@ -34,7 +39,8 @@ def _iota(shape, axis):
 
 
 def put(x: jax.Array, index: jax.Array, value, on=True) -> jax.Array:
-    """x[b, p, index[b, p, ...]] = value[b, p, ...] where `on` and the index is in range; x [B, P, S], index [B, P] or
+    """x[b, p, index[b, p, ...]] = value[b, p, ...] where `on` and the index is in range; x
+    [B, P, S], index [B, P] or
     [B, P, E], distinct for each (b, p) where it is on."""
     index = jnp.where(on, index, -1)
     value = jnp.broadcast_to(jnp.asarray(value, x.dtype), index.shape)
@@ -47,18 +53,24 @@ def take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def best(score: jax.Array, order: jax.Array, limit: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Highest finite `score` [B, P, X], ties to the lowest `order` (< limit): (score, order, exists), each [B, P]."""
+    """Highest finite `score` [B, P, X], ties to the lowest `order` (< limit):
+    (score, order, exists), each [B, P].
+    """
     top = jnp.max(score, axis=-1)
     first = jnp.min(jnp.where(score == top[..., None], order, limit), axis=-1)
     return top, first, top > -jnp.inf
 
 
 def top_mask(score: jax.Array, k: jax.Array) -> jax.Array:
-    """[B, P, S] bool: the `k` [B, 1, 1] best entries of `score` [B, P, S]; -inf and NaN never, ties to the lowest index."""
+    """[B, P, S] bool: the `k` [B, 1, 1] best entries of `score` [B, P, S]; -inf and NaN never, ties
+    to the lowest index.
+    """
     S = score.shape[-1]
     score = jnp.where(jnp.isnan(score), -jnp.inf, score)
     ranked = -jnp.sort(-score, axis=-1)
-    border = jnp.take_along_axis(ranked, jnp.broadcast_to(jnp.clip(k - 1, 0, S - 1), (*score.shape[:2], 1)), axis=-1)
+    border = jnp.take_along_axis(
+        ranked, jnp.broadcast_to(jnp.clip(k - 1, 0, S - 1), (*score.shape[:2], 1)), axis=-1
+    )
     above = score > border
     tied = (score == border) & (score > -jnp.inf)
     room = k - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
@@ -69,13 +81,17 @@ def index_slots(pos: jax.Array, S: int) -> jax.Array:
     """`slot_of` for a working set whose resident tokens `pos` [B, P, M] are all active."""
     at = jnp.where(pos >= 0, pos, S)
     absent = jnp.full((*pos.shape[:2], S), ABSENT, jnp.int32)
-    return absent.at[_iota(pos.shape, 0), _iota(pos.shape, 1), at].set(_iota(pos.shape, 2), mode="drop")
+    return absent.at[_iota(pos.shape, 0), _iota(pos.shape, 1), at].set(
+        _iota(pos.shape, 2), mode="drop"
+    )
 
 
 def foremost(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The `k` largest of x [B, P, S] and where they are, both [B, P, k]; as `lax.top_k`, of equal ones the first.
+    """The `k` largest of x [B, P, S] and where they are, both [B, P, k]; as `lax.top_k`, of equal
+    ones the first.
 
-    They lie in the k blocks with the largest maxima, of which each but the last can hold only one that comes before.
+    They lie in the k blocks with the largest maxima, of which each but the last can hold only one
+    that comes before.
     """
     S = x.shape[-1]
     blocks = -(-S // BLOCK)
@@ -85,16 +101,18 @@ def foremost(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     split = split.reshape(*x.shape[:2], blocks, BLOCK)
     _, some = jax.lax.top_k(jnp.max(split, axis=-1), k)
     some = jnp.sort(some, axis=-1)  # so that of equal ones the first is still the first
-    value, at = jax.lax.top_k(jnp.take_along_axis(split, some[..., None], axis=2).reshape(*x.shape[:2], k * BLOCK), k)
+    value, at = jax.lax.top_k(
+        jnp.take_along_axis(split, some[..., None], axis=2).reshape(*x.shape[:2], k * BLOCK), k
+    )
     return value, take(some, at // BLOCK) * BLOCK + at % BLOCK
 
 
 def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Exchange]:
     """Make the active tokens below `first_local` the `want` best of all tokens below `first_local`.
 
-    score, slot_of [B, P, S], NaN being worse than any score; pos, bias [B, P, M]; first_local [B, 1]: tokens from here on
-    stay as they are; want [B, 1]. Leaves an empty slot where the set does not fill all slots. Returns the new `slot_of` and
-    the exchange.
+    score, slot_of [B, P, S], NaN being worse than any score; pos, bias [B, P, M]; first_local
+    [B, 1]: tokens from here on stay as they are; want [B, 1]. Leaves an empty slot where the set
+    does not fill all slots. Returns the new `slot_of` and the exchange.
     """
     S = score.shape[-1]
     below, number = _iota(score.shape, 2) < first_local[..., None], ~jnp.isnan(score)
@@ -105,32 +123,51 @@ def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Ex
     most = loads(S)
     E = min(most + 1, S)
     best_out, out_pos = foremost(jnp.where(below & number & (slot_of < 0), score, -jnp.inf), E)
-    worst_in, back = foremost(-jnp.where(inside, ranked, jnp.inf)[..., ::-1], E)  # of equal ones the last is worst
+    # of equal ones the last is worst
+    worst_in, back = foremost(-jnp.where(inside, ranked, jnp.inf)[..., ::-1], E)
     in_pos = S - 1 - back
     was = take(slot_of, out_pos)
-    add, drop, more = _changes(best_out, out_pos, -worst_in, in_pos, worst_in > -jnp.inf, was == ABSENT, over, most)
+    add, drop, more = _changes(
+        best_out, out_pos, -worst_in, in_pos, worst_in > -jnp.inf, was == ABSENT, over, most
+    )
 
     slot = take(slot_of, in_pos)
     slot_of, bias = put(slot_of, in_pos, PARKED - slot, drop), put(bias, slot, -jnp.inf, drop)
     parked, load = add & (was != ABSENT), add & (was == ABSENT)
-    slot_of, bias = put(slot_of, out_pos, PARKED - was, parked), put(bias, PARKED - was, 0.0, parked)
+    slot_of, bias = (
+        put(slot_of, out_pos, PARKED - was, parked),
+        put(bias, PARKED - was, 0.0, parked),
+    )
 
-    idle = jnp.where(bias == -jnp.inf, jnp.where(pos < 0, jnp.inf, -take(ranked, jnp.maximum(pos, 0))), -jnp.inf)
-    key, free = foremost(idle, min(most + 1, pos.shape[-1]))  # empty slots, then those of the worst tokens
+    idle = jnp.where(
+        bias == -jnp.inf, jnp.where(pos < 0, jnp.inf, -take(ranked, jnp.maximum(pos, 0))), -jnp.inf
+    )
+    # empty slots, then those of the worst tokens
+    key, free = foremost(idle, min(most + 1, pos.shape[-1]))
     old = jnp.where(key > -jnp.inf, take(pos, free), ABSENT)
     turn = jnp.cumsum(load, axis=-1, dtype=jnp.int32) - 1
     to = take(free, jnp.clip(turn, 0, free.shape[-1] - 1))
-    freed = _iota(free.shape, 2) <= jnp.sum(load, axis=-1, keepdims=True, dtype=jnp.int32)  # one stays empty
+    # one stays empty
+    freed = _iota(free.shape, 2) <= jnp.sum(load, axis=-1, keepdims=True, dtype=jnp.int32)
     slot_of, pos = put(slot_of, old, ABSENT, freed), put(pos, free, ABSENT, freed & (old >= 0))
-    slot_of, pos, bias = put(slot_of, out_pos, to, load), put(pos, to, out_pos, load), put(bias, to, 0.0, load)
+    slot_of, pos, bias = (
+        put(slot_of, out_pos, to, load),
+        put(pos, to, out_pos, load),
+        put(bias, to, 0.0, load),
+    )
     none = jnp.full((*pos.shape[:2], most), -1, jnp.int32)
-    return slot_of, Exchange(pos, bias, put(none, turn, to, load), put(none, turn, out_pos, load), more)
+    return slot_of, Exchange(
+        pos, bias, put(none, turn, to, load), put(none, turn, out_pos, load), more
+    )
 
 
-def _changes(best_out, out_pos, worst_in, in_pos, is_in, absent, over, most) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(add, drop, more): which of the listed outsiders come, which of the listed members go, and whether a further call
-    is needed. All lists are [B, P, E], best outsiders and worst members first, `absent` outsiders need one of the `most`
-    loads; over [B, P, 1] is by how many the set is too large.
+def _changes(
+    best_out, out_pos, worst_in, in_pos, is_in, absent, over, most
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(add, drop, more): which of the listed outsiders come, which of the listed members go, and
+    whether a further call is needed. All lists are [B, P, E], best outsiders and worst members
+    first, `absent` outsiders need one of the `most` loads; over [B, P, 1] is by how many the set is
+    too large.
     """
     E = out_pos.shape[-1]
     drops, fills = jnp.clip(over, 0, E), jnp.maximum(-over, 0)

@@ -1,16 +1,21 @@
 """Sums of attention over a sliding window of decoding steps, without drift.
 
-For each token p the sum over the last W rows of attention, S_p = sum_{i = n-W}^{n-1} AW[i, p], is kept up to date by adding
-the newest row and subtracting the one that leaves: O(S) work a step instead of O(W S). Three things make that sound:
+For each token p the sum over the last W rows of attention, S_p = sum_{i = n-W}^{n-1} AW[i, p], is
+kept up to date by adding the newest row and subtracting the one that leaves: O(S) work a step
+instead of O(W S). Three things make that sound:
 
-* The rows lie in a ring with two rows to spare, indexed by step and shared by the batch. The new row is written first and
-  the leaving row is read from the updated ring, so the ring is updated in place: no copy of it is ever made.
-* A window may also grow (W follows the context): then no row leaves, or the row that left last comes back. Hence one
+* The rows lie in a ring with two rows to spare, indexed by step and shared by the batch. The new
+row is written first and
+  the leaving row is read from the updated ring, so the ring is updated in place: no copy of it is
+  ever made.
+* A window may also grow (W follows the context): then no row leaves, or the row that left last
+comes back. Hence one
   correction row a step with sign -1, 0 or +1, of its own for every sequence of a ragged batch.
-* Adding and subtracting in float32 would drift, and tokens whose rows have all left would keep noise instead of 0. Rows are
-  rounded to a grid of 2^-(47 - log2 of the largest sum), and sums are held as unevaluated pairs hi + lo (Dekker 1971; the
-  error-free sum is Knuth's, TAOCP 2, 4.2.2), where sums of grid values are exact while no sum exceeds the heads times
-  the rows that the ring holds. Ranking uses hi.
+* Adding and subtracting in float32 would drift, and tokens whose rows have all left would keep
+noise instead of 0. Rows are
+  rounded to a grid of 2^-(47 - log2 of the largest sum), and sums are held as unevaluated pairs hi
+  + lo (Dekker 1971; the error-free sum is Knuth's, TAOCP 2, 4.2.2), where sums of grid values are
+  exact while no sum exceeds the heads times the rows that the ring holds. Ranking uses hi.
 
 With `decay` d there is no ring: S <- d S + row.
 """
@@ -50,7 +55,9 @@ def empty(B: int, P: int, S: int, R: int, heads: int) -> WindowSum:
 
 
 def on_grid(row: jax.Array, heads: int, rows: int) -> jax.Array:
-    """`row` rounded to the grid on which sums of `rows` rows, each at most `heads` in any entry, are exact."""
+    """`row` rounded to the grid on which sums of `rows` rows, each at most `heads` in any entry,
+    are exact.
+    """
     scale = float(2 ** (47 - math.ceil(math.log2(max(2, heads * rows)))))
     return jnp.round(row * scale) / scale
 
@@ -68,9 +75,11 @@ def add(hi: jax.Array, lo: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def push(sums: WindowSum, row: jax.Array, length: jax.Array, widths: np.ndarray) -> WindowSum:
-    """Add the row [B, P, S] of the query at position `length` [B]; afterwards the sums serve the next position.
+    """Add the row [B, P, S] of the query at position `length` [B]; afterwards the sums serve the
+    next position.
 
-    widths: [S + 1] int, W for each number of past tokens; neighbours differ by at most 2 (see `correction`).
+    widths: [S + 1] int, W for each number of past tokens; neighbours differ by at most 2
+    (see `correction`).
     """
     R, S = sums.ring.shape[0], sums.hi.shape[-1]
     row = on_grid(row, sums.heads, R)
@@ -84,11 +93,12 @@ def push(sums: WindowSum, row: jax.Array, length: jax.Array, widths: np.ndarray)
 
 
 def correction(widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each n in 0 .. S-1: age in steps and sign of the row that corrects the window when row n is added.
+    """For each n in 0 .. S-1: age in steps and sign of the row that corrects the window when row n
+    is added.
 
-    The window for n past tokens begins at row a(n) = n - W(n). When a moves up, row a(n) leaves (sign -1, age W(n)); when
-    it moves down, row a(n) - 1 returns (sign +1, age W(n) + 1); else nothing (sign 0). Raises ValueError when a moves
-    by more than one row.
+    The window for n past tokens begins at row a(n) = n - W(n). When a moves up, row a(n) leaves
+    (sign -1, age W(n)); when it moves down, row a(n) - 1 returns (sign +1, age W(n) + 1); else
+    nothing (sign 0). Raises ValueError when a moves by more than one row.
     """
     n = np.arange(len(widths))
     first = n - np.minimum(widths, n)
@@ -104,8 +114,12 @@ def push_decayed(sums: WindowSum, row: jax.Array, decay: float) -> WindowSum:
     return sums.replace(hi=sums.hi * jnp.float32(decay) + row, step=sums.step + 1)
 
 
-def seed(sums: WindowSum, rows: jax.Array, width: jax.Array, decay: float | None = None) -> WindowSum:
-    """Sums after a dense prompt, from its last rows [B, P, W, S] (R = W + 1 in the ring); width [B]: rows that count now."""
+def seed(
+    sums: WindowSum, rows: jax.Array, width: jax.Array, decay: float | None = None
+) -> WindowSum:
+    """Sums after a dense prompt, from its last rows [B, P, W, S] (R = W + 1 in the ring); width
+    [B]: rows that count now.
+    """
     W = rows.shape[2]
     by_step = jnp.moveaxis(rows, 2, 0)  # [W, B, P, S], the newest last
     if decay is not None:
@@ -120,12 +134,15 @@ def seed(sums: WindowSum, rows: jax.Array, width: jax.Array, decay: float | None
 
     ages = jnp.arange(W, 0, -1, dtype=jnp.int32)
     (hi, lo), _ = jax.lax.scan(body, (sums.hi, sums.lo), (by_step, ages))
-    ring = jnp.concatenate([jnp.zeros_like(sums.ring[: R - W]), by_step])  # steps -W .. -1 at R - W .. R - 1
+    # steps -W .. -1 at R - W .. R - 1
+    ring = jnp.concatenate([jnp.zeros_like(sums.ring[: R - W]), by_step])
     return sums.replace(hi=hi, lo=lo, ring=ring)
 
 
 def adopt(sums: WindowSum, other: WindowSum, rows: jax.Array, which: jax.Array) -> WindowSum:
-    """`sums` with the sequences `which` [B] bool replaced by `rows` [B] of `other`, whose sums may be at another step."""
+    """`sums` with the sequences `which` [B] bool replaced by `rows` [B] of `other`, whose sums may
+    be at another step.
+    """
     ring, R = other.ring, other.ring.shape[0]
     if R:  # the row of age a lies at step - a
         ring = ring[jnp.mod(jnp.arange(R, dtype=jnp.int32) - sums.step + other.step, R)]
@@ -142,7 +159,8 @@ def grow(sums: WindowSum, S: int, R: int) -> WindowSum:
     more = ((0, 0), (0, 0), (0, S - sums.hi.shape[-1]))
     ring = sums.ring
     if old:
-        age = jnp.mod(sums.step - jnp.arange(R, dtype=jnp.int32), R)  # 0 means R steps ago: not held
+        # 0 means R steps ago: not held
+        age = jnp.mod(sums.step - jnp.arange(R, dtype=jnp.int32), R)
         held = (age >= 1) & (age < old)
         rows = ring[jnp.where(held, jnp.mod(sums.step - age, old), 0)]
         ring = jnp.where(held[:, None, None, None], rows, jnp.float32(0.0))

@@ -1,6 +1,7 @@
 """For authors of policies: does a policy keep the contract that the rest of the library relies on?
 
-report = check_policy(MyPolicy(kv_sparsity=0.8))  # or an AssertionError with the rule, the route and the step
+report = check_policy(MyPolicy(kv_sparsity=0.8))  # or an AssertionError with the rule, the route
+                                                  and the step
 """
 
 from alisa_jax.testing.contract import RULES, Report, check_policy

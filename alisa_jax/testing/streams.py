@@ -1,4 +1,6 @@
-"""Streams of queries, keys and values, driven through one layer's decode step on any route of any policy."""
+"""Streams of queries, keys and values, driven through one layer's decode step on any route of any
+policy.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from alisa_jax.kv.state import EMPTY
 from alisa_jax.policies import Policy
 
 CODEC = Raw("float32")
-# Dozens of programs are compiled for a few steps each: LLVM need not optimise them. XLA's own passes all run.
+# Dozens of programs are compiled for a few steps each: LLVM need not optimise them. XLA's own
+# passes all run.
 QUICK = MappingProxyType({"xla_backend_optimization_level": 0})
 
 # The stream of `Driver`: prime or unequal sizes, and runs that end with a full bucket.
@@ -36,7 +39,9 @@ class Stream(NamedTuple):
 
 
 def stream(seed: int, B: int, T: int, N: int, K: int, H: int) -> Stream:
-    """Random tokens whose attention is uneven and wanders: a key is heavy for a while, and at times again."""
+    """Random tokens whose attention is uneven and wanders: a key is heavy for a while, and at times
+    again.
+    """
     rng = np.random.default_rng(seed)
     themes = rng.normal(size=(B, 1, 1, H)) * np.sin(np.arange(T) / 5)[None, :, None, None]
     q = 1.5 * (rng.normal(size=(B, T, N, H)) + themes)
@@ -45,13 +50,18 @@ def stream(seed: int, B: int, T: int, N: int, K: int, H: int) -> Stream:
 
 
 class Run(NamedTuple):
-    """What a decoded stream attended and gave; step i of sequence b is the query at position first[b] + i."""
+    """What a decoded stream attended and gave; step i of sequence b is the query at position
+    first[b] + i.
+    """
 
     out: np.ndarray  # [B, steps, N, H]
-    slots: np.ndarray  # [B, steps, P, T + 1] int8: slots that hold each attended position; the last: any beyond T
+    # [B, steps, P, T + 1] int8: slots that hold each attended position; the last: any beyond T
+    slots: np.ndarray
     attended: np.ndarray  # [B, steps] as the taps count them
     loads: np.ndarray  # [B, steps]
-    free: np.ndarray  # [B, steps]: empty slots before the query came, of the head with the fewest (1 off "working_set")
+    # [B, steps]: empty slots before the query came, of the head with the fewest (1 off
+    # "working_set")
+    free: np.ndarray
     refreshed: np.ndarray  # [B, steps] bool: the policy asked for a dense step
     contexts: np.ndarray  # [steps], the context bucket
     first: np.ndarray  # [B]
@@ -61,11 +71,16 @@ class Run(NamedTuple):
     @property
     def sets(self) -> list:
         """[b][step][p]: the set of attended positions."""
-        return [[[set(np.flatnonzero(head).tolist()) for head in step] for step in b] for b in self.slots]
+        return [
+            [[set(np.flatnonzero(head).tolist()) for head in step] for step in b]
+            for b in self.slots
+        ]
 
 
 def dense_over(tokens: Stream, n: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """Float64 attention of the queries at n [B, steps] over held [B, steps, P, T + 1]: [B, steps, N, H]."""
+    """Float64 attention of the queries at n [B, steps] over held [B, steps, P, T + 1]:
+    [B, steps, N, H].
+    """
     q, k, v = (x.astype(np.float64) for x in tokens)
     q = np.take_along_axis(q, n[:, :, None, None], axis=1)
     q = q.reshape(*n.shape, k.shape[2], -1, q.shape[-1])  # [B, steps, K, G, H]
@@ -77,7 +92,8 @@ def dense_over(tokens: Stream, n: np.ndarray, held: np.ndarray) -> np.ndarray:
 
 
 class Driver:
-    """Decodes streams under any policy; compiles every step once, and remembers the runs over its own stream.
+    """Decodes streams under any policy; compiles every step once, and remembers the runs over its
+    own stream.
 
     codec: resolved; one that waits for tokens (`frozen_after`) needs prompts of that many.
     """
@@ -96,15 +112,21 @@ class Driver:
         self.traces[state.policy, state.route, state.context] += 1
         return attention.decode(state, q, k, v)
 
-    def shared_run(self, policy: Policy, route: str, start: str, buckets: Sequence[int] = BUCKETS) -> Run:
+    def shared_run(
+        self, policy: Policy, route: str, start: str, buckets: Sequence[int] = BUCKETS
+    ) -> Run:
         """The run over the driver's own stream from one of STARTS."""
         key = policy, route, start, tuple(buckets)
         if key not in self._runs:
             self._runs[key] = self.run(policy, route, self.tokens, buckets, STARTS[start], PADDED)
         return self._runs[key]
 
-    def run(self, policy, route: str, tokens: Stream, buckets=(64,), prompt=None, padded: int = 0) -> Run:
-        """Decode to the end of the last bucket, from nothing or after dense prompts of `prompt` [B] tokens (padded)."""
+    def run(
+        self, policy, route: str, tokens: Stream, buckets=(64,), prompt=None, padded: int = 0
+    ) -> Run:
+        """Decode to the end of the last bucket, from nothing or after dense prompts of `prompt` [B]
+        tokens (padded).
+        """
         with jax.default_matmul_precision("highest"):
             return self._run(policy, route, tokens, list(buckets), prompt, padded)
 
@@ -118,7 +140,9 @@ class Driver:
         length, prompt_out = np.zeros(B, np.int32), None
         if prompt is not None:
             length = np.array(prompt, np.int32)
-            prompt_out, state = self._prefill(state, q[:, :padded], k[:, :padded], v[:, :padded], jnp.asarray(length))
+            prompt_out, state = self._prefill(
+                state, q[:, :padded], k[:, :padded], v[:, :padded], jnp.asarray(length)
+            )
         first, contexts, steps = length, [], []
         while length.max() < S or buckets:
             if length.max() == S:
@@ -129,7 +153,9 @@ class Driver:
             which, free = policy.refresh(jnp.asarray(length)), np.ones(B, int)
             if route == "working_set":
                 free = (np.asarray(state.ws.pos) == EMPTY).sum(-1).min(-1)
-            out, state, taps = self.step(state, *(jnp.asarray(x[np.arange(B), length]) for x in tokens))
+            out, state, taps = self.step(
+                state, *(jnp.asarray(x[np.arange(B), length]) for x in tokens)
+            )
             pos = np.asarray(taps.pos)
             slots = np.zeros((*pos.shape[:2], T + 1), np.int8)
             b, p, m = np.nonzero(pos != EMPTY)
@@ -140,4 +166,6 @@ class Driver:
             contexts.append(S)
             length = length + 1
         np.testing.assert_array_equal(state.length, length)
-        return Run(*(np.stack(x, 1) for x in zip(*steps)), np.array(contexts), first, prompt_out, state)
+        return Run(
+            *(np.stack(x, 1) for x in zip(*steps)), np.array(contexts), first, prompt_out, state
+        )

@@ -1,29 +1,36 @@
-"""`skvq(k_bits=2, v_bits=2 | 1.5, group=128, window=128, sinks=5, clip=0.92, ...)`: few bits, ordered channels, raw window.
+"""`skvq(k_bits=2, v_bits=2 | 1.5, group=128, window=128, sinks=5, clip=0.92, ...)`: few bits,
+ordered channels, raw window.
 
-SKVQ (COLM 2024, arXiv 2405.06219). A token is stored as codes with a scale and a lower end per group of channels
-(`codecs/skvq/bits.py`), where channels of like ranges share a group (`codecs/skvq/groups.py`); keys come before their
-rotation, which would mix channels. The first `sinks` and the last `window` tokens are attended as they came
-(`codecs/recent.py`).
+SKVQ (COLM 2024, arXiv 2405.06219). A token is stored as codes with a scale and a lower end per
+group of channels (`codecs/skvq/bits.py`), where channels of like ranges share a group
+(`codecs/skvq/groups.py`); keys come before their rotation, which would mix channels. The first
+`sinks` and the last `window` tokens are attended as they came (`codecs/recent.py`).
 
-Every token is encoded when it is written, once, and kept raw beside its codes while it is among the first or last ones. So
-no step moves a token from one form to the other, a prompt leaves what decoding it would, and slots may be reused, copied and
-evicted under any policy. It costs the codes of sinks and window, which `token_bytes` counts like all others;
-`sequence_bytes` are the raw rows and, in a working set, their slots.
+Every token is encoded when it is written, once, and kept raw beside its codes while it is among the
+first or last ones. So no step moves a token from one form to the other, a prompt leaves what
+decoding it would, and slots may be reused, copied and evicted under any policy. It costs the codes
+of sinks and window, which `token_bytes` counts like all others; `sequence_bytes` are the raw rows
+and, in a working set, their slots.
 
     k_bits, v_bits    1 .. 8, 16, or 1.5: three levels, packed five to a byte (`kv/packing.py`)
     group             channels that share a range
     clip              a; 1 clips nothing. The authors use 0.92 to 0.96
-    reorder           channels are ordered by a calibration of the model; where none can be asked for, as in streams without
+    reorder           channels are ordered by a calibration of the model; where none can be asked
+                      for, as in streams without
                       a model, and where one group holds all channels, they stay as they come
-    span              "layer": groups may span the heads of a layer, as in the paper, and all heads keep the same tokens;
+    span              "layer": groups may span the heads of a layer, as in the paper, and all heads
+                      keep the same tokens;
                       "head": each kv head has groups of its own, which any policy can be given
-    params            "float8", as the authors, "bfloat16" or "float32": the type of scales and lower ends. Float8 steps are
+    params            "float8", as the authors, "bfloat16" or "float32": the type of scales and
+                      lower ends. Float8 steps are
                       multiples of 1/512, so groups narrower than that lose all but their lower end
-Where the codes of a head fill whole bytes, an element takes b + 16 / group bits with float8, 8 for scale and end each. Three
-levels take 1.6 bits and what fills the last byte of a head, 1.625 at 64 or 128 channels; the authors' packer spends 2.
+Where the codes of a head fill whole bytes, an element takes b + 16 / group bits with float8, 8 for
+scale and end each. Three levels take 1.6 bits and what fills the last byte of a head, 1.625 at 64
+or 128 channels; the authors' packer spends 2.
 
-Deviations: groups are of equal size; one `clip` for all layers and groups, as in the authors' code, where the paper fits one
-to each group; attention over a prompt is in full precision, their `full_prefill`.
+Deviations: groups are of equal size; one `clip` for all layers and groups, as in the authors' code,
+where the paper fits one to each group; attention over a prompt is in full precision, their
+`full_prefill`.
 """
 
 from __future__ import annotations
@@ -71,26 +78,41 @@ class Skvq(Asked):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
         if not 0.0 < self.clip <= 1.0:
-            raise ValueError(f"clip must be above 0 and at most 1, which clips nothing; got {self.clip}")
+            raise ValueError(
+                f"clip must be above 0 and at most 1, which clips nothing; got {self.clip}"
+            )
         for name, known in (("span", SPANS), ("params", PARAMS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
+                )
 
-    def resolve(self, dtype, rotation: Rotation = NO_ROTATION, calibration=None, config=None) -> Codec:
+    def resolve(
+        self, dtype, rotation: Rotation = NO_ROTATION, calibration=None, config=None
+    ) -> Codec:
         """The codec for a model that computes in `dtype`.
 
-        calibration: a `Calibration` of the model, whose k_min, k_max, v_min and v_max order the channels. config: the
-        model's, for which `reorder` needs a calibration; without one nothing is reordered. Raises ValueError.
+        calibration: a `Calibration` of the model, whose k_min, k_max, v_min and v_max order the
+        channels. config: the model's, for which `reorder` needs a calibration; without one nothing
+        is reordered. Raises ValueError.
         """
         del rotation  # keys are stored before it
         raw, groups = Raw().resolve(dtype), Groups(self.group, self.span)
-        k, v = (GroupBits(raw, bits, groups, self.clip, self.params) for bits in (self.k_bits, self.v_bits))
+        k, v = (
+            GroupBits(raw, bits, groups, self.clip, self.params)
+            for bits in (self.k_bits, self.v_bits)
+        )
         plain = SlidingCodec(raw, k, v, Reach(self.sinks, self.window))
-        if not self.reorder or config is None or groups.count(config.n_kv_heads, config.head_dim) == 1:
+        if (
+            not self.reorder
+            or config is None
+            or groups.count(config.n_kv_heads, config.head_dim) == 1
+        ):
             return plain
         if calibration is None:
             raise ValueError(
-                "skvq(reorder=true) orders channels by their ranges over a text, and the model has no calibration: make one"
+                "skvq(reorder=true) orders channels by their ranges over a text, and the model "
+                "has no calibration: make one"
                 " with python -m eval.calibrate, or give reorder=false"
             )
         calibration.check(config)
@@ -116,7 +138,9 @@ class Held:
 
 @dataclass(frozen=True)
 class SlidingCodec(Codec):
-    """See above. layers: how K and V of each layer are encoded, where layers differ; `for_layer` gives the codec of one."""
+    """See above. layers: how K and V of each layer are encoded, where layers differ; `for_layer`
+    gives the codec of one.
+    """
 
     raw: Raw
     k: GroupBits
@@ -136,7 +160,8 @@ class SlidingCodec(Codec):
     def refuses(self, policy, route: str) -> str | None:
         if self.k.groups.span == "layer" and policy.selection_heads(2) > 1:
             return (
-                f"skvq(span=layer) stores all heads of a token together, and {policy} keeps other tokens for each kv head;"
+                f"skvq(span=layer) stores all heads of a token together, and {policy} keeps other "
+                "tokens for each kv head;"
                 " give span=head"
             )
         return None
@@ -145,7 +170,9 @@ class SlidingCodec(Codec):
         return float(self.k.token_bytes(K, H) + self.v.token_bytes(K, H))
 
     def sequence_bytes(self, K: int, H: int) -> float:
-        """As the base says, of a working set; a store, whose rows are positions, does without 4 bytes a raw row and head."""
+        """As the base says, of a working set; a store, whose rows are positions, does without 4
+        bytes a raw row and head.
+        """
         row = H * jnp.dtype(self.raw.dtype).itemsize + 4
         return 2.0 * (self.reach.rows * K * row + 4)
 
@@ -154,29 +181,41 @@ class SlidingCodec(Codec):
         K = shape[1] if layout == "slots" else shape[2]
         like = jax.eval_shape(lambda: self._encoded(jnp.zeros(shape), layout, side))
         none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return Held(none, Recent.empty(self.reach, B, K, H, jnp.dtype(self.raw.dtype), layout), side)
+        return Held(
+            none, Recent.empty(self.reach, B, K, H, jnp.dtype(self.raw.dtype), layout), side
+        )
 
     def grow(self, packed, size, layout):
-        return packed.replace(rows=_each(lambda x: rows.pad_axis(x, TOKEN_AXIS(layout), size, 0), packed.rows))
+        return packed.replace(
+            rows=_each(lambda x: rows.pad_axis(x, TOKEN_AXIS(layout), size, 0), packed.rows)
+        )
 
     def fill(self, packed, x, layout):
         """As the base says; all of x is the prompt (`upto` for less)."""
         filled = packed.replace(rows=self._encoded(x, layout, packed.side))
-        return self.upto(filled, x, jnp.full((x.shape[0],), x.shape[TOKEN_AXIS(layout)], jnp.int32), layout)
+        return self.upto(
+            filled, x, jnp.full((x.shape[0],), x.shape[TOKEN_AXIS(layout)], jnp.int32), layout
+        )
 
     def upto(self, packed, x, length, layout):
-        """`packed`, which `fill` made of x, as it is when only the first `length` [B] tokens of x have come."""
+        """`packed`, which `fill` made of x, as it is when only the first `length` [B] tokens of x
+        have come.
+        """
         return packed.replace(recent=packed.recent.after(x, length, layout))
 
     def write_slot(self, packed, x, slot):
         new, at = self._bits(packed.side).encode(x), slot[:, :, None]
         held = _each(lambda old, new: rows.put_slots(old, new[:, :, None], at), packed.rows, new)
-        return packed.replace(rows=held, recent=packed.recent.append(x, slot, packed.rows.codes.shape[2]))
+        return packed.replace(
+            rows=held, recent=packed.recent.append(x, slot, packed.rows.codes.shape[2])
+        )
 
     def write_token(self, packed, x, pos):
         new = self._bits(packed.side).encode(x)
         held = _each(lambda old, new: rows.put_tokens(old, new, pos), packed.rows, new)
-        return packed.replace(rows=held, recent=packed.recent.append(x, None, packed.rows.codes.shape[1]))
+        return packed.replace(
+            rows=held, recent=packed.recent.append(x, None, packed.rows.codes.shape[1])
+        )
 
     def take(self, packed, pos):
         taken = _each(lambda x: rows.take_tokens(x, pos), packed.rows)
@@ -184,7 +223,9 @@ class SlidingCodec(Codec):
 
     def copy_in(self, packed, codes, slot):
         held = _each(lambda old, new: rows.put_slots(old, new, slot), packed.rows, codes.rows)
-        return packed.replace(rows=held, recent=packed.recent.copy_in(codes.recent, slot, packed.rows.codes.shape[2]))
+        return packed.replace(
+            rows=held, recent=packed.recent.copy_in(codes.recent, slot, packed.rows.codes.shape[2])
+        )
 
     def slice_tokens(self, packed, start, size):
         cut = _each(lambda x: rows.slice_tokens(x, start, size), packed.rows)
@@ -204,7 +245,9 @@ class SlidingCodec(Codec):
         x = recent.x
         if turn is not None:
             places = jnp.broadcast_to(turn.places, (*recent.slot.shape[:2], turn.places.shape[2]))
-            x = turned(x, jnp.take_along_axis(places, jnp.maximum(recent.slot, 0), axis=-1), turn.rotation)
+            x = turned(
+                x, jnp.take_along_axis(places, jnp.maximum(recent.slot, 0), axis=-1), turn.rotation
+            )
         return _at_slots(z, recent.slot).set(jnp.swapaxes(self.raw.logits(q, x), 2, 3), mode="drop")
 
     def mix(self, p, v):
@@ -216,7 +259,9 @@ class SlidingCodec(Codec):
         return self._bits(v.side).mix(p, v.rows, x.shape[-1]) + self.raw.mix(own, x)
 
     def clipped(self, packed, x):
-        """As the base says; with clip < 1 that is some of every group, tokens of sinks and window included."""
+        """As the base says; with clip < 1 that is some of every group, tokens of sinks and window
+        included.
+        """
         return self._bits(packed.side).clipped(jnp.moveaxis(x, 1, -2))
 
     def _bits(self, side: str) -> GroupBits:
@@ -226,7 +271,9 @@ class SlidingCodec(Codec):
         """Rows of x in `layout`, in that layout."""
         if layout == "tokens":
             return self._bits(side).encode(x)
-        return _each(lambda y: jnp.swapaxes(y, 1, 2), self._bits(side).encode(jnp.swapaxes(x, 1, 2)))
+        return _each(
+            lambda y: jnp.swapaxes(y, 1, 2), self._bits(side).encode(jnp.swapaxes(x, 1, 2))
+        )
 
 
 def _each(move, *held: Rows) -> Rows:
@@ -234,6 +281,8 @@ def _each(move, *held: Rows) -> Rows:
 
 
 def _at_slots(x: jax.Array, slot: jax.Array):
-    """x [B, K, G, M] at the slots [B, K, R], those that are not -1, to be set to [B, K, R, G] in mode "drop"."""
+    """x [B, K, G, M] at the slots [B, K, R], those that are not -1, to be set to [B, K, R, G] in
+    mode "drop".
+    """
     b, k = (jax.lax.broadcasted_iota(jnp.int32, slot.shape, i) for i in range(2))
     return x.at[b, k, :, jnp.where(slot >= 0, slot, x.shape[-1])]

@@ -1,7 +1,8 @@
-"""`accelerate()`: the whole cache on the host, streamed to the device layer by layer, as Hugging Face Accelerate does.
+"""`accelerate()`: the whole cache on the host, streamed to the device layer by layer, as Hugging
+Face Accelerate does.
 
-The device keeps a page per layer and sequence that is not full yet. Nothing is fetched ahead. Where a policy selects,
-what it wants travels, at every step anew.
+The device keeps a page per layer and sequence that is not full yet. Nothing is fetched ahead. Where
+a policy selects, what it wants travels, at every step anew.
 """
 
 from __future__ import annotations
@@ -32,13 +33,19 @@ class Accelerate(Controller):
     def check(self, setting):
         refuse_store("accelerate", setting)
         refuse_device("accelerate", setting, device_bytes(setting, self.layout(setting), ahead=0))
-        refuse_host("accelerate", setting, host_bytes(setting, (Span(0, full_pages(t)) for t in setting.final_tokens)))
+        refuse_host(
+            "accelerate",
+            setting,
+            host_bytes(setting, (Span(0, full_pages(t)) for t in setting.final_tokens)),
+        )
 
     def layout(self, setting):
         return Layout(whole=0, kept_pages=1)
 
     def spans(self, view):
-        return tuple(Span(0, full_pages(have)) for have in (view.after if view.step == 0 else view.lengths))
+        return tuple(
+            Span(0, full_pages(have)) for have in (view.after if view.step == 0 else view.lengths)
+        )
 
     def decide(self, view):
         spans = self.spans(view)

@@ -1,23 +1,31 @@
-"""`alisa(...)`: three-phase token-level scheduling, section IV of ALISA (ISCA 2024, arXiv 2403.17312, its Algorithm 2).
+"""`alisa(...)`: three-phase token-level scheduling, section IV of ALISA
+(ISCA 2024, arXiv 2403.17312, its Algorithm 2).
 
     Phase I     j < p1           everything on the device
     Phase II    p1 <= j < p2     the newest tokens on the device, the older ones on the host
-    Phase III   p2 <= j          the oldest tokens deleted, and recomputed from their ids when they are wanted
+    Phase III   p2 <= j          the oldest tokens deleted, and recomputed from their ids when they
+                                 are wanted
 
-    alpha    share of the tokens that is off the device from p1 on. auto: as little as the device budget allows, so that
+    alpha    share of the tokens that is off the device from p1 on. auto: as little as the device
+             budget allows, so that
              as many of the most recent tokens as possible stay.
-    beta     share of the tokens that is deleted from p2 on. auto: as little as the host budget allows.
-    p1, p2   output steps. auto: the first step at which the device, or the host, cannot hold what it would have to.
-    traffic  delta: rows that newly enter the selection travel, once. paper: every selected row that is off the device
+    beta     share of the tokens that is deleted from p2 on. auto: as little as the host budget
+             allows.
+    p1, p2   output steps. auto: the first step at which the device, or the host, cannot hold what
+             it would have to.
+    traffic  delta: rows that newly enter the selection travel, once. paper: every selected row that
+             is off the device
              travels at every step, as in Equation 4 (at most round(r (s + j)) rows).
     lag      1: choices are a step old, and loads hide behind the step.
 
-Shares are of the tokens of each sequence, in whole pages. Only prompt tokens are deleted, because a prefill gives exactly
-what the first prefill gave for them alone: a plan that would delete generated tokens is clamped, and its notes say so.
+Shares are of the tokens of each sequence, in whole pages. Only prompt tokens are deleted, because a
+prefill gives exactly what the first prefill gave for them alone: a plan that would delete generated
+tokens is clamped, and its notes say so.
 
-A run whose tokens all fit keeps them, unless p1 says otherwise. Any other run reserves its staging from the first step on,
-because tokens cannot leave through room that is not there; what is left is as many pages for each layer and sequence.
-Without p1, a sequence leaves Phase I when it has more pages than these.
+A run whose tokens all fit keeps them, unless p1 says otherwise. Any other run reserves its staging
+from the first step on, because tokens cannot leave through room that is not there; what is left is
+as many pages for each layer and sequence. Without p1, a sequence leaves Phase I when it has more
+pages than these.
 """
 
 from __future__ import annotations
@@ -38,7 +46,16 @@ from alisa_jax.placement.moves import (
     refuse_host,
     refuse_store,
 )
-from alisa_jax.placement.plan import PAGE_TOKENS, Controller, Layout, Plan, Setting, Span, View, pages
+from alisa_jax.placement.plan import (
+    PAGE_TOKENS,
+    Controller,
+    Layout,
+    Plan,
+    Setting,
+    Span,
+    View,
+    pages,
+)
 
 Auto = Literal["auto"]
 
@@ -71,35 +88,52 @@ class Alisa(Controller):
         if self.lag not in (0, 1):
             raise ValueError(f"lag must be 0 or 1; got {self.lag}")
         if not self.recompute and (self.p2 != "auto" or self.beta != "auto"):
-            raise ValueError(f"p2={self.p2} and beta={self.beta} plan deletions, and recompute=false allows none")
+            raise ValueError(
+                f"p2={self.p2} and beta={self.beta} plan deletions, and recompute=false allows none"
+            )
 
     def check(self, setting):
         refuse_store("alisa", setting)
         if self.recompute and setting.refreshes:
             raise ValueError(
-                "a policy that refreshes attends every token, so deleted ones would all be recomputed: "
+                "a policy that refreshes attends every token, so deleted ones would all be "
+                "recomputed: "
                 "give recompute=false, or refresh_every=0"
             )
-        least, everything = least_device_bytes(setting), device_bytes(setting, Layout(setting.batch, 0), 0)
+        least, everything = (
+            least_device_bytes(setting),
+            device_bytes(setting, Layout(setting.batch, 0), 0),
+        )
         early = self.p1 != "auto" and self.p1 < setting.new_tokens
         refuse_device("alisa", setting, least if early else min(least, everything))
         if self.p1 != "auto" and self._leaves(setting) and self.p1 > (first := _phase_one(setting)):
-            instead = f", or {setting.new_tokens}: everything fits" if everything <= setting.device_kv_bytes else ""
+            instead = (
+                f", or {setting.new_tokens}: everything fits"
+                if everything <= setting.device_kv_bytes
+                else ""
+            )
             raise ValueError(
-                f"p1 must be at most {first} here, the first step after which a sequence has more than the "
-                f"{PAGE_TOKENS * _pages_kept(setting)} tokens that the device budget leaves it room for{instead}; "
+                f"p1 must be at most {first} here, the first step after which a sequence has more "
+                "than the "
+                f"{PAGE_TOKENS * _pages_kept(setting)} tokens that the device budget leaves it "
+                f"room for{instead}; "
                 f"got {self.p1}"
             )
         if self.alpha != "auto":
             least = self._least_alpha(setting)
             if self.alpha < least:
                 raise ValueError(
-                    f"alpha must be at least {math.ceil(least * 1e6) / 1e6} here, so that the rest fits the device "
+                    f"alpha must be at least {math.ceil(least * 1e6) / 1e6} here, so that the "
+                    "rest fits the device "
                     f"budget; got {self.alpha}"
                 )
-        name, need = "alisa, which deletes prompt tokens at most," if self.recompute else "alisa", setting.host_kv_bytes
+        name, need = (
+            "alisa, which deletes prompt tokens at most," if self.recompute else "alisa",
+            setting.host_kv_bytes,
+        )
         while (more := self._host_need(dataclasses.replace(setting, host_kv_bytes=need))) > need:
-            need = math.ceil(more)  # with a larger budget each sequence may keep more, and need more
+            # with a larger budget each sequence may keep more, and need more
+            need = math.ceil(more)
         refuse_host(name, setting, need)
 
     @property
@@ -107,7 +141,9 @@ class Alisa(Controller):
         return self.traffic == "paper"
 
     def layout(self, setting):
-        return Layout(0, _pages_kept(setting)) if self._leaves(setting) else Layout(setting.batch, 0)
+        return (
+            Layout(0, _pages_kept(setting)) if self._leaves(setting) else Layout(setting.batch, 0)
+        )
 
     def spans(self, view):
         return self._spans(view.setting, view.step, view.after, view.spans)
@@ -128,7 +164,9 @@ class Alisa(Controller):
             return True
         return device_bytes(setting, Layout(setting.batch, 0), 0) > setting.device_kv_bytes
 
-    def _spans(self, setting: Setting, step: int, after: Sequence[int], old: Sequence[Span]) -> tuple[Span, ...]:
+    def _spans(
+        self, setting: Setting, step: int, after: Sequence[int], old: Sequence[Span]
+    ) -> tuple[Span, ...]:
         """Phases II and III: how far each sequence is off the device, and deleted."""
         if not self._leaves(setting):
             return tuple(old)
@@ -149,7 +187,9 @@ class Alisa(Controller):
         }
         return tuple(made[one] for one in given)
 
-    def _lost(self, setting: Setting, step: int, after: Sequence[int], away: Sequence[int]) -> list[int]:
+    def _lost(
+        self, setting: Setting, step: int, after: Sequence[int], away: Sequence[int]
+    ) -> list[int]:
         """Tokens to delete of each sequence, before the clamp to the prompt."""
         none = [0] * len(away)
         if not self.recompute or (self.p2 != "auto" and step < self.p2):
@@ -167,26 +207,37 @@ class Alisa(Controller):
     def _clamped(self, view: View) -> bool:
         setting, away = view.setting, [span.host for span in self.spans(view)]
         lost = self._lost(setting, view.step, view.after, away)
-        return any(min(more, host) > full_pages(s) for more, host, s in zip(lost, away, setting.prompt_tokens))
+        return any(
+            min(more, host) > full_pages(s)
+            for more, host, s in zip(lost, away, setting.prompt_tokens)
+        )
 
     def _least_alpha(self, setting: Setting) -> float:
-        """The smallest share that leaves the device no more than its budget at every step of every sequence."""
+        """The smallest share that leaves the device no more than its budget at every step of every
+        sequence.
+        """
         if not self._leaves(setting):
             return 0.0
         keep = _pages_kept(setting)
-        totals = {s + step for s in set(setting.prompt_tokens) for step in range(setting.new_tokens)}
+        totals = {
+            s + step for s in set(setting.prompt_tokens) for step in range(setting.new_tokens)
+        }
         return max(PAGE_TOKENS * max(0, pages(n) - keep) / n for n in totals)
 
     def _host_need(self, setting: Setting) -> float:
         """The most bytes that the host holds at any step."""
         spans, need = (Span(),) * setting.batch, 0.0
         for step in self._steps_that_matter(setting):
-            spans = self._spans(setting, step, tuple(s + step for s in setting.prompt_tokens), spans)
+            spans = self._spans(
+                setting, step, tuple(s + step for s in setting.prompt_tokens), spans
+            )
             need = max(need, host_bytes(setting, spans))
         return need
 
     def _steps_that_matter(self, setting: Setting) -> tuple[int, ...]:
-        """Steps at which the host may hold most: the last, and from the last before deletions begin."""
+        """Steps at which the host may hold most: the last, and from the last before deletions
+        begin.
+        """
         last = setting.new_tokens - 1
         if self.p2 == "auto":
             return (last,)
@@ -198,7 +249,9 @@ _CLAMPED = "step {}: the plan would delete generated tokens; it is clamped to th
 
 
 def least_device_bytes(setting: Setting) -> float:
-    """The smallest device budget under which `alisa` can offload: one page per layer and sequence beside what is fixed."""
+    """The smallest device budget under which `alisa` can offload: one page per layer and sequence
+    beside what is fixed.
+    """
     return device_bytes(setting, Layout(0, 1), _ahead(setting))
 
 
@@ -214,5 +267,10 @@ def _pages_kept(setting: Setting) -> int:
 
 
 def _phase_one(setting: Setting) -> int:
-    """The first step after which a sequence has more pages than are kept; new_tokens where none ever has."""
-    return min(setting.new_tokens, max(0, PAGE_TOKENS * _pages_kept(setting) + 1 - max(setting.prompt_tokens)))
+    """The first step after which a sequence has more pages than are kept; new_tokens where none
+    ever has.
+    """
+    return min(
+        setting.new_tokens,
+        max(0, PAGE_TOKENS * _pages_kept(setting) + 1 - max(setting.prompt_tokens)),
+    )

@@ -1,8 +1,10 @@
-"""`flexgen(cache_device_frac=)`: a static split by whole sequences, with the next layer's cache in flight.
+"""`flexgen(cache_device_frac=)`: a static split by whole sequences, with the next layer's cache in
+flight.
 
-FlexGen (Sheng et al., ICML 2023, arXiv 2303.06865) fixes before the run which share of the cache is on the device; its
-code rounds the share to whole sequences. The others' cache is copied to the device at every step, layer by layer, while
-the layer before computes. Attention on the CPU, disks and weights on the host are left to `flexgen_cost`.
+FlexGen (Sheng et al., ICML 2023, arXiv 2303.06865) fixes before the run which share of the cache is
+on the device; its code rounds the share to whole sequences. The others' cache is copied to the
+device at every step, layer by layer, while the layer before computes. Attention on the CPU, disks
+and weights on the host are left to `flexgen_cost`.
 """
 
 from __future__ import annotations
@@ -25,23 +27,30 @@ from alisa_jax.placement.plan import Controller, Layout, Plan, Span
 
 @dataclass(frozen=True)
 class FlexGen(Controller):
-    """cache_device_frac: share of the sequences on the device, rounded down; auto: as many as fit."""
+    """cache_device_frac: share of the sequences on the device, rounded down; auto: as
+    many as fit.
+    """
 
     cache_device_frac: float | Literal["auto"] = "auto"
 
     def __post_init__(self):
         if self.cache_device_frac != "auto" and not 0.0 <= self.cache_device_frac <= 1.0:
-            raise ValueError(f"cache_device_frac must be auto or in [0, 1]; got {self.cache_device_frac}")
+            raise ValueError(
+                f"cache_device_frac must be auto or in [0, 1]; got {self.cache_device_frac}"
+            )
 
     @property
     def reads_wanted(self):
         return True
 
     def device_sequences(self, setting) -> int:
-        """How many sequences, the first ones, stay on the device; 0 where the budget holds no split."""
+        """How many sequences, the first ones, stay on the device; 0 where the budget holds no
+        split.
+        """
         if self.cache_device_frac != "auto":
             return int(setting.batch * self.cache_device_frac + 1e-9)
-        # Not bisected: with more of them on the device, a run may need less, because the longest is not staged.
+        # Not bisected: with more of them on the device, a run may need less, because the longest is
+        # not staged.
         fits = lambda stay: _need(setting, stay) <= setting.device_kv_bytes
         return next(filter(fits, range(setting.batch, -1, -1)), 0)
 
@@ -57,7 +66,10 @@ class FlexGen(Controller):
         return _layout(setting, self.device_sequences(setting))
 
     def spans(self, view):
-        stay, have = self.device_sequences(view.setting), view.after if view.step == 0 else view.lengths
+        stay, have = (
+            self.device_sequences(view.setting),
+            view.after if view.step == 0 else view.lengths,
+        )
         return tuple(Span(0, full_pages(t)) if b >= stay else Span() for b, t in enumerate(have))
 
     def decide(self, view):

@@ -16,7 +16,9 @@ class Resident(Controller):
     offloads: ClassVar[bool] = False
 
     def check(self, setting):
-        refuse_device("resident", setting, setting.fixed_bytes + setting.store_bytes(setting.final_tokens))
+        refuse_device(
+            "resident", setting, setting.fixed_bytes + setting.store_bytes(setting.final_tokens)
+        )
 
     def layout(self, setting):
         return Layout(setting.batch, 0)

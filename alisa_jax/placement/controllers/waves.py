@@ -1,4 +1,5 @@
-"""`waves()`: the device alone, with as many sequences at a time as it holds; the next wave starts when one is done.
+"""`waves()`: the device alone, with as many sequences at a time as it holds; the next wave starts
+when one is done.
 
 This is what a user without offloading does, and what offloading has to beat.
 """
@@ -24,7 +25,9 @@ class Waves(Controller):
     def groups(self, setting):
         found, first = [], 0
         while first < setting.batch:
-            fits = lambda size, first=first: _need(setting, first, first + size) <= setting.device_kv_bytes
+            fits = lambda size, first=first: (
+                _need(setting, first, first + size) <= setting.device_kv_bytes
+            )
             size = max(1, largest(fits, setting.batch - first))
             found.append(setting.part(first, first + size))
             first += size

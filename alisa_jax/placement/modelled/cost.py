@@ -1,17 +1,24 @@
-"""What a step costs: bytes, operations and seconds, from numbers alone. Every time here is modelled.
+"""What a step costs: bytes, operations and seconds, from numbers alone. Every time here is
+modelled.
 
-The paper's equations (section IV-B, with theta^c and theta^g tokens going to and coming from the CPU at step j):
+The paper's equations (section IV-B, with theta^c and theta^g tokens going to and coming from the
+CPU at step j):
 
-    T^m_j = 4 b l h (theta^c_j + theta^g_j) / B          p1 <= j < n                                   (3)
-    theta^c_j = alpha (s + j),   0 <= theta^g_j <= round((s + j) r)                                      (4)
-    minimise  sum_{j <= p2} T^c_j + sum_{j >= p1} T^m_j + sum_{j >= p2} T^r_j                            (5)
-    subject to  0 <= p1 < p2 <= n,  0 < alpha < 1,  0 < beta < 1                                         (6)
+    T^m_j = 4 b l h (theta^c_j + theta^g_j) / B          p1 <= j < n
+                                                           (3)
+    theta^c_j = alpha (s + j),   0 <= theta^g_j <= round((s + j) r)
+                                     (4)
+    minimise  sum_{j <= p2} T^c_j + sum_{j >= p1} T^m_j + sum_{j >= p2} T^r_j
+                  (5)
+    subject to  0 <= p1 < p2 <= n,  0 < alpha < 1,  0 < beta < 1
+                                                        (6)
 
-`paper_traffic_s` and `paper_objective_s` are these lines as they are printed. The other functions price plans as this
-project carries them out: a row travels once (a store sends the increment only), and T^r holds the compute of its step.
+`paper_traffic_s` and `paper_objective_s` are these lines as they are printed. The other functions
+price plans as this project carries them out: a row travels once (a store sends the increment only),
+and T^r holds the compute of its step.
 
-Compute is a roofline: the slower of operations and bytes, for the weights and for attention. Recomputing a prefix is a
-dense prefill of its tokens through all layers.
+Compute is a roofline: the slower of operations and bytes, for the weights and for attention.
+Recomputing a prefix is a dense prefill of its tokens through all layers.
 """
 
 from __future__ import annotations
@@ -29,9 +36,9 @@ F32 = 4
 class Hardware:
     """A device, its host and the link between them.
 
-    Peak rates as published, in operations and bytes per second each way; or, with `measured`, the rates that a
-    profile reached, to which no efficiency is applied. gathered_frac: the share of the link's rate that single rows
-    reach where they are read from host pages one by one.
+    Peak rates as published, in operations and bytes per second each way; or, with `measured`, the
+    rates that a profile reached, to which no efficiency is applied. gathered_frac: the share of the
+    link's rate that single rows reach where they are read from host pages one by one.
     """
 
     name: str
@@ -52,7 +59,8 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model as numbers: `weight_flops` of one token outside attention, `attention_flops` of one attended position over
+    """A model as numbers: `weight_flops` of one token outside attention, `attention_flops` of one
+    attended position over
     all layers (2 a multiply-add), and sizes."""
 
     weight_bytes: float
@@ -66,7 +74,8 @@ class Shape:
     element_bytes: int = 2
 
     def activation_bytes(self, batch: int, prompt_tokens: int) -> float:
-        """Peak bytes of a prefill's layer: the residual stream twice, q, k, v and output, the MLP's hidden rows twice,
+        """Peak bytes of a prefill's layer: the residual stream twice, q, k, v and output, the MLP's
+        hidden rows twice,
         and the last logits in float32. A model of ours; what a compiler keeps may differ."""
         rows = batch * prompt_tokens * (6 * self.d_model + 2 * self.d_ff) * self.element_bytes
         return rows + F32 * batch * self.vocab_size
@@ -88,9 +97,10 @@ class Price(NamedTuple):
 class Cost:
     """Prices steps of `shape` on `hardware`.
 
-    matmul_efficiency, read_efficiency: the share of a published peak that is reached; not used with measured rates.
-    selection_s: what a policy that selects adds to each layer of a decode step: sums, exchange, their launches.
-    step_s: (a, c): a decode step of `batch` sequences computes for a + c * batch seconds, in place of the roofline.
+    matmul_efficiency, read_efficiency: the share of a published peak that is reached; not used with
+    measured rates. selection_s: what a policy that selects adds to each layer of a decode step:
+    sums, exchange, their launches. step_s: (a, c): a decode step of `batch` sequences computes for
+    a + c * batch seconds, in place of the roofline.
     """
 
     hardware: Hardware
@@ -102,30 +112,48 @@ class Cost:
 
     @property
     def flops_per_s(self) -> float:
-        return self.hardware.matmul_flops_per_s * (1.0 if self.hardware.measured else self.matmul_efficiency)
+        return self.hardware.matmul_flops_per_s * (
+            1.0 if self.hardware.measured else self.matmul_efficiency
+        )
 
     @property
     def bytes_per_s(self) -> float:
-        return self.hardware.read_bytes_per_s * (1.0 if self.hardware.measured else self.read_efficiency)
+        return self.hardware.read_bytes_per_s * (
+            1.0 if self.hardware.measured else self.read_efficiency
+        )
 
     def decode_s(self, batch: int, attended_tokens: float) -> float:
-        """One decode step; `attended_tokens`: summed over the sequences, averaged over the layers."""
+        """One decode step; `attended_tokens`: summed over the sequences, averaged over
+        the layers.
+        """
         if self.step_s is not None:
             return self.step_s[0] + self.step_s[1] * batch
-        weights = max(batch * self.shape.weight_flops / self.flops_per_s, self.shape.weight_bytes / self.bytes_per_s)
+        weights = max(
+            batch * self.shape.weight_flops / self.flops_per_s,
+            self.shape.weight_bytes / self.bytes_per_s,
+        )
         read = attended_tokens * self.shape.layers * self.shape.kv_token_bytes
-        return weights + max(attended_tokens * self.shape.attention_flops / self.flops_per_s, read / self.bytes_per_s)
+        return weights + max(
+            attended_tokens * self.shape.attention_flops / self.flops_per_s, read / self.bytes_per_s
+        )
 
     def prefill_s(self, lengths: Sequence[float], times: int = 1) -> float:
-        """A dense causal pass over `times` sequences of each of these lengths; also the recomputation of such prefixes."""
+        """A dense causal pass over `times` sequences of each of these lengths; also the
+        recomputation of such prefixes.
+        """
         if not any(lengths):
             return 0.0
-        ops = sum(n * self.shape.weight_flops + self.shape.attention_flops * n * (n + 1) / 2 for n in lengths)
+        ops = sum(
+            n * self.shape.weight_flops + self.shape.attention_flops * n * (n + 1) / 2
+            for n in lengths
+        )
         return max(times * ops / self.flops_per_s, self.shape.weight_bytes / self.bytes_per_s)
 
     def load_s(self, sent_bytes: float, gathered: bool) -> float:
         """Host to device."""
-        return sent_bytes / (self.hardware.to_device_bytes_per_s * (self.hardware.gathered_frac if gathered else 1.0))
+        return sent_bytes / (
+            self.hardware.to_device_bytes_per_s * (self.hardware.gathered_frac if gathered else 1.0)
+        )
 
     def store_s(self, sent_bytes: float) -> float:
         """Device to host, in pages."""
@@ -134,8 +162,9 @@ class Cost:
     def price(self, plan: Plan, view: View) -> Price:
         """The modelled seconds of a step under `plan`.
 
-        With layers in flight (`ahead`) loads hide behind compute and what is longer counts; without, they add up, unless
-        they were chosen a step earlier (`lag`). Stores are written behind, and count where they take longer than all else.
+        With layers in flight (`ahead`) loads hide behind compute and what is longer counts;
+        without, they add up, unless they were chosen a step earlier (`lag`). Stores are written
+        behind, and count where they take longer than all else.
         """
         setting = view.setting
         if view.step == 0:
@@ -149,17 +178,25 @@ class Cost:
         load, store = self.load_s(load_bytes, gathered), self.store_s(store_bytes)
         again = self.prefill_s(_prefixes(plan, setting.batch))
         ahead = max(compute, load) if plan.ahead or plan.lag else compute + load
-        return Price(compute, load, store, again, max(ahead + again, store), load_bytes, store_bytes)
+        return Price(
+            compute, load, store, again, max(ahead + again, store), load_bytes, store_bytes
+        )
 
 
 def attended_tokens(view: View) -> float:
-    """Tokens that a decode step attends, its own included: summed over the sequences, averaged over the layers."""
+    """Tokens that a decode step attends, its own included: summed over the sequences, averaged over
+    the layers.
+    """
     if view.wanted is None:
         return float(sum(view.lengths) + len(view.lengths))
     layers, batch = view.setting.layers, view.setting.batch
     total = 0.0
     for (layer, sequence), positions in view.wanted.items():
-        total += len(positions) * (batch if sequence == ALL else 1) * (1.0 if layer == ALL else 1.0 / layers)
+        total += (
+            len(positions)
+            * (batch if sequence == ALL else 1)
+            * (1.0 if layer == ALL else 1.0 / layers)
+        )
     return total + batch
 
 
@@ -172,25 +209,38 @@ def _prefixes(plan: Plan, batch: int) -> list[int]:
 
 
 def statistics_bytes(window_rows: int, context_tokens: int, layers: int, heads: int = 1) -> float:
-    """SWA's statistics of one sequence over S tokens: a float32 ring of W + 2 rows, sums as pairs, an int32 index."""
+    """SWA's statistics of one sequence over S tokens: a float32 ring of W + 2 rows, sums as pairs,
+    an int32 index.
+    """
     return layers * heads * context_tokens * F32 * (window_rows + 2 + 2 + 1)
 
 
 def kv_bytes(setting: Setting) -> float:
-    """The dense cache at the end of the run, without page rounding: 4 b l h (s + n - 1) for 16-bit elements."""
+    """The dense cache at the end of the run, without page rounding: 4 b l h (s + n - 1) for 16-bit
+    elements.
+    """
     return setting.layers * setting.token_bytes * sum(setting.final_tokens)
 
 
-def paper_traffic_s(kv_position_bytes: float, alpha: float, r: float, tokens: int, bytes_per_s: float) -> float:
-    """Equations 3 and 4 as printed, with theta^g at its bound: a step at which `tokens` = s + j; 4 b l h is
+def paper_traffic_s(
+    kv_position_bytes: float, alpha: float, r: float, tokens: int, bytes_per_s: float
+) -> float:
+    """Equations 3 and 4 as printed, with theta^g at its bound: a step at which `tokens` = s + j; 4
+    b l h is
     `kv_position_bytes`."""
     return kv_position_bytes * (alpha * tokens + int(tokens * r + 0.5)) / bytes_per_s
 
 
 def paper_objective_s(
-    compute_s: Sequence[float], traffic_s: Sequence[float], recompute_s: Sequence[float], p1: int, p2: int
+    compute_s: Sequence[float],
+    traffic_s: Sequence[float],
+    recompute_s: Sequence[float],
+    p1: int,
+    p2: int,
 ) -> float:
     """Equation 5: T^c up to p2, T^m from p1, T^r from p2; one entry a step."""
     if not 0 <= p1 < p2 <= len(compute_s):
-        raise ValueError(f"Equation 6 asks for 0 <= p1 < p2 <= n; got p1={p1}, p2={p2}, n={len(compute_s)}")
+        raise ValueError(
+            f"Equation 6 asks for 0 <= p1 < p2 <= n; got p1={p1}, p2={p2}, n={len(compute_s)}"
+        )
     return sum(compute_s[:p2]) + sum(traffic_s[p1:]) + sum(recompute_s[p2:])

@@ -1,14 +1,18 @@
-"""FlexGen's published cost model: seconds of a static policy of weights, cache and activations on GPU, CPU and disk.
+"""FlexGen's published cost model: seconds of a static policy of weights, cache and activations on
+GPU, CPU and disk.
 
-Sheng et al., ICML 2023 (arXiv 2303.06865), section 4.3, as the released `experimental/cost_model.py` has it, which
-deviates from the paper's text in how a step's terms overlap. Per layer, for a block of b = gpu_batch * gpu_batches
-sequences, prompt s, n new tokens, widths h1 and h2 (MLP), W = 8 h1^2 + 4 h1 h2 bytes of weights:
+Sheng et al., ICML 2023 (arXiv 2303.06865), section 4.3, as the released
+`experimental/cost_model.py` has it, which deviates from the paper's text in how a step's terms
+overlap. Per layer, for a block of b = gpu_batch * gpu_batches sequences, prompt s, n new tokens,
+widths h1 and h2 (MLP), W = 8 h1^2 + 4 h1 h2 bytes of weights:
 
-    T_pre = max(ctog + dtoc, gtoc + ctod, compute)          T_gen = ctog + max(gtoc, dtoc, ctod, compute)
+    T_pre = max(ctog + dtoc, gtoc + ctod, compute)          T_gen = ctog +
+    max(gtoc, dtoc, ctod, compute)
     tokens per second = b n / (l T_pre + l (n - 1) T_gen)
 
-Its constants were fitted to one machine in one regime: the T4's do not price a policy that keeps everything on the GPU, or
-one that uses the disk (the model gives 61 and 0.15 tokens/s where 25.26 and 0.69 were published). Peak memory is left out.
+Its constants were fitted to one machine in one regime: the T4's do not price a policy that keeps
+everything on the GPU, or one that uses the disk (the model gives 61 and 0.15 tokens/s where 25.26
+and 0.69 were published). Peak memory is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ GIB, TERA = 2.0**30, 1e12
 
 @dataclass(frozen=True)
 class FlexGenRates:
-    """Fitted rates: GiB per second on each path, 10^12 operations per second of each kind of product."""
+    """Fitted rates: GiB per second on each path, 10^12 operations per second of each kind of
+    product.
+    """
 
     cpu_to_gpu: float
     gpu_to_cpu_cache: float
@@ -38,7 +44,9 @@ class FlexGenRates:
 
 @dataclass(frozen=True)
 class FlexGenPolicy:
-    """`percent`: weights, cache and activations on GPU and CPU, six numbers in FlexGen's order; the rest is on disk."""
+    """`percent`: weights, cache and activations on GPU and CPU, six numbers in FlexGen's order; the
+    rest is on disk.
+    """
 
     percent: tuple[float, float, float, float, float, float]
     gpu_batch: int
@@ -47,7 +55,10 @@ class FlexGenPolicy:
     def __post_init__(self):
         for gpu, cpu in (self.percent[0:2], self.percent[2:4], self.percent[4:6]):
             if min(gpu, cpu) < 0 or gpu + cpu > 100:
-                raise ValueError(f"percent must be pairs of at least 0 that sum to at most 100; got {self.percent}")
+                raise ValueError(
+                    "percent must be pairs of at least 0 that sum to at most 100; got "
+                    f"{self.percent}"
+                )
 
     @property
     def shares(self) -> tuple[tuple[float, float, float], ...]:
@@ -57,7 +68,13 @@ class FlexGenPolicy:
 
 
 def flexgen_tokens_per_s(
-    policy: FlexGenPolicy, rates: FlexGenRates, layers: int, h1: int, h2: int, prompt_tokens: int, new_tokens: int
+    policy: FlexGenPolicy,
+    rates: FlexGenRates,
+    layers: int,
+    h1: int,
+    h2: int,
+    prompt_tokens: int,
+    new_tokens: int,
 ) -> float:
     """Modelled generated tokens per second, prefill included."""
     b = policy.gpu_batch * policy.gpu_batches
@@ -71,7 +88,9 @@ def _prefill_s(policy, rates, h1, h2, s) -> float:
     b, W = policy.gpu_batch * policy.gpu_batches, 8 * h1**2 + 4 * h1 * h2
     hidden, cache = 2 * s * h1 * b * hc, 4 * (s + 1) * h1 * b
     ctog = (W * (wc + wn) + hidden) / (rates.cpu_to_gpu * GIB)
-    gtoc = cache * (cc + cn) / (rates.gpu_to_cpu_cache * GIB) + hidden / (rates.gpu_to_cpu_hidden * GIB)
+    gtoc = cache * (cc + cn) / (rates.gpu_to_cpu_cache * GIB) + hidden / (
+        rates.gpu_to_cpu_hidden * GIB
+    )
     dtoc = W * wn / (rates.disk_to_cpu * GIB)
     ctod = cache * cn / (rates.cpu_to_disk_prefill * GIB)
     compute = b * (8 * s * h1**2 + 4 * s * h1 * h2) / (rates.matmul_prefill * TERA)
@@ -90,5 +109,7 @@ def _decode_s(policy, rates, h1, h2, s, n) -> float:
     few, thin = max(0.0, math.log2(64 / policy.gpu_batch)), max(0.0, math.log2(4096 / h1))
     slow = max(0.1, 1 + 0.0168 * few * thin - 0.0328 * few - 0.0621 * thin)
     compute = b * (8 * h1**2 + 4 * h1 * h2) / (rates.matmul_decode * TERA)
-    compute += cache * cg / (rates.bmm_decode * TERA) + cache * (cc + cn) / (rates.cpu * TERA * slow)
+    compute += cache * cg / (rates.bmm_decode * TERA) + cache * (cc + cn) / (
+        rates.cpu * TERA * slow
+    )
     return ctog + max(gtoc, dtoc, ctod, compute)

@@ -1,19 +1,23 @@
-"""Before the run: which p1, p2, alpha and beta minimise the modelled time (ALISA, section IV-B, Equations 3 to 6).
+"""Before the run: which p1, p2, alpha and beta minimise the modelled time
+(ALISA, section IV-B, Equations 3 to 6).
 
-A `Problem` is the paper's optimisation in numbers, at the granularity of tokens. At step j there are t = s + j tokens, of
-which alpha t are off the device from p1 on, and the first beta t of these are deleted from p2 on (never more than the
-prompt). A query wants k = r t / 2 recent tokens and k others, spread evenly over the older ones. The time is
+A `Problem` is the paper's optimisation in numbers, at the granularity of tokens. At step j there
+are t = s + j tokens, of which alpha t are off the device from p1 on, and the first beta t of these
+are deleted from p2 on (never more than the prompt). A query wants k = r t / 2 recent tokens and k
+others, spread evenly over the older ones. The time is
 
-    sum_j T^c_j + sum_{p1 <= j} (stored tokens / to host + fetched tokens / to device) + sum_{p2 <= j} T^r_j
+    sum_j T^c_j + sum_{p1 <= j} (stored tokens / to host + fetched tokens / to device) + sum_{p2 <=
+    j} T^r_j
 
-and the budgets are constraints: where no point of the grid meets them, the one that misses by the least is given, and
-`excess_tokens` says by how much.
+and the budgets are constraints: where no point of the grid meets them, the one that misses by the
+least is given, and `excess_tokens` says by how much.
 
-`search` is greedy, as in the paper: one parameter after another, each over its whole grid with the others held, until none
-improves. The order is p1 (p2 giving way), p1, p2, both steps together, alpha, beta, both shares together. It starts at steps
-(0, 1) with low, middle and high shares, and at (n, n); where that meets no budget, from the shares that miss by the least
-when everything begins at once. `exhaustive` tries the whole grid. Both break ties towards large p1 and p2 and small
-alpha and beta: to keep everything where it is.
+`search` is greedy, as in the paper: one parameter after another, each over its whole grid with the
+others held, until none improves. The order is p1 (p2 giving way), p1, p2, both steps together,
+alpha, beta, both shares together. It starts at steps (0, 1) with low, middle and high shares, and
+at (n, n); where that meets no budget, from the shares that miss by the least when everything begins
+at once. `exhaustive` tries the whole grid. Both break ties towards large p1 and p2 and small alpha
+and beta: to keep everything where it is.
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ from alisa_jax.placement.plan import PAGE_TOKENS, Setting
 
 
 class Phases(NamedTuple):
-    """A point of the search: steps, shares, modelled seconds, and tokens by which budgets are exceeded (0: it fits)."""
+    """A point of the search: steps, shares, modelled seconds, and tokens by which budgets are
+    exceeded (0: it fits).
+    """
 
     p1: int
     p2: int
@@ -41,15 +47,17 @@ class Phases(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """prompt s and new n tokens; r the kept fraction; budgets in tokens per sequence beside what is fixed.
+    """prompt s and new n tokens; r the kept fraction; budgets in tokens per sequence beside what is
+    fixed.
 
-    compute_s(t): seconds of a step with t tokens. recompute_s(m): of recomputing the first m tokens of all sequences.
-    load_token_s, store_token_s: seconds of one token of all layers and sequences on the link.
-    traffic: "delta" fetches `entering` tokens a step, "paper" all that are wanted and off the device.
-    rebuild: "prefix" recomputes the whole deleted prefix when one of its tokens is wanted (exact), "wanted" prices the
-    wanted tokens alone (what the paper's times suggest). layers: a prefix is needed when any of them wants it.
-    staging_tokens: what of the device budget is reserved for rows on their way, from the first step on, wherever p1 < n.
-    page_tokens: budgets hold whole pages, and what leaves the device are full ones.
+    compute_s(t): seconds of a step with t tokens. recompute_s(m): of recomputing the first m tokens
+    of all sequences. load_token_s, store_token_s: seconds of one token of all layers and sequences
+    on the link. traffic: "delta" fetches `entering` tokens a step, "paper" all that are wanted and
+    off the device. rebuild: "prefix" recomputes the whole deleted prefix when one of its tokens is
+    wanted (exact), "wanted" prices the wanted tokens alone (what the paper's times suggest).
+    layers: a prefix is needed when any of them wants it. staging_tokens: what of the device budget
+    is reserved for rows on their way, from the first step on, wherever p1 < n. page_tokens: budgets
+    hold whole pages, and what leaves the device are full ones.
     """
 
     prompt_tokens: int
@@ -76,9 +84,16 @@ class Problem:
 
 
 def problem(
-    setting: Setting, cost: Cost, kv_sparsity: float, traffic: str = "delta", entering: float = 0.2, **more
+    setting: Setting,
+    cost: Cost,
+    kv_sparsity: float,
+    traffic: str = "delta",
+    entering: float = 0.2,
+    **more,
 ) -> Problem:
-    """The search of a run: `setting` with the longest prompt for every sequence, priced by `cost`."""
+    """The search of a run: `setting` with the longest prompt for every sequence, priced
+    by `cost`.
+    """
     prompt, batch, r = max(setting.prompt_tokens), setting.batch, 1.0 - kv_sparsity
     position_bytes = setting.layers * setting.token_bytes * batch
     staging = setting.staging_bytes(0 if setting.selects else 1)
@@ -104,7 +119,9 @@ def problem(
 
 
 class _Tables:
-    """Times and excesses of phases II and III at each step, for shares alpha and beta; cumulative over steps."""
+    """Times and excesses of phases II and III at each step, for shares alpha and beta; cumulative
+    over steps.
+    """
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -119,20 +136,28 @@ class _Tables:
         self.prefills: dict[float, float] = {}
 
     def one(self, staging: float) -> tuple[np.ndarray, np.ndarray]:
-        """Phase I: nothing moves. (seconds, excess) of each step, with `staging` tokens reserved."""
+        """Phase I: nothing moves. (seconds, excess) of each step, with `staging` tokens
+        reserved.
+        """
         return self.compute, self._over(0.0, staging)
 
     def two(self, alpha: float) -> tuple[np.ndarray, np.ndarray]:
         """Phase II."""
         away = self._pages(alpha * self.total)
-        over = self._over(away, self.problem.staging_tokens) + np.maximum(away - self.problem.host_tokens, 0.0)
-        return self.compute + self._moved(alpha) + self._fetched(away) * self.problem.load_token_s, over
+        over = self._over(away, self.problem.staging_tokens) + np.maximum(
+            away - self.problem.host_tokens, 0.0
+        )
+        return self.compute + self._moved(alpha) + self._fetched(
+            away
+        ) * self.problem.load_token_s, over
 
     def three(self, alpha: float, beta: float) -> tuple[np.ndarray, np.ndarray]:
         """Phase III."""
         problem, away = self.problem, self._pages(alpha * self.total)
         lost = self._pages(np.minimum(np.minimum(beta * self.total, problem.prompt_tokens), away))
-        over = self._over(away, problem.staging_tokens) + np.maximum(away - lost - problem.host_tokens, 0.0)
+        over = self._over(away, problem.staging_tokens) + np.maximum(
+            away - lost - problem.host_tokens, 0.0
+        )
         again = lambda tokens: np.array([self._recompute_s(float(m)) for m in tokens])
         load = (self._fetched(away) - self._fetched(lost)) * problem.load_token_s
         if problem.rebuild == "wanted":
@@ -167,7 +192,9 @@ class _Tables:
         return self.dynamic * reach + np.maximum(below - self.older, 0.0)
 
     def sums(self, alpha: float, beta: float | None) -> tuple[np.ndarray, np.ndarray]:
-        """(seconds, excess) of phase II (beta None) or III, summed over the steps before each: [n + 1]."""
+        """(seconds, excess) of phase II (beta None) or III, summed over the steps before each:
+        [n + 1].
+        """
         key = (alpha, beta)
         if key not in self.memo:
             seconds, over = self.two(alpha) if beta is None else self.three(alpha, beta)
@@ -175,15 +202,25 @@ class _Tables:
         return self.memo[key]
 
     def grid(self, p1, p2, alpha: float, beta: float) -> tuple[np.ndarray, np.ndarray]:
-        """(excess, seconds) at steps `p1` and `p2`, which broadcast; infinite excess where Equation 6 excludes them."""
+        """(excess, seconds) at steps `p1` and `p2`, which broadcast; infinite excess where Equation
+        6 excludes them.
+        """
         n = self.problem.new_tokens
         phases = zip(self._phase_one(), self.sums(alpha, None), self.sums(alpha, beta))
-        time, over = (one[p1] + two[p2] - two[p1] + three[n] - three[p2] for one, two, three in phases)
-        bulk = np.where(p1 < n, alpha * (self.total[np.minimum(p1, n - 1)] - 1.0) * self.problem.store_token_s, 0.0)
+        time, over = (
+            one[p1] + two[p2] - two[p1] + three[n] - three[p2] for one, two, three in phases
+        )
+        bulk = np.where(
+            p1 < n,
+            alpha * (self.total[np.minimum(p1, n - 1)] - 1.0) * self.problem.store_token_s,
+            0.0,
+        )
         return np.where((p1 < p2) | (np.minimum(p1, p2) == n), over, np.inf), time + bulk
 
     def _phase_one(self) -> tuple[np.ndarray, np.ndarray]:
-        """(seconds, excess) of phase I, summed over the steps before each p1; nothing is staged where p1 = n."""
+        """(seconds, excess) of phase I, summed over the steps before each p1; nothing is staged
+        where p1 = n.
+        """
         if "one" not in self.memo:
             seconds, over = (_cumulative(part) for part in self.one(self.problem.staging_tokens))
             over[-1] = self.one(0.0)[1].sum()
@@ -212,7 +249,9 @@ def search(problem: Problem) -> Phases:
 
 
 def exhaustive(problem: Problem) -> Phases:
-    """The best point of the whole grid: every p1 < p2 <= n (and p1 = n: all stays) and every pair of shares."""
+    """The best point of the whole grid: every p1 < p2 <= n (and p1 = n: all stays) and every pair
+    of shares.
+    """
     tables, steps, best = _Tables(problem), np.arange(problem.new_tokens + 1), None
     for alpha in problem.shares:
         for beta in problem.shares:
@@ -243,7 +282,9 @@ def _descend(tables: _Tables, p1: int, p2: int, alpha: float, beta: float) -> Ph
         best = min((best, *(tables.point(*best[:2], a, best.beta) for a in shares)), key=_rank)
         best = min((best, *(tables.point(*best[:3], b) for b in shares)), key=_rank)
         apart = shares.index(best.beta) - shares.index(best.alpha)
-        pairs = ((a, shares[i + apart]) for i, a in enumerate(shares) if 0 <= i + apart < len(shares))
+        pairs = (
+            (a, shares[i + apart]) for i, a in enumerate(shares) if 0 <= i + apart < len(shares)
+        )
         best = min((best, *(tables.point(*best[:2], *pair) for pair in pairs)), key=_rank)
         if _rank(best) >= _rank(before):
             return best
@@ -253,12 +294,26 @@ def _along(tables: _Tables, best: Phases, p1: np.ndarray, p2: np.ndarray) -> Pha
     """The best of the points (p1[i], p2[i]) with the shares of `best`, and `best` itself."""
     over, seconds = tables.grid(p1, p2, best.alpha, best.beta)
     order = np.lexsort((-p2, -p1, np.round(seconds, 12), np.round(over, 6)))[0]
-    here = Phases(int(p1[order]), int(p2[order]), best.alpha, best.beta, float(seconds[order]), float(over[order]))
+    here = Phases(
+        int(p1[order]),
+        int(p2[order]),
+        best.alpha,
+        best.beta,
+        float(seconds[order]),
+        float(over[order]),
+    )
     return min(best, here, key=_rank)
 
 
 def _rank(point: Phases) -> tuple:
-    return (round(point.excess_tokens, 6), round(point.seconds, 12), -point.p1, -point.p2, point.alpha, point.beta)
+    return (
+        round(point.excess_tokens, 6),
+        round(point.seconds, 12),
+        -point.p1,
+        -point.p2,
+        point.alpha,
+        point.beta,
+    )
 
 
 def _cumulative(values: np.ndarray) -> np.ndarray:

@@ -1,7 +1,9 @@
-"""Where every row is, as boolean masks: the strict reader of plans that the simulator and the tests check budgets with.
+"""Where every row is, as boolean masks: the strict reader of plans that the simulator and the tests
+check budgets with.
 
-Independent of the arithmetic of controllers and cost model: a plan is obeyed row by row, and an impossible move, a token
-that is not there when it is attended, or a budget overrun raises PlanError.
+Independent of the arithmetic of controllers and cost model: a plan is obeyed row by row, and an
+impossible move, a token that is not there when it is attended, or a budget overrun raises
+PlanError.
 """
 
 from __future__ import annotations
@@ -10,7 +12,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Layout, Plan, Positions, Rows, Setting, Tier, View
+from alisa_jax.placement.plan import (
+    ALL,
+    PAGE_TOKENS,
+    Layout,
+    Plan,
+    Positions,
+    Rows,
+    Setting,
+    Tier,
+    View,
+)
 
 
 class PlanError(AssertionError):
@@ -27,7 +39,9 @@ class Moved(NamedTuple):
 
 
 class Residency:
-    """The rows of one run. Masks are [L, B, S]: layers, sequences, positions (L = 1 stands for layers that are alike)."""
+    """The rows of one run. Masks are [L, B, S]: layers, sequences, positions
+    (L = 1 stands for layers that are alike).
+    """
 
     def __init__(self, setting: Setting, layout: Layout, layers: int | None = None):
         self.setting, self.layout, L = setting, layout, setting.layers if layers is None else layers
@@ -42,13 +56,21 @@ class Residency:
         setting, first = self.setting, view.step == 0
         if setting.evicts:
             if not plan.empty:
-                raise PlanError(f"step {view.step}: the policy has no store, and the plan moves rows")
+                raise PlanError(
+                    f"step {view.step}: the policy has no store, and the plan moves rows"
+                )
             return self._within(view, Moved(0.0, 0.0, setting.fixed_bytes, 0.0))
         if first:
             self._write(view)
-        there = np.arange(self.device.shape[2]) < np.asarray(view.after if first else view.lengths)[:, None]
+        there = (
+            np.arange(self.device.shape[2])
+            < np.asarray(view.after if first else view.lengths)[:, None]
+        )
         stored = self._move(plan.store, there, self.device, self.host, view)
-        if stored.reshape(*stored.shape[:2], -1, PAGE_TOKENS).any(-1).sum() * PAGE_TOKENS != stored.sum():
+        if (
+            stored.reshape(*stored.shape[:2], -1, PAGE_TOKENS).any(-1).sum() * PAGE_TOKENS
+            != stored.sum()
+        ):
             raise PlanError(f"step {view.step}: a store holds a page that is not full")
         dropped = np.zeros_like(self.device)
         for row in plan.drop:
@@ -65,7 +87,12 @@ class Residency:
             if row.source is not Tier.HOST or row.target not in (Tier.WORKING, Tier.STAGING):
                 raise PlanError(f"step {view.step}: {row} is no load from the host")
             self._demand((self.host & mask) == mask, view, row, "is loaded and not on the host")
-            self._demand(~(mask & (dropped | loaded | staged)), view, row, "is loaded twice, or deleted and loaded")
+            self._demand(
+                ~(mask & (dropped | loaded | staged)),
+                view,
+                row,
+                "is loaded twice, or deleted and loaded",
+            )
             (loaded if row.target is Tier.WORKING else staged)[mask] = True
         again = np.zeros_like(self.device)
         for row in plan.recompute:
@@ -73,7 +100,12 @@ class Residency:
             mask = self._mask(row, there)
             if row.start or row.layer != ALL or row.source is not Tier.NOWHERE:
                 raise PlanError(f"step {view.step}: {row} is no prefix of all layers")
-            self._demand(~(mask & (np.arange(mask.shape[2]) >= prompts)), view, row, "is generated and recomputed")
+            self._demand(
+                ~(mask & (np.arange(mask.shape[2]) >= prompts)),
+                view,
+                row,
+                "is generated and recomputed",
+            )
             self._demand(~(mask & (loaded | staged)), view, row, "is both loaded and recomputed")
             again |= mask
         # The layer that a prefill computes is whole on the device until its rows have left.
@@ -92,7 +124,10 @@ class Residency:
         budgets = {"device": self.setting.device_kv_bytes, "host": self.setting.host_kv_bytes}
         for name, used in (("device", moved.device_bytes), ("host", moved.host_bytes)):
             if used > budgets[name]:
-                raise PlanError(f"step {view.step}: {used:.0f} bytes on the {name}; its budget is {budgets[name]:.0f}")
+                raise PlanError(
+                    f"step {view.step}: {used:.0f} bytes on the {name}; its budget is "
+                    f"{budgets[name]:.0f}"
+                )
         return moved
 
     def _check_rings(self, view: View) -> None:
@@ -102,7 +137,8 @@ class Residency:
         if lost.any():
             layer, sequence, position = (int(i) for i in np.argwhere(lost)[0])
             raise PlanError(
-                f"step {view.step}: position {position} of layer {layer} and sequence {sequence + whole} is overwritten on "
+                f"step {view.step}: position {position} of layer {layer} and sequence "
+                f"{sequence + whole} is overwritten on "
                 f"the device before it was stored: the ring has {ring} rows"
             )
 
@@ -132,17 +168,24 @@ class Residency:
     def _attend(self, view: View, loaded, staged, again) -> None:
         S = self.device.shape[2]
         if view.wanted is None:
-            want = np.broadcast_to(np.arange(S) < np.asarray(view.lengths)[:, None], self.device.shape)
+            want = np.broadcast_to(
+                np.arange(S) < np.asarray(view.lengths)[:, None], self.device.shape
+            )
         else:
             want = self._at(view.wanted)
         here = self.device | staged | loaded | again | (self.working & want)
         if (want & ~here).any():
             where = tuple(int(i) for i in np.argwhere(want & ~here)[0])
-            raise PlanError(f"step {view.step}: (layer, sequence, position) {where} is attended and not there")
+            raise PlanError(
+                f"step {view.step}: (layer, sequence, position) {where} is attended and not there"
+            )
         if self.setting.slots:
             most = want.sum(-1).max() + 1
             if most > self.setting.slots:
-                raise PlanError(f"step {view.step}: {most} tokens are attended, and the working set has fewer slots")
+                raise PlanError(
+                    f"step {view.step}: {most} tokens are attended, and the working set has fewer "
+                    "slots"
+                )
             self.working = want.copy()
 
     def _write(self, view: View) -> None:
@@ -157,7 +200,10 @@ class Residency:
     def _at(self, wanted: Positions) -> np.ndarray:
         mask = np.zeros_like(self.device)
         for (layer, sequence), positions in wanted.items():
-            at = slice(None) if layer == ALL else layer, slice(None) if sequence == ALL else sequence
+            at = (
+                slice(None) if layer == ALL else layer,
+                slice(None) if sequence == ALL else sequence,
+            )
             mask[(*at, list(positions))] = True
         return mask
 
@@ -165,14 +211,19 @@ class Residency:
         return mask.reshape(*mask.shape[:2], -1, PAGE_TOKENS).any(-1)
 
     def _link_bytes(self, mask: np.ndarray, whole: bool = False) -> float:
-        rows = mask.sum() if self.setting.gather and not whole else self._pages(mask).sum() * PAGE_TOKENS
+        rows = (
+            mask.sum()
+            if self.setting.gather and not whole
+            else self._pages(mask).sum() * PAGE_TOKENS
+        )
         return float(rows) * self.weight * self.setting.token_bytes
 
     def _device_bytes(self, loaded, staged, again, ahead: int) -> float:
         setting = self.setting
         held = self._pages(self.device).sum() * self.weight * setting.page_bytes
         flight = (ahead + 1) * self._pages(staged).sum((1, 2)).max() * setting.page_bytes
-        rounds = loaded.any(-1).sum() * self.weight * setting.page_bytes  # a page of each layer and sequence at a time
+        # a page of each layer and sequence at a time
+        rounds = loaded.any(-1).sum() * self.weight * setting.page_bytes
         layer = self._pages(again).sum((1, 2)).max() * setting.page_bytes
         return setting.fixed_bytes + held + flight + rounds + layer
 

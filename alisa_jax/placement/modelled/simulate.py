@@ -1,7 +1,9 @@
-"""Runs a controller step by step with its plans priced instead of carried out. Every number it gives is modelled.
+"""Runs a controller step by step with its plans priced instead of carried out. Every number it
+gives is modelled.
 
-What is wanted comes from a trace: a recorded one, or `swa_trace`, which selects as SWA does on trained models: the last
-k tokens, k others spread over the rest, and a few of them changing at each step.
+What is wanted comes from a trace: a recorded one, or `swa_trace`, which selects as SWA does on
+trained models: the last k tokens, k others spread over the rest, and a few of them changing at each
+step.
 """
 
 from __future__ import annotations
@@ -18,20 +20,25 @@ from alisa_jax.placement.modelled.residency import PlanError, Residency
 from alisa_jax.placement.moves import device_bytes, host_bytes
 from alisa_jax.placement.plan import ALL, Controller, Positions, Setting, Span, View, views
 
-Trace = Callable[[int, tuple[int, ...]], Positions | None]  # (step, lengths) to what is wanted; None: everything
+# (step, lengths) to what is wanted; None: everything
+Trace = Callable[[int, tuple[int, ...]], Positions | None]
 
 ENTERING_TOKENS = (
-    0.2  # per step, layer and sequence; 0.16 - 0.19 at 80 % sparsity, 0.24 - 0.28 at 60 %, on trained models
+    # per step, layer and sequence; 0.16 - 0.19 at 80 % sparsity, 0.24 - 0.28 at 60 %, on trained
+    # models
+    0.2
 )
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
-_APART = math.e - 2.0  # phases of layers; multiples of a square root fall into step with those of _GOLDEN
+# phases of layers; multiples of a square root fall into step with those of _GOLDEN
+_APART = math.e - 2.0
 _OWN_PHASES = 64
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """A modelled run. `p1`, `p2`: the first steps that keep something off the device, and delete something; new_tokens
-    where none does. Peaks are of the cache alone; the device's is that of the layout, the same at every step.
+    """A modelled run. `p1`, `p2`: the first steps that keep something off the device, and delete
+    something; new_tokens where none does. Peaks are of the cache alone; the device's is that of the
+    layout, the same at every step.
     off_device_frac, deleted_frac: shares of the tokens at the end."""
 
     new_tokens: int
@@ -61,12 +68,17 @@ class Simulated:
 
 
 def simulate(
-    controller: Controller, setting: Setting, cost: Cost, trace: Trace | None = None, strict: int = 0
+    controller: Controller,
+    setting: Setting,
+    cost: Cost,
+    trace: Trace | None = None,
+    strict: int = 0,
 ) -> Simulated:
     """Price every step of `setting` under `controller`.
 
-    strict: carry out every plan on masks with this many layers (1 where all layers are alike) and check what
-    `Residency` checks: slow, for tests. Raises ValueError where `controller` refuses the setting.
+    strict: carry out every plan on masks with this many layers (1 where all layers are alike) and
+    check what `Residency` checks: slow, for tests. Raises ValueError where `controller` refuses the
+    setting.
     """
     controller.check(setting)
     runs = [_run(controller, part, cost, trace, strict) for part in controller.groups(setting)]
@@ -107,7 +119,9 @@ def walk(controller: Controller, setting: Setting, trace: Trace | None = None):
         yield view, plan, spans
 
 
-def _run(controller: Controller, setting: Setting, cost: Cost, trace: Trace | None, strict: int) -> Simulated:
+def _run(
+    controller: Controller, setting: Setting, cost: Cost, trace: Trace | None, strict: int
+) -> Simulated:
     trace = trace if setting.selects else None
     prices: list[Price] = []
     device = host = 0.0
@@ -123,10 +137,16 @@ def _run(controller: Controller, setting: Setting, cost: Cost, trace: Trace | No
             if view.step == 1:
                 rows.seed(view.wanted)
             moved = rows.step(view, plan)
-            if (moved.load_bytes, moved.store_bytes) != (prices[-1].load_bytes, prices[-1].store_bytes):
+            if (moved.load_bytes, moved.store_bytes) != (
+                prices[-1].load_bytes,
+                prices[-1].store_bytes,
+            ):
                 raise PlanError(f"step {view.step}: priced {prices[-1]}, moved {moved}")
             if moved.device_bytes > here:
-                raise PlanError(f"step {view.step}: {moved.device_bytes} bytes on the device, predicted were {here}")
+                raise PlanError(
+                    f"step {view.step}: {moved.device_bytes} bytes on the device, predicted were "
+                    f"{here}"
+                )
         device = max(device, here)
         host = max(host, host_bytes(setting, spans))
         if any(span.host for span in spans):
@@ -156,16 +176,21 @@ _SUMMED = ("total_s", "compute_s", "load_s", "store_s", "recompute_s", "load_byt
 
 
 def swa_trace(
-    local: Callable[[int], int], top: Callable[[int], int], entering: float = ENTERING_TOKENS, layers: int = 1
+    local: Callable[[int], int],
+    top: Callable[[int], int],
+    entering: float = ENTERING_TOKENS,
+    layers: int = 1,
 ) -> Trace:
     """Selections of `local(n)` recent and `top(n)` other tokens of n past ones.
 
-    The others are those with the highest frac(p g + t), g the golden section: evenly spread, and stable but for the
-    phase t, which moves so that about `entering` tokens enter per step besides those that leave the local part.
+    The others are those with the highest frac(p g + t), g the golden section: evenly spread, and
+    stable but for the phase t, which moves so that about `entering` tokens enter per step besides
+    those that leave the local part.
 
-    layers: 1 selects the same for all layers and sequences (of one length). More gives each layer a phase of its own, and
-    each sequence too where layers times sequences are at most 64: tokens then enter at steps of their own, and a deleted
-    one is wanted as soon as any layer wants it. That takes as many times longer.
+    layers: 1 selects the same for all layers and sequences (of one length). More gives each layer a
+    phase of its own, and each sequence too where layers times sequences are at most 64: tokens then
+    enter at steps of their own, and a deleted one is wanted as soon as any layer wants it. That
+    takes as many times longer.
     """
 
     def wanted(step: int, lengths: tuple[int, ...]) -> Positions:
