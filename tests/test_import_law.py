@@ -46,7 +46,7 @@ DEPENDENCIES = LIBRARIES | set(
 OPTIONAL = {
     "torch": ("alisa_jax/models/bin.py", "pallas_kernels/peers.py"),
     "huggingface_hub": ("alisa_jax/models/hub.py",),
-    "lm_eval": ("alisa_jax/lm_eval.py",),
+    "lm_eval": ("alisa_jax/lm_eval/__init__.py",),
 }
 MEMORY = {"memory_kind", "with_memory_kind", "TransferToMemoryKind"}
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
@@ -251,7 +251,7 @@ def test_module_keeps_the_law(path):
         ("alisa_jax/models/weights.py", "def f():\n    import torch", "imports torch"),
         ("alisa_jax/models/bin.py", "import torch", "torch is an extra and is imported outside"),
         ("alisa_jax/models/hub.py", "from huggingface_hub import hf_api", "an extra and is imported outside"),
-        ("alisa_jax/lm_eval.py", "def f():\n    import torch", "imports torch"),
+        ("alisa_jax/lm_eval/__init__.py", "def f():\n    import torch", "imports torch"),
         ("alisa_jax/engine/loop.py", "def f():\n    from lm_eval.api import model", "imports lm_eval.api.model"),
         ("alisa_jax/__init__.py", "from alisa_jax.lm_eval import AlisaLM", "imports alisa_jax.lm_eval"),
         ("alisa_jax/kv/store.py", "from pallas_kernels import bench", "outside alisa_jax/attention/compute.py"),
@@ -337,7 +337,7 @@ def test_the_law_sees_a_missing_docstring():
             "from alisa_jax.models.decoder import Decoder\nimport alisa_jax.placement.plan",
         ),
         ("alisa_jax/__init__.py", "from alisa_jax.engine import Engine\n__all__ = ['Engine']"),
-        ("alisa_jax/lm_eval.py", "import alisa_jax.engine\nfrom lm_eval.api.model import TemplateLM"),
+        ("alisa_jax/lm_eval/__init__.py", "import alisa_jax.engine\nfrom lm_eval.api.model import TemplateLM"),
         ("alisa_jax/models/bin.py", "def f():\n    import torch"),
         ("pallas_kernels/peers.py", "def f():\n    import torch"),
         ("pallas_kernels/backend.py", "from jax.experimental.pallas import triton, mosaic_gpu"),

@@ -12,12 +12,10 @@ from alisa_jax.attention.layer import (
     grow,
     init,
     masked_row,
-    prefill,
-    prefill_rows,
     prompt_dims,
     turn_of,
-    turned_prompt,
 )
+from alisa_jax.attention.prompt import prefill, prefill_rows, turned_prompt
 
 __all__ = [
     "ROUTES",

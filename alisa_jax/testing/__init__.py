@@ -4,7 +4,8 @@ report = check_policy(MyPolicy(kv_sparsity=0.8))  # or an AssertionError with th
                                                   and the step
 """
 
-from alisa_jax.testing.contract import RULES, Report, check_policy
+from alisa_jax.testing.contract import Report, check_policy
+from alisa_jax.testing.rules import RULES
 from alisa_jax.testing.streams import Driver
 
 __all__ = ["RULES", "Driver", "Report", "check_policy"]

@@ -1,7 +1,7 @@
 """The model `alisa` of EleutherAI's lm-evaluation-harness (the extra `lm_eval`).
 
-    alisa-lm-eval run --model alisa --tasks arc_easy --batch_size 8 --model_args pretrained=FOLDER
-    \\
+    alisa-lm-eval run --model alisa --tasks arc_easy --batch_size 8 \\
+        --model_args pretrained=FOLDER \\
         'policy=swa(kv_sparsity=0.8,window=2k)' 'codec=int8(axis=token)'
 
 `alisa-lm-eval` is the harness's own command line with this model registered.
@@ -19,13 +19,10 @@ There are no chat templates.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -46,29 +43,25 @@ except ModuleNotFoundError as error:
 
 from alisa_jax import codecs, policies, spec
 from alisa_jax import placement as placements
-from alisa_jax.engine.engine import PROTOCOLS, Engine
-from alisa_jax.engine.sampling import Sampling, sequence_keys
+from alisa_jax.engine.engine import Engine
+from alisa_jax.engine.sampling import sequence_keys
+from alisa_jax.lm_eval.arguments import (
+    UserError,
+    asked_of,
+    check_arguments,
+    check_name,
+    check_placement,
+    check_specs,
+    count,
+    pairs_of,
+    sentences,
+)
 from alisa_jax.models.checkpoint import load
 from alisa_jax.offload.engine import Placed
 from alisa_jax.offload.serving import Serving
 from alisa_jax.placement import bytes_text
 
-# of a request to generate
-ASKED = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")
 log = logging.getLogger(__name__)
-
-
-class UserError(ValueError):
-    """What the person at the keyboard can put right, in one sentence."""
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """How a text is to be continued; requests with equal ones run together."""
-
-    new_tokens: int
-    until: tuple[str, ...]
-    sampling: Sampling
 
 
 @register_model("alisa")
@@ -115,34 +108,15 @@ class AlisaLM(TemplateLM):
         **others,
     ):
         super().__init__()
-        _check_specs(policy=policy, codec=codec, placement=placement)
-        if others:
-            known = ", ".join(AlisaLM.__init__.__annotations__)
-            raise UserError(
-                f"the model alisa has no argument {', '.join(others)}; its arguments are {known}"
-            )
-        name = str(pretrained)
-        if not name or name.startswith("random:"):
-            says = f"{name} has no tokenizer" if name else "it is missing"
-            raise UserError(
-                f"pretrained must name a folder, a model of the Hub, or bundled; {says}"
-            )
-        if protocol not in PROTOCOLS:
-            raise UserError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
-        if placement and protocol != "decode":
-            raise UserError(
-                f"under a placement tokens are decoded; leave out placement or protocol={protocol}"
-            )
+        check_specs(policy=policy, codec=codec, placement=placement)
         budgets = {"device_kv_bytes": device_kv_bytes, "host_kv_bytes": host_kv_bytes}
-        if not placement and any(value != math.inf for value in budgets.values()):
-            raise UserError(
-                "device_kv_bytes and host_kv_bytes are budgets of a placement; give "
-                "placement=alisa, say"
-            )
-        self.batch_size = _count("batch_size", batch_size)
-        self.max_gen_toks = _count("max_gen_toks", max_gen_toks)
+        check_arguments(others, AlisaLM.__init__.__annotations__)
+        name = check_name(pretrained)
+        check_placement(placement, protocol, budgets)
+        self.batch_size = count("batch_size", batch_size)
+        self.max_gen_toks = count("max_gen_toks", max_gen_toks)
         self.protocol, self.seed, self.add_bos_token = protocol, seed, add_bos_token
-        with _sentences():
+        with sentences():
             self.named = {  # as they are printed
                 "policy": spec.to_text(policies.parse(policy), policies.POLICIES),
                 "codec": spec.to_text(codecs.parse(codec), codecs.CODECS),
@@ -157,27 +131,20 @@ class AlisaLM(TemplateLM):
                     f"the model {name} has no tokenizer.json, and the harness speaks text"
                 )
             self.engine = Engine(self.model, policy, codec, route, attention_impl)
-            c, stored = (
-                self.model.decoder.config,
-                codecs.Raw(jax.tree.leaves(self.model.params)[0].dtype.name),
-            )
-            self.max_length = (
-                c.max_positions - 1 if max_length is None else _count("max_length", max_length)
-            )
-            if self.max_length >= c.max_positions:
+            c = self.model.decoder.config
+            most = c.max_positions - 1
+            self.max_length = most if max_length is None else count("max_length", max_length)
+            if self.max_length > most:
                 raise UserError(
                     f"max_length must be below {c.max_positions}, the model's context; got "
                     f"{max_length}"
                 )
             self.engine.validate(self.max_length + 1)
-            dense = (
-                c.n_layers
-                * stored.token_bytes(c.n_kv_heads, c.head_dim)
-                * self.batch_size
-                * self.max_length
-            )
+            stored = codecs.Raw(jax.tree.leaves(self.model.params)[0].dtype.name)
+            dense_bytes = c.n_layers * stored.token_bytes(c.n_kv_heads, c.head_dim)
+            dense_bytes *= self.batch_size * self.max_length
             limits = [
-                bytes_text.read_bytes(str(value), dense, f"{key}: ")
+                bytes_text.read_bytes(str(value), dense_bytes, f"{key}: ")
                 for key, value in budgets.items()
             ]
             placed = Placed(self.engine, placement, *limits) if placement else None
@@ -188,10 +155,8 @@ class AlisaLM(TemplateLM):
         cls, arg_string: str, additional_config: dict | None = None
     ) -> AlisaLM:
         """A model from "key=value,key=value"; commas inside brackets are part of the value."""
-        pairs = [part.partition("=") for part in re.findall(r"(?:\([^)]*\)?|[^,(])+", arg_string)]
-        if bad := [key for key, sign, _ in pairs if not sign]:
-            raise UserError(f"model_args are key=value pairs between commas; got {bad[0]!r}")
-        given = {key.strip(): utils.handle_arg_string(value) for key, _, value in pairs}
+        pairs = pairs_of(arg_string)
+        given = {key: utils.handle_arg_string(value) for key, value in pairs.items()}
         return cls.create_from_arg_obj(given, additional_config)
 
     @property
@@ -201,9 +166,7 @@ class AlisaLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context: BOS, or the end of text where there is
-        none.
-        """
+        """The token that stands before a text without context: BOS, else the end of text."""
         token = self.eot_token_id if self.model.bos_id is None else self.model.bos_id
         if token is None:
             raise UserError(
@@ -302,7 +265,7 @@ class AlisaLM(TemplateLM):
             key=lambda i: (-longest[contexts[i]], contexts[i], -len(sequences[i])),
         )
         batches = self._batches(order)
-        with _sentences():
+        with sentences():
             for batch in batches:
                 self.serving.check_scores([sequences[i] for i in batch], [wanted[i] for i in batch])
         results: list = [None] * len(requests)
@@ -325,7 +288,8 @@ class AlisaLM(TemplateLM):
         groups, prompts = {}, []
         for i, request in enumerate(requests):
             context, kwargs = request.args
-            asked = self._asked(kwargs)
+            given = normalize_gen_kwargs(kwargs, self.max_gen_toks)
+            asked = asked_of(given, greedy=self.serving.placed is not None)
             room = self.max_length - asked.new_tokens
             if room < 1:
                 raise UserError(
@@ -346,7 +310,7 @@ class AlisaLM(TemplateLM):
             for asked, group in groups.items()
             for batch in self._batches(sorted(group, key=lambda i: (-len(prompts[i]), prompts[i])))
         ]
-        with _sentences():
+        with sentences():
             for asked, batch in batches:
                 self.serving.check_prompts([prompts[i] for i in batch], asked.new_tokens)
         results: list = [None] * len(requests)
@@ -354,14 +318,14 @@ class AlisaLM(TemplateLM):
             total=len(requests), desc="Running generate_until requests", disable=disable_tqdm
         ) as bar:
             for asked, batch in batches:
+                # text alone may begin without its space
+                stops = [text for text in asked.until if not text.startswith(" ")]
                 rows = self.serving.generate(
                     [prompts[i] for i in batch],
                     asked.new_tokens,
                     asked.sampling,
                     sequence_keys(self.seed, batch),
-                    [
-                        text for text in asked.until if not text.startswith(" ")
-                    ],  # text alone may begin without its space
+                    stops,
                 )
                 for i, row in zip(batch, rows, strict=True):
                     results[i] = postprocess_generated_text(
@@ -371,63 +335,8 @@ class AlisaLM(TemplateLM):
                 bar.update(len(batch))
         return results
 
-    def _asked(self, kwargs: dict) -> _Asked:
-        found = normalize_gen_kwargs(kwargs, self.max_gen_toks)
-        if found.get("num_beams") == 1:
-            del found["num_beams"]
-        if unknown := [key for key in found if key not in ASKED]:
-            raise UserError(
-                f"no setting {', '.join(unknown)} of generation is known; known are "
-                f"{', '.join(ASKED)}"
-            )
-        until = found.get("until") or []
-        temperature = float(found.get("temperature") or 0.0) if found["do_sample"] else 0.0
-        if found["do_sample"] and temperature == 0:
-            raise UserError("do_sample=true needs a temperature above 0")
-        if temperature and self.serving.placed is not None:
-            raise UserError(
-                "generation under a placement is greedy; leave the placement or do_sample out"
-            )
-        top_p = found.get("top_p")
-        with _sentences():
-            sampling = Sampling(
-                temperature, found.get("top_k") or 0, 1.0 if top_p is None else top_p
-            )
-        return _Asked(
-            _count("max_gen_toks", found["max_gen_toks"]), tuple(t for t in until if t), sampling
-        )
-
     def _batches(self, order: Sequence[int]) -> list[Sequence[int]]:
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-
-
-@contextlib.contextmanager
-def _sentences():
-    """What the library refuses with a ValueError is a UserError."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _count(name: str, value) -> int:
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise UserError(f"{name} must be a whole number of at least 1; got {value!r}")
-    return number
-
-
-def _check_specs(**texts: str) -> None:
-    """Raise UserError for a spec that the reader of model_args has cut at a comma."""
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            raise UserError(f"{name} is a spec, a text such as 'dense'; got {text!r}")
-        if text.count("(") != text.count(")"):
-            raise UserError(
-                f"{name}={text} lacks a bracket, as a spec does that was cut at a comma; "
-                "write it as a word of its own after --model_args, "
-                "or give model_args as a dictionary or as JSON"
-            )
 
 
 def main() -> None:

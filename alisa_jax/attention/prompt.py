@@ -1,0 +1,71 @@
+"""A prompt: dense causal attention over a batch of prompts, and the state that a policy keeps of
+them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from alisa_jax.attention import compute
+from alisa_jax.kv.state import LayerState, WorkingSet, bias_of
+from alisa_jax.kv.store import Store
+from alisa_jax.ops.rope import Rotation, turned
+from alisa_jax.policies.base import Dims, column, positions
+
+
+def prefill(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState]:
+    """Dense causal attention over a batch of prompts; `state` is empty and `length` [B] tells how
+    much of T is prompt.
+
+    q [B, T, N, H], k and v [B, T, K, H], T <= context; prompts are aligned at position 0 and padded
+    behind. Returns out [B, T, N, H] (padding rows hold nothing of use) and the state after the
+    prompts.
+    """
+    out, state, rows = prefill_rows(state, q, k, v, length)
+    store = None if state.store is None else rows.grow(state.codec, state.context)
+    return out, state.replace(store=store)
+
+
+def prefill_rows(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState, Store]:
+    """As `prefill`, with what a store of T tokens would hold beside the state, whose own store is
+    as it was.
+    """
+    policy, codec, S = state.policy, state.codec, state.context
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    dims = Dims(B, N, K, S, S if state.ws is None else state.ws.pos.shape[-1], H)
+    W = policy.seed_rows(S) if policy.seed_kind == "rows" else None
+    seen_q, seen_k = (turned_prompt(x, state.turning) for x in (q, k))
+    out, rows = compute.prompt(
+        seen_q, seen_k, v, length, policy.mass_heads(N, K), policy.seed_kind, W, state.impl
+    )
+    if rows is not None:
+        rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, S - T)])
+    stats, pos = policy.seed(state.stats, rows, length, dims)
+    if policy.takes_keys:
+        stats = policy.note(stats, seen_k, jnp.zeros_like(length))
+    empty = Store.empty(codec, B, T, K, H)
+    filled = ((codec.fill(home, x, "tokens"), x) for home, x in ((empty.k, k), (empty.v, v)))
+    store = Store(*(codec.upto(packed, x, length, "tokens") for packed, x in filled))
+    ws = state.ws
+    if policy.compacts:
+        made = policy.compact(k, v, rows, length, dims)
+        found = (store.k, made.k), (store.v, made.v)  # in the ranges of the prompt as it came
+        held = (codec.rebuild(home, codec.encode(home, x, "slots")) for home, x in found)
+        ws = WorkingSet(*held, made.pos, made.bias)
+    elif ws is not None:
+        if state.route == "masked" and not policy.evicts:
+            pos = jnp.where(positions(S) < column(length), positions(S), -1)
+            pos = jnp.broadcast_to(pos, ws.pos.shape)
+        slot = jnp.where(pos >= 0, jax.lax.broadcasted_iota(jnp.int32, pos.shape, 2), -1)
+        ws = ws.freeze(codec).load(codec, store, slot, pos).replace(pos=pos, bias=bias_of(pos))
+    return out, state.replace(ws=ws, stats=stats, length=length), store
+
+
+def turned_prompt(x, turning: Rotation | None):
+    """x [B, T, *, H] of positions 0 .. T - 1 as attention is to see it."""
+    if turning is None:
+        return x
+    at = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :, None]
+    return turned(x, jnp.broadcast_to(at, x.shape[:3]), turning)
