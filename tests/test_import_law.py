@@ -18,6 +18,8 @@ A module imports from strictly lower layers or from its own package. Further:
 * nothing mutable lives at the level of a module or a class: a list, dict or set there is a tuple, a frozenset
   or a ``MappingProxyType({...})`` (tables inside it may be plain dicts), arrays are made in functions, no
   function says ``global``; ``__all__`` is free;
+* no statement assigns three or more values side by side (``a, b, c = x, y, z``), and none unpacks a generator
+  (``a, b = (f(x) for x in pair)``): one thing a line;
 * a module has a docstring and at most 350 lines, a kernel 400.
 """
 
@@ -57,7 +59,7 @@ ARRAYS = set("array asarray zeros ones full empty arange linspace eye".split())
 def violations(path: str, source: str) -> list[str]:
     """The sentences in which the module at `path` (from the root, with slashes) breaks the law."""
     tree = ast.parse(source)
-    found = [*_size(path, source, tree), *_state(tree), *_eager(path, tree)]
+    found = [*_size(path, source, tree), *_state(tree), *_eager(path, tree), *_crowded(tree)]
     for line, target in _imports(path, tree):
         found += [f"line {line}: {complaint}" for complaint in _import(path, target)]
     if path != "alisa_jax/placement/mover.py":
@@ -178,6 +180,15 @@ def _table_values(table: ast.Dict):
         yield from _table_values(value) if isinstance(value, ast.Dict) else [value]
 
 
+def _crowded(tree: ast.Module):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and any(isinstance(target, ast.Tuple) for target in node.targets):
+            if isinstance(node.value, ast.GeneratorExp):
+                yield f"line {node.lineno}: a generator is unpacked; give each name a line"
+            elif isinstance(node.value, ast.Tuple) and len(node.value.elts) > 2:
+                yield f"line {node.lineno}: {len(node.value.elts)} values side by side; give each name a line"
+
+
 def _size(path: str, source: str, tree: ast.Module):
     limit = 400 if path.startswith("pallas_kernels/") else 350
     lines = source.count("\n")
@@ -296,6 +307,9 @@ def test_module_keeps_the_law(path):
         ("alisa_jax/spec.py", "class C:\n    seen = {}", "mutable state"),
         ("alisa_jax/spec.py", "ONES = jnp.ones(3)", "mutable state"),
         ("alisa_jax/spec.py", "def f():\n    global x\n    x = 1", "a function says global"),
+        ("alisa_jax/spec.py", "a, b, c = x, y, z", "line 2: 3 values side by side"),
+        ("alisa_jax/spec.py", "def f():\n    q, k = (g(x) for x in pair)", "line 3: a generator is unpacked"),
+        ("pallas_kernels/online.py", "q, k = (g(x) for x in pair)", "a generator is unpacked"),
         ("alisa_jax/spec.py", "x = 1\n" * 350, "351 lines, at most 350 are allowed"),
         ("pallas_kernels/shapes.py", "x = 1\n" * 400, "401 lines, at most 400 are allowed"),
     ],
@@ -351,6 +365,7 @@ def test_the_law_sees_a_missing_docstring():
             "class C:\n    names: list = field(default_factory=list)\n    def f(self):\n        x = []",
         ),
         ("alisa_jax/spec.py", "A = jnp.float32\nB = np.dtype('int8')\nx: dict[str, int]"),
+        ("alisa_jax/spec.py", "B, T, N, H = q.shape\na, b = x, y\nfor a, b, c in rows:\n    pass\nx = (a, b, c)"),
         ("alisa_jax/kv/__init__.py", ""),
     ],
 )
