@@ -191,14 +191,14 @@ class Watch:
             lambda params, kv, token: [t.pos for t in step.decode(engine.model.decoder, params, kv, token)[2]]
         )
         self._made, self._first, self._last = 1, 0, None
-        choose = engine._chosen
+        choose = engine._filter_prompt
 
         def chosen(*args):
             at = np.array(choose(*args))
             self.fed = _bits(at[:, None])
             return at
 
-        engine._chosen = chosen
+        engine._filter_prompt = chosen
         if placed is None:
             engine._generate = self._resident(engine._generate)
         elif engine.layers[0].policy.selects or engine.layers[-1].policy.selects:
