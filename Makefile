@@ -1,5 +1,6 @@
 # make setup      a virtual environment with what the library, its tests, plots and notebooks need; at once when nothing changed
-# make test       lint, format check and the tests
+# make test       lint, format check and the tests, a sample of the cases of those that are marked `full`
+# make test-full  the same with every case, and tests/FULL.md, which says how it went
 # make reproduce  the figures of the paper, beside its numbers, on the bundled model: ARGS=--full, ARGS=--only=fig8
 # make docs       the API reference, in build/docs
 # make lint | format | clean
@@ -13,13 +14,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 PARITY ?= auto
+EVERY_CASE :=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit("alisa-jax needs Python 3.11 or newer, and " + \
   sys.executable + " is " + sys.version.split()[0] + "; name another one: make setup PYTHON=python3.12 VENV=.venv-new")
 
-.PHONY: setup parity test reproduce docs lint format clean
+.PHONY: setup parity test test-full reproduce docs lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.setup
@@ -58,7 +60,10 @@ $(VENV)/.parity-auto: $(VENV)/.setup
 test: setup parity lint
 	@if [ -s $(VENV)/.parity-$(PARITY) ]; then \
 	  echo "the tests against torch, transformers and lm_eval may be skipped: $$(cat $(VENV)/.parity-$(PARITY))"; fi
-	$(BIN)/python -m pytest -q --numprocesses=auto --max-worker-restart=0 --dist=loadfile --no-loadscope-reorder --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses=auto --max-worker-restart=0 --dist=loadfile --no-loadscope-reorder --durations=15 $(EVERY_CASE) $(ARGS)
+
+test-full: EVERY_CASE := --full --full-summary=tests/FULL.md
+test-full: test
 
 reproduce: setup
 	$(BIN)/python -m eval.reproduce $(ARGS)

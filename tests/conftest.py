@@ -6,6 +6,8 @@ the workers of xdist and the commands that tests start share a folder of them, w
 On Python 3.11 fusions are compiled by XLA's older emitters, which take a third less time; on the newer Pythons by those that
 users get.
 
+Of what is marked `full` a sample is run, see `tests/full.py`.
+
 A module's programs are freed at its end: each is many maps of memory, and a process that has more than the system allows
 (65,530 by default) dies.
 """
@@ -31,6 +33,16 @@ import hypothesis
 import jax
 import pytest
 
+from tests.full import (  # noqa: F401  (hooks of pytest)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_report_header,
+    pytest_sessionstart,
+    pytest_terminal_summary,
+    seed,
+)
+
+seed()  # before workers are started
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

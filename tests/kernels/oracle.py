@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
-SEED = int(os.environ.get("ALISA_TEST_SEED") or np.random.SeedSequence().generate_state(1)[0])
+from tests.full import seed
+
+SEED = seed()
 
 
 def decode(q, k, v, index, bias, head_major: bool):
