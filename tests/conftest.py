@@ -22,6 +22,8 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+if "xla_cpu_parallel_codegen_split_count" not in os.environ["XLA_FLAGS"]:  # small programs: one piece each is less work
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 if sys.version_info < (3, 12) and "xla_backend_extra_options" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # its workers inherit the folder
@@ -59,17 +61,17 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
+    gc.freeze()  # pytest collects garbage five times when all is over
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_a_module():
-    """What a module compiles is freed when it ends; long-lived objects are not looked at by each collection of garbage."""
+    """What a module compiles is freed when it ends; what was there before is looked at by no collection of garbage."""
     gc.freeze()
     yield
     jax.clear_caches()
-    gc.unfreeze()
     gc.collect()
 
 
