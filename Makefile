@@ -70,7 +70,7 @@ reproduce: setup
 
 # pdoc lists only what a package names in __all__, so every module is given. Two of its warnings are no faults: a module that
 # is given and also found, and type hints of NamedTuples, which it cannot resolve. alisa_jax.lm_eval needs an extra.
-DOCUMENTED = $(filter-out alisa_jax.lm_eval,$(shell find alisa_jax pallas_kernels -name '*.py' | LC_ALL=C sort | \
+DOCUMENTED = $(filter-out alisa_jax.lm_eval alisa_jax.lm_eval.arguments,$(shell find alisa_jax pallas_kernels -name '*.py' | LC_ALL=C sort | \
   sed 's,/__init__\.py$$,,; s,\.py$$,,; s,/,.,g'))
 
 docs: $(VENV)/.docs

@@ -73,7 +73,8 @@ def test_coded_keys_are_attended_as_they_are_stored_and_raw_ones_before_the_code
     q, k, _ = (x[:, :T] for x in replay.STREAM)
     keys = jnp.asarray(np.moveaxis(k, 1, 2))
     eye = jnp.broadcast_to(jnp.eye(replay.H, dtype=jnp.float32), (replay.B, replay.K, replay.H, replay.H))
-    stored = codec.logits(eye, codec.fill(codec.empty(keys.shape, "slots", "k"), keys, "slots"))  # [B, K, H, T]
+    read = jax.jit(lambda x, y: codec.logits(y, codec.fill(codec.empty(x.shape, "slots", "k"), x, "slots")))
+    stored = read(keys, eye)  # [B, K, H, T]
     stored = np.moveaxis(np.asarray(stored), 3, 1)
     assert np.abs(stored - k).max() > 1e-3, "a codec that loses nothing tests nothing"
     found = mapped("dense", spec)[1].dense
@@ -91,7 +92,7 @@ def small() -> Model:
     """Two layers, 4 query heads over 2 kv heads, random weights, context 96."""
     sizes = dict(vocab_size=37, d_model=22, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=26, max_positions=96)
     decoder = Decoder(ModelConfig(arch="llama", **sizes))
-    params = jax.tree.map(lambda x: 8 * x if x.ndim == 2 else x, decoder.init(jax.random.key(1)))
+    params = jax.tree.map(lambda x: 8 * x if x.ndim == 2 else x, jax.jit(decoder.init)(jax.random.key(1)))
     return Model(decoder, params, tokenizer=None, bos_id=None, eos_ids=(), name="small", source=None)
 
 

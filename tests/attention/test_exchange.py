@@ -17,14 +17,16 @@ STARTS = (9, 1, 20)
 
 
 def states(policy, route="working_set"):
+    rng = np.random.default_rng(5)
+    made = [[rng.normal(size=(B, 32, heads, H)).astype(np.float32) * 3 for heads in (N, K, K)] for _ in range(LAYERS)]
+    return [filled(policy, route, *tokens) for tokens in made]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def filled(policy, route, q, k, v):
     dims = attention.dims_of(policy, route, B, N, K, S)
     empty = attention.init(policy, Raw("float32"), route, dims, H)
-    rng = np.random.default_rng(5)
-    found = []
-    for _ in range(LAYERS):
-        q, k, v = (jnp.asarray(rng.normal(size=(B, 32, heads, H)) * 3, jnp.float32) for heads in (N, K, K))
-        found.append(attention.prefill(empty, q, k, v, jnp.asarray(STARTS, jnp.int32))[1])
-    return found
+    return attention.prefill(empty, q, k, v, jnp.asarray(STARTS, jnp.int32))[1]
 
 
 @functools.partial(jax.jit, static_argnums=2)

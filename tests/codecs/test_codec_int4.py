@@ -78,19 +78,21 @@ def test_constant_and_all_zero_groups_are_safe(value):
 def test_tokens_written_one_by_one_equal_a_filled_prompt_and_move_bit_for_bit(H, group):
     codec, x = Int4(group).resolve(jnp.float32), normal(1, B, S, K, H)
     write_token, write_slot = (jax.jit(f, donate_argnums=0) for f in (codec.write_token, codec.write_slot))
-    store, slots = codec.empty((B, S, K, H), "tokens", "k"), codec.empty((B, K, S, H), "slots", "k")
+    begin = jax.jit(lambda: (codec.empty((B, S, K, H), "tokens", "k"), codec.empty((B, K, S, H), "slots", "k")))
+    store, slots = begin()
     for t in range(S):
         here = jnp.full((B,), t, jnp.int32)
         store, slots = write_token(store, x[:, t], here), write_slot(slots, x[:, t], here[:, None])
     filled = fill(codec, x)
     for a, b, c in zip(*map(jax.tree.leaves, (filled, store, slots)), strict=True):
         np.testing.assert_array_equal(a, b)
-        np.testing.assert_array_equal(np.swapaxes(c, 1, 2), a)
-    pos, to = jnp.array([[[7, -1, 2]], [[0, 10, 5]]]), jnp.array([[[4, -1, 0]], [[1, 3, 2]]])
-    moved = jax.jit(codec.copy_in)(codec.empty((B, K, M, H), "slots", "k"), codec.take(store, pos), to)
+        np.testing.assert_array_equal(np.swapaxes(np.asarray(c), 1, 2), a)
+    pos, to = np.int32([[[7, -1, 2]], [[0, 10, 5]]]), np.int32([[[4, -1, 0]], [[1, 3, 2]]])
+    move = jax.jit(lambda s, p, to: codec.copy_in(codec.empty((B, K, M, H), "slots", "k"), codec.take(s, p), to))
+    moved = move(store, pos, to)
     for old, new in zip(jax.tree.leaves(store), jax.tree.leaves(moved), strict=True):
         for b, e in [(0, 0), (0, 2), (1, 0), (1, 1), (1, 2)]:
-            np.testing.assert_array_equal(new[b, :, to[b, 0, e]], old[b, pos[b, 0, e]])
+            np.testing.assert_array_equal(np.asarray(new)[b, :, to[b, 0, e]], np.asarray(old)[b, pos[b, 0, e]])
     again = codec.rebuild(store, codec.leaves(store))
     assert jax.tree.structure(again) == jax.tree.structure(store) and again.channels == H
 
@@ -111,7 +113,7 @@ def test_attention_on_codes_equals_attention_on_decoded_values(H, group):
 @pytest.mark.parametrize("H, group", [*SHAPES, (64, 64), (128, 64), (128, 32), (1, 1)])
 def test_bytes_are_those_of_the_arrays_scales_included(H, group):
     codec, tokens = Int4(group).resolve(jnp.bfloat16), 96
-    homes = [codec.empty((B, tokens, K, H), "tokens", part) for part in "kv"]
+    homes = jax.eval_shape(lambda: [codec.empty((B, tokens, K, H), "tokens", part) for part in "kv"])
     assert tree_bytes(homes) == B * tokens * codec.token_bytes(K, H)
     if (H, group) == (128, 64):
         assert codec.token_bytes(K, H) <= 0.28 * 2 * K * H * 2  # of bfloat16: 4 bits, and 3 bytes a group

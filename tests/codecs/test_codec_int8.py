@@ -224,7 +224,9 @@ def test_scales_folded_into_attention_equal_attention_on_decoded_values(codec):
 @pytest.mark.parametrize("axis", AXES)
 def test_bytes_are_those_of_the_arrays_scales_included(axis, H):
     codec, tokens = Int8(axis).resolve(jnp.bfloat16), 1024
-    homes = [codec.freeze(codec.empty((B, tokens, K, H), "tokens", part), "tokens") for part in "kv"]
+    homes = jax.eval_shape(
+        lambda: [codec.freeze(codec.empty((B, tokens, K, H), "tokens", part), "tokens") for part in "kv"]
+    )
     total = tree_bytes(homes) / B
     assert total == tokens * codec.token_bytes(K, H) + codec.sequence_bytes(K, H)
     assert total == (2 * K * tokens * (H + 3) if axis == "token" else 2 * K * H * (tokens + 8))

@@ -90,12 +90,17 @@ def filled(asked, x, layout="slots", part="k"):
 
 @pytest.mark.parametrize("bits", packing.BITS)
 def test_codes_come_back_from_their_bytes(bits):
+    every = []
     for n in (1, 5, 16, 37):
         codes = np.random.default_rng(n).integers(0, packing.steps(bits) + 1, (3, n)).astype(np.uint16)
         codes[0], codes[1] = 0, packing.steps(bits)
-        packed = jax.jit(lambda c: packing.pack(c, bits))(codes)
-        assert packed.dtype == jnp.uint8 and packed.shape == (3, packing.packed_bytes(bits, n))
-        np.testing.assert_array_equal(jax.jit(lambda p, n=n: packing.unpack(p, bits, n))(packed), codes)
+        every.append(codes)
+    pack = jax.jit(lambda every: [packing.pack(codes, bits) for codes in every])
+    unpack = jax.jit(lambda every, sizes: [packing.unpack(p, bits, n) for p, n in zip(every, sizes)], static_argnums=1)
+    packed = pack(every)
+    for codes, p, back in zip(every, packed, unpack(packed, (1, 5, 16, 37)), strict=True):
+        assert p.dtype == jnp.uint8 and p.shape == (3, packing.packed_bytes(bits, codes.shape[1]))
+        np.testing.assert_array_equal(back, codes)
     want = {1.5: 8, 1: 5, 2: 10, 3: 15, 4: 20, 5: 25, 6: 30, 7: 35, 8: 40, 16: 80}[bits]
     assert packing.packed_bytes(bits, 40) == want  # five ternary codes to a byte, else b bits each
 
@@ -531,7 +536,8 @@ def test_an_element_takes_b_plus_16_over_group_bits_measured_on_the_arrays(bits,
     for group in (128, 64, 32):
         asked = Skvq(k_bits=bits, v_bits=bits, group=group, span=span)
         codec = asked.resolve(jnp.bfloat16)
-        rows = [codec.empty((B, heads, tokens, channels), "slots", part).rows for part in "kv"]
+        empty = jax.eval_shape(lambda c=codec: [c.empty((B, heads, tokens, channels), "slots", part) for part in "kv"])
+        rows = [packed.rows for packed in empty]
         elements = 2 * B * heads * tokens * channels
         assert tree_bytes(rows) * 8 / elements == bits + 16 / group
         assert tree_bytes(rows) == B * tokens * codec.token_bytes(heads, channels)
@@ -542,7 +548,7 @@ def test_an_element_takes_b_plus_16_over_group_bits_measured_on_the_arrays(bits,
 @pytest.mark.parametrize("channels", [64, 128])
 def test_three_levels_take_five_to_a_byte(channels):
     codec = Skvq(k_bits=1.5, v_bits=1.5, group=64).resolve(jnp.bfloat16)
-    rows = codec.empty((B, 2, 32, channels), "slots", "v").rows
+    rows = jax.eval_shape(lambda: codec.empty((B, 2, 32, channels), "slots", "v")).rows
     assert tree_bytes(rows.codes) * 8 / (B * 2 * 32 * channels) == 1.625  # 13 bytes for 64
     assert codec.token_bytes(2, channels) * 8 / (4 * channels) == 1.625 + 16 / 64
 
@@ -550,13 +556,15 @@ def test_three_levels_take_five_to_a_byte(channels):
 @pytest.mark.parametrize("asked", [SMALL, HEADS, Skvq(), Skvq(group=3, window=0, sinks=0)], ids=lambda a: a.span)
 def test_all_bytes_of_both_homes_are_counted(asked):
     codec, tokens = asked.resolve(jnp.bfloat16), 96
-    ws, store = WorkingSet.empty(codec, B, K, tokens, H, 1), Store.empty(codec, B, tokens, K, H)
+    ws, store = jax.eval_shape(
+        lambda: (WorkingSet.empty(codec, B, K, tokens, H, 1), Store.empty(codec, B, tokens, K, H))
+    )
     by_token, by_sequence = tokens * codec.token_bytes(K, H), codec.sequence_bytes(K, H)
     raw_rows = asked.window + asked.sinks
     assert by_sequence == 2 * (raw_rows * K * (2 * H + 4) + 4)
     assert tree_bytes((ws.k, ws.v)) == B * (by_token + by_sequence)
     assert tree_bytes((store.k, store.v)) == B * (by_token + by_sequence - 2 * 4 * raw_rows * K)
-    grown = ws.grow(codec, 128)
+    grown = jax.eval_shape(lambda ws: ws.grow(codec, 128), ws)
     assert tree_bytes((grown.k, grown.v)) == B * (128 * codec.token_bytes(K, H) + by_sequence)
 
 

@@ -1,6 +1,7 @@
 """Training: it learns, it resumes exactly, what it exports loads, and bad input ends in one sentence."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -142,23 +143,34 @@ def test_blocks_of_queries_equal_plain_causal_attention():
     rng = np.random.default_rng(0)
     T, N, K, H = learning.QUERY_BLOCK * 2 + 5, 6, 3, 4
     q, k, v = (rng.standard_normal((2, T, n, H)).astype(np.float32) for n in (N, K, K))
-    got, _ = learning.causal_attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v))
+    got = np.asarray(jax.jit(learning.causal_attend)(q, k, v)[0])
     for b, n, t in [(0, 0, 0), (0, 5, 1), (1, 2, 127), (1, 3, 128), (0, 1, T - 1)]:
         keys, values = k[b, : t + 1, n // 2].astype(np.float64), v[b, : t + 1, n // 2].astype(np.float64)
         weight = np.exp(keys @ q[b, t, n].astype(np.float64) / H**0.5)
         np.testing.assert_allclose(got[b, t, n], weight @ values / weight.sum(), rtol=1e-4, atol=1e-5)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def initial(decoder):
+    return learning.initial_params(decoder, jax.random.key(0))
+
+
 def test_losses_are_cross_entropies_of_the_next_token(config):
     decoder = Decoder(config.model)
-    params = learning.initial_params(decoder, jax.random.key(0))
+    params = initial(decoder)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 320, (2, 9)), jnp.int32)
     nats, hits = jax.jit(learning.token_losses, static_argnums=0)(decoder, params, tokens)
     positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], (2, 9))
-    x = decoder.embed(params, tokens, positions)
-    for layer in range(2):
-        x, _ = decoder.block(params, layer, x, positions, learning.causal_attend)
-    logits = np.asarray(decoder.unembed(params, x), np.float64)
+
+    @jax.jit
+    def forward(params):
+        x = decoder.embed(params, tokens, positions)
+        for layer in range(2):
+            x, _ = decoder.block(params, layer, x, positions, learning.causal_attend)
+        return decoder.unembed(params, x)
+
+    logits, tokens, nats, hits = (np.asarray(x) for x in (forward(params), tokens, nats, hits))
+    logits = logits.astype(np.float64)
     for b in range(2):
         for t in range(8):
             row = logits[b, t]
@@ -171,21 +183,22 @@ def test_losses_are_cross_entropies_of_the_next_token(config):
 def start():
     """The bundled model's (decoder, initial parameters)."""
     decoder = Decoder(curriculum.load_config(BUNDLED_CONFIG).model)
-    return decoder, learning.initial_params(decoder, jax.random.key(0))
+    return decoder, initial(decoder)
 
 
 def test_at_first_half_of_the_heads_of_layer_0_attend_to_the_previous_token(start):
     decoder, params = start
     tokens = jnp.asarray(np.random.default_rng(0).integers(2, 2048, (1, 40)), jnp.int32)
     positions = jnp.arange(40, dtype=jnp.int32)[None]
-    seen = {}
 
-    def attend(q, k, v):
-        seen["logits"] = np.einsum("tnh,snh->nts", np.asarray(q[0]), np.repeat(np.asarray(k[0]), 2, axis=1)) / 8
-        return q, None
+    @jax.jit
+    def seen(params):
+        x = decoder.embed(params, tokens, positions)
+        return decoder.block(params, 0, x, positions, lambda q, k, v: (q, (q, k)))[1]
 
-    decoder.block(params, 0, decoder.embed(params, tokens, positions), positions, attend)
-    apart = [np.mean([seen["logits"][:2, t, t - n] for t in range(8, 40)]) for n in range(8)]
+    q, k = (np.asarray(x[0]) for x in seen(params))
+    logits = np.einsum("tnh,snh->nts", q, np.repeat(k, 2, axis=1)) / 8
+    apart = [np.mean([logits[:2, t, t - n] for t in range(8, 40)]) for n in range(8)]
     assert apart[1] > max(apart[0], apart[2]) + 1 and apart[2] > apart[3] > apart[5] > apart[7]
 
 

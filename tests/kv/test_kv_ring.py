@@ -59,9 +59,9 @@ def test_every_row_of_a_ring_holds_the_newest_position_that_belongs_there(length
 def test_a_ring_is_filled_with_the_rows_of_a_prompt_in_both_layouts():
     rng, one = np.random.default_rng(1), codec("raw")
     prompt = jnp.asarray(rng.normal(size=(B, 48, K, H)), jnp.float32)
-    pos = ring.newest(jnp.asarray([48, 37], jnp.int32), jnp.asarray([16, 16], jnp.int32), C)
-    (tokens,) = ring.fill(one, prompt, pos, "tokens")
-    (slots,) = ring.fill(one, prompt, pos, "slots")
+    pos = jax.jit(ring.newest, static_argnums=2)(np.int32([48, 37]), np.int32([16, 16]), C)
+    fill = jax.jit(lambda x, pos: [ring.fill(one, x, pos, layout) for layout in ("tokens", "slots")])
+    (tokens,), (slots,) = fill(prompt, pos)
     for b in range(B):
         for row, p in enumerate(np.asarray(pos)[b]):
             if p >= 0:
@@ -87,8 +87,9 @@ def test_due_rows_are_noted_behind_each_other_and_hide_their_slots():
 
 def test_delivered_rows_go_to_their_slots_and_nowhere_else():
     rng, one = np.random.default_rng(2), codec("int8(axis=token)")
-    packed = one.codes_of(jnp.asarray(rng.normal(size=(B, K, 5, H)), jnp.float32))
-    rows = one.codes_of(jnp.asarray(rng.normal(size=(3, K, 1, H)), jnp.float32))
+    codes_of = jax.jit(one.codes_of)
+    packed = codes_of(rng.normal(size=(B, K, 5, H)).astype(np.float32))
+    rows = codes_of(rng.normal(size=(3, K, 1, H)).astype(np.float32))
     leaves = tuple(leaf[:, :, 0] for leaf in one.leaves(rows))
     sequence, slot = jnp.asarray([1, -1, 0], jnp.int32), jnp.asarray([[2, 4, -1], [0, 0, 0], [3, 3, 3]], jnp.int32)
     got = jax.jit(lambda p, r: ring.put(one, p, r, sequence, slot))(packed, leaves)
@@ -108,8 +109,9 @@ def test_a_row_encoded_later_is_the_row_encoded_at_first(spec, layout):
     rng, one = np.random.default_rng(3), codec(spec)
     shape = (B, 20, K, H) if layout == "tokens" else (B, K, 20, H)
     x = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    packed = one.fill(one.empty(shape, layout, "k"), x, layout)
-    for first, again in zip(one.leaves(packed), one.encode(packed, x, layout), strict=True):
+    packed = jax.jit(lambda x: one.fill(one.empty(shape, layout, "k"), x, layout))(x)
+    encoded = jax.jit(lambda p, x: one.encode(p, x, layout))(packed, x)
+    for first, again in zip(one.leaves(packed), encoded, strict=True):
         assert np.asarray(first).tobytes() == np.asarray(again).tobytes()
     rebuilt = one.rebuild(packed, one.leaves(packed))
     for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(rebuilt), strict=True):

@@ -1,12 +1,14 @@
 """The decoder's own contract: types, shapes, purity, and its arithmetic against float64 NumPy."""
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
 from alisa_jax.models import Decoder, ModelConfig, RopeScaling
 from alisa_jax.models.layers import LayerNorm, RMSNorm
@@ -62,9 +64,14 @@ def decoder(request):
     return Decoder(request.param)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def initial(decoder, seed):
+    return decoder.init(jax.random.key(seed))
+
+
 @pytest.fixture(scope="module")
 def params(decoder):
-    return decoder.init(jax.random.key(5))
+    return initial(decoder, 5)
 
 
 def rows(shape, scale=1.0, seed=0):
@@ -86,8 +93,8 @@ def test_matrices_are_stored_out_by_in(decoder, params):
 
 
 def test_init_is_a_function_of_the_key(decoder, params):
-    again, other = decoder.init(jax.random.key(5)), decoder.init(jax.random.key(6))
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, again)))
+    again, other = initial(decoder, 5), initial(decoder, 6)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, params, again)))
     q = [p["blocks"][0]["q"]["weight"] for p in (params, other)] + [params["blocks"][1]["q"]["weight"]]
     assert not np.allclose(q[0], q[1]) and not np.allclose(q[0], q[2])
 
@@ -109,7 +116,7 @@ def test_activations_keep_the_type_of_the_weights_and_logits_are_float32(decoder
 
 def test_bfloat16_logits_are_near_those_of_float32(decoder, params, dense_forward):
     exact = dense_forward(decoder, params, jnp.asarray(TOKENS))
-    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    low = jax.jit(lambda p: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), p))(params)
     error = np.abs(np.asarray(dense_forward(decoder, low, jnp.asarray(TOKENS)) - exact))
     assert error.max() < 0.15 and error.mean() < 0.02 * np.abs(np.asarray(exact)).mean() + 0.01
 
@@ -126,18 +133,22 @@ def test_one_token_at_a_time_gives_what_one_pass_gives(decoder, params, dense_fo
             logits = np.einsum("btnh,bsnh->bnts", np.asarray(q), keys) * q.shape[-1] ** -0.5
             weights = np.exp(logits - logits.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
-            return jnp.asarray(np.einsum("bnts,bsnh->btnh", weights, values), q.dtype), ()
+            return np.einsum("bnts,bsnh->btnh", weights, values).astype(q.dtype)
 
-        return attend
+        return lambda q, k, v: (io_callback(attend, jax.ShapeDtypeStruct(q.shape, q.dtype), q, k, v, ordered=True), ())
+
+    @jax.jit
+    def step(params, token, index):
+        x = decoder.embed(params, token, index)
+        for layer, store in enumerate(past):
+            x, _ = decoder.block(params, layer, x, index, attend_to(store))
+        return decoder.unembed(params, x)
 
     steps = []
     for position in range(5):
         token = jnp.asarray(TOKENS[:, position : position + 1])
         index = jnp.full((2, 1), position, jnp.int32)
-        x = decoder.embed(params, token, index)
-        for layer, store in enumerate(past):
-            x, _ = decoder.block(params, layer, x, index, attend_to(store))
-        steps.append(np.asarray(decoder.unembed(params, x)))
+        steps.append(np.asarray(step(params, token, index)))
     want = dense_forward(decoder, params, jnp.asarray(TOKENS))[:, :5]
     np.testing.assert_allclose(np.concatenate(steps, 1), want, atol=1e-5)
 
@@ -159,7 +170,7 @@ def test_every_parameter_gets_a_finite_gradient(decoder, params, dense_forward):
     def loss(p):
         return -jax.nn.log_softmax(dense_forward(decoder, p, jnp.asarray(TOKENS)))[..., 3].mean()
 
-    for path, grad in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params)):
+    for path, grad in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
         assert np.isfinite(np.asarray(grad)).all(), path
         # A bias of the keys moves all logits of a row alike, so only its gradient vanishes.
         if "'k'" not in str(path) or "bias" not in str(path):
@@ -174,18 +185,19 @@ def test_attend_is_called_once_and_its_aux_is_returned(decoder, params):
         return q, {"seen": jnp.float32(7)}
 
     index = jnp.zeros((2, 3), jnp.int32)
-    _, aux = decoder.block(params, 1, decoder.embed(params, index, index), index, attend)
+    run = jax.jit(lambda p: decoder.block(p, 1, decoder.embed(p, index, index), index, attend))
+    _, aux = run(params)
     N, K, H = decoder.config.n_heads, decoder.config.n_kv_heads, decoder.config.head_dim
     assert calls == [((2, 3, N, H), (2, 3, K, H), (2, 3, K, H))] and aux["seen"] == 7
 
 
 def test_wrong_shapes_are_refused(decoder, params):
     index = jnp.zeros((2, 3), jnp.int32)
-    x = decoder.embed(params, index, index)
+    x = jnp.zeros((2, 3, decoder.config.d_model))
     with pytest.raises(ValueError, match="positions"):
         decoder.embed(params, index, index[:1])
     with pytest.raises(ValueError, match="output of attend"):
-        decoder.block(params, 0, x, index, lambda q, k, v: (q[:, :, 1:], ()))
+        jax.eval_shape(lambda x: decoder.block(params, 0, x, index, lambda q, k, v: (q[:, :, 1:], ())), x)
     with pytest.raises(ValueError, match="x has shape"):
         decoder.unembed(params, x[..., 1:])
 

@@ -211,8 +211,8 @@ def test_labels_that_are_not_quantised_have_no_scales(bits, kind):
 def recall(policy, q, k, count):
     """Mean share of the true `count` best keys [T, K, H] of the queries [n, K, H] that `policy` keeps, all keys past."""
     stats = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(q), *x.shape[1:])), noted(policy, k))
-    keep = policy.select(stats, jnp.full((len(q),), len(k), jnp.int32), len(k), jnp.asarray(q)[:, :, None])
-    keep = np.asarray(keep)
+    select = jax.jit(policy.select, static_argnums=2)
+    keep = np.asarray(select(stats, np.full((len(q),), len(k), np.int32), len(k), q[:, :, None]))
     assert (keep.sum(-1) == count).all()
     true = np.argsort(-np.einsum("ikh,tkh->ikt", q, k), axis=-1)[..., :count]
     return np.take_along_axis(keep, true, axis=-1).mean()

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,6 +28,10 @@ def policy(window):
 
 @functools.cache
 def observed(swa):
+    return jax.jit(functools.partial(observe, swa))()
+
+
+def observe(swa):
     """All five rows through `observe`, as dense rows: nothing is left out before the end. Slots run backwards."""
     stats = swa.init(DIMS)
     pos = jnp.full((1, 1, M), -1, jnp.int32)
@@ -54,15 +59,15 @@ def test_the_sums_are_the_printed_ones(window):
 @pytest.mark.parametrize("window", CASES)
 def test_select_keeps_the_printed_tokens(window):
     swa = policy(window)
-    assert kept(swa.select(observed(swa)[0], LENGTH, S)) == CASES[window]
+    assert kept(jax.jit(swa.select, static_argnums=2)(observed(swa)[0], LENGTH, S)) == CASES[window]
 
 
 @pytest.mark.parametrize("window", CASES)
 def test_exchange_keeps_the_printed_tokens(window):
     swa = policy(window)
     stats, pos = observed(swa)
-    bias = jnp.where(pos >= 0, jnp.float32(0), -jnp.inf)
-    _, ex = swa.exchange(stats, pos, bias, LENGTH, S)
+    bias = np.where(np.asarray(pos) >= 0, np.float32(0), np.float32(-np.inf))
+    _, ex = jax.jit(swa.exchange, static_argnums=4)(stats, pos, bias, LENGTH, S)
     active = np.asarray(ex.bias)[0, 0] == 0
     assert set(np.asarray(ex.pos)[0, 0][active].tolist()) == CASES[window]
     assert not bool(ex.more)
@@ -76,7 +81,7 @@ def test_seeding_with_the_rows_keeps_the_printed_tokens(window):
     rows = np.zeros((1, 1, W, S), np.float32)
     newest = ROWS[-min(W, 5) :]
     rows[0, 0, W - len(newest) :, :5] = newest
-    _, pos = swa.seed(swa.init(DIMS), jnp.asarray(rows), LENGTH, DIMS)
+    _, pos = jax.jit(lambda rows: swa.seed(swa.init(DIMS), rows, LENGTH, DIMS))(rows)
     assert set(np.asarray(pos)[0, 0].tolist()) - {-1} == CASES[window]
 
 

@@ -197,7 +197,7 @@ def test_a_parked_token_returns_without_a_copy():
     bias = jnp.array([[[0.0, -jnp.inf, -jnp.inf]]])
     slot_of = jnp.array([[[0, swap.PARKED - 1, swap.ABSENT]]], jnp.int32)
     score = jnp.array([[[1.0, 2.0, 0.0]]])
-    new, ex = swap.improve(score, slot_of, pos, bias, jnp.array([[2]]), jnp.array([[1]]))
+    new, ex = improve(score, slot_of, pos, bias, jnp.array([[2]]), jnp.array([[1]]))
     assert np.asarray(ex.load_pos).max() == -1
     assert np.asarray(ex.bias)[0, 0].tolist() == [-np.inf, 0, -np.inf] and np.asarray(new)[0, 0, :2].tolist() == [-2, 1]
 
@@ -207,7 +207,7 @@ def test_when_room_is_short_the_worst_parked_token_gives_up_its_slot():
     bias = jnp.array([[[0.0, -jnp.inf, -jnp.inf]]])
     slot_of = jnp.array([[[0, swap.PARKED - 1, swap.PARKED - 2, swap.ABSENT]]], jnp.int32)
     score = jnp.array([[[3.0, 1.0, 2.0, 0.0]]])
-    new, ex = swap.improve(score, slot_of, pos, bias, jnp.array([[4]]), jnp.array([[1]]))
+    new, ex = improve(score, slot_of, pos, bias, jnp.array([[4]]), jnp.array([[1]]))
     assert np.asarray(ex.pos)[0, 0].tolist() == [0, -1, 2]
     assert np.asarray(new)[0, 0].tolist() == [0, swap.ABSENT, swap.PARKED - 2, swap.ABSENT]
 
@@ -224,6 +224,7 @@ def test_a_set_that_is_right_and_has_room_is_left_alone():
 
 top_mask = jax.jit(swap.top_mask)
 foremost = jax.jit(swap.foremost, static_argnums=1)
+best = jax.jit(swap.best, static_argnums=2)
 SCORES = st.lists(
     st.one_of(
         st.sampled_from([0.0, 1.0, 2.0, float("-inf"), float("nan")]), st.floats(-4, 4, width=32, allow_subnormal=False)
@@ -265,7 +266,7 @@ def test_foremost_is_the_sorted_prefix_and_where_it_was(seed, size, k):
 @given(st.lists(st.sampled_from([-2.0, 0.0, 1.0, 3.0, float("-inf")]), min_size=S, max_size=S))
 def test_best_is_the_highest_score_and_the_lowest_order_among_equals(scores):
     order = np.random.default_rng(0).permutation(S).astype(np.int32)
-    value, first, exists = swap.best(jnp.asarray([[scores]], jnp.float32), jnp.asarray(order)[None, None], S)
+    value, first, exists = best(np.float32([[scores]]), order[None, None], S)
     assert bool(exists[0, 0]) == (max(scores) > -np.inf)
     if exists[0, 0]:
         want = min((-s, int(o)) for s, o in zip(scores, order))
@@ -276,7 +277,7 @@ def test_best_is_the_highest_score_and_the_lowest_order_among_equals(scores):
 def test_settle_packs_kept_positions_in_order_and_is_the_identity_for_equal_sizes(size):
     keep = np.random.default_rng(3).random((2, 3, S)) < 0.25
     keep[0, 0] = False
-    got = np.asarray(base.slots_of(jnp.asarray(keep), size))
+    got = np.asarray(jax.jit(base.slots_of, static_argnums=1)(keep, size))
     for b in range(2):
         for p in range(3):
             kept = np.flatnonzero(keep[b, p]).tolist()
@@ -289,7 +290,7 @@ def test_settle_packs_kept_positions_in_order_and_is_the_identity_for_equal_size
 
 def test_index_slots_is_the_inverse_of_pos():
     pos = np.array([[[4, -1, 0, 7]], [[-1, -1, -1, 18]]], np.int32)
-    got = np.asarray(swap.index_slots(jnp.asarray(pos), S))
+    got = np.asarray(jax.jit(swap.index_slots, static_argnums=1)(pos, S))
     for b in range(2):
         np.testing.assert_array_equal(got[b, 0], inverse(pos[b, 0], np.zeros(4)))
 

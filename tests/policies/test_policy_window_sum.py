@@ -11,6 +11,8 @@ from tests import replay
 HEADS, B, P, LONGEST = 5, 2, 2, 288
 push = jax.jit(window_sum.push, static_argnums=3, donate_argnums=0, compiler_options=replay.QUICK)
 seed = jax.jit(window_sum.seed)
+grow = jax.jit(window_sum.grow, static_argnums=(1, 2))
+empty = jax.jit(window_sum.empty, static_argnums=range(5))
 
 
 class Table(tuple):
@@ -51,14 +53,14 @@ def test_sums_equal_explicit_windows_for_hundreds_of_ragged_steps_through_growin
     rng, before = np.random.default_rng(7), 11  # the second sequence is 11 tokens ahead, with rows of zeros
     S = 32
     widths = widths_of(window, r, S)
-    sums = window_sum.empty(B, P, S, max(widths) + 2, HEADS)
+    sums = empty(B, P, S, max(widths) + 2, HEADS)
     rows = np.zeros((before + LONGEST, B, P, LONGEST))
     for step in range(LONGEST - before):
         length = np.array([step, step + before])
         if length.max() == S:
             S *= 3
             widths = widths_of(window, r, S)
-            sums = window_sum.grow(sums, S, max(widths) + 2)
+            sums = grow(sums, S, max(widths) + 2)
         row = rows[before + step] = attention_rows(rng, length)
         sums = push(sums, jnp.asarray(row[..., :S], jnp.float32), jnp.asarray(length, jnp.int32), widths)
         if step % 5 == 0 or length.max() % 32 < 3 or length.max() % 32 > 29:
@@ -77,15 +79,15 @@ def test_seeding_with_the_last_rows_equals_pushing_all_rows(window, r, prompt):
     rows = np.stack([attention_rows(rng, prompt - steps + i) for i in range(steps)])
     rows *= (prompt[None] - steps + np.arange(steps)[:, None] >= 0)[:, :, None, None]  # the shorter one starts later
     last = np.concatenate([np.zeros((R, B, P, LONGEST)), rows])[-(R - 1) :, ..., :S]
-    empty = window_sum.empty(B, P, S, R, HEADS)
+    began = empty(B, P, S, R, HEADS)
     sums = seed(
-        empty, jnp.asarray(np.moveaxis(last, 0, 2), jnp.float32), jnp.asarray(np.array(widths)[prompt], jnp.int32)
+        began, jnp.asarray(np.moveaxis(last, 0, 2), jnp.float32), jnp.asarray(np.array(widths)[prompt], jnp.int32)
     )
     rows = np.concatenate([np.zeros((S, B, P, LONGEST)), rows])
     check(sums, rows, widths, prompt)
     S = 96  # and on from there, in the next bucket: rows of the prompt leave, or return
     widths = widths_of(window, r, S)
-    sums = window_sum.grow(sums, S, max(widths) + 2)
+    sums = grow(sums, S, max(widths) + 2)
     for length in (prompt + i for i in range(40)):
         row = attention_rows(rng, length)
         rows = np.concatenate([rows, row[None]])
