@@ -672,7 +672,20 @@ def test_help_prints_the_flags_and_the_paste_ready_command(capsys):
 
 
 @pytest.fixture(scope="module")
-def scored(stories, tmp_path_factory):
+def two_layers(stories, tmp_path_factory):
+    """The folder of the trained model's first two layers, which are quicker to compile."""
+    folder = tmp_path_factory.mktemp("models") / stories.name
+    folder.mkdir()
+    for file in stories.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((stories / "config.json").read_text(encoding="utf-8")) | {"num_hidden_layers": 2}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(stories, two_layers, tmp_path_factory):
     """Records and samples by protocol: the 8 shortest items of two tasks, with one example each, dense and local."""
     made, names = {}, ("copa", "winogrande")
     data = tmp_path_factory.mktemp("tasks")
@@ -681,7 +694,7 @@ def scored(stories, tmp_path_factory):
         (data / f"{name}.jsonl").write_text("".join(sorted(lines, key=len)[:8]), encoding="utf-8")
     for protocol in accuracy.PROTOCOLS:
         folder = tmp_path_factory.mktemp(protocol)
-        argv = ["accuracy", f"--model={stories}", "--shots=1", "--batch=16", f"--protocol={protocol}"]
+        argv = ["accuracy", f"--model={two_layers}", "--shots=1", "--batch=16", f"--protocol={protocol}"]
         for name in names:
             argv += [f"--task={name}", f"--task_file={data / name}.jsonl"]
         argv += ["--policy=dense"] + (["--policy=local(kv_sparsity=0.8)"] if protocol != "prompt" else [])
@@ -694,12 +707,12 @@ def scored(stories, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def oracle(stories, scored):
+def oracle(two_layers, scored):
     """transformers' log-likelihoods of the choices of the same items, in the order of the samples."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(stories)
-    model = transformers.AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(two_layers)
+    model = transformers.AutoModelForCausalLM.from_pretrained(two_layers, dtype=torch.float32).eval()
 
     def loglikelihood(prompt, continuation):
         ids = tokenizer(prompt + " " + continuation, return_tensors="pt").input_ids
