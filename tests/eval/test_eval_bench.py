@@ -19,6 +19,8 @@ from eval.speed import peers as bench_peers
 from eval.speed.cells import Cell, System
 from eval.speed.limits import Rates
 
+pytestmark = pytest.mark.slow
+
 OPT = ModelConfig(
     "opt", 61, 24, 2, 3, 3, 8, 40, 96, tie_embeddings=True, act="relu", attention_bias=True, mlp_bias=True
 )

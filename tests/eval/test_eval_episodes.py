@@ -7,6 +7,8 @@ import pytest
 
 from eval.text import episodes
 
+pytestmark = pytest.mark.slow
+
 IDS = np.arange(2, 702)
 
 

@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from eval.script.common import UserError, ratio_stderr
 from eval.text import windows
 
+pytestmark = pytest.mark.slow
+
 TEXT = "def f(x):\n    return x + 1\n\nnaïve café 日本語 🙂🙂 zażółć\tend  of text\n" * 3
 
 

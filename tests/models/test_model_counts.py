@@ -9,6 +9,8 @@ import pytest
 
 from alisa_jax.models import SHAPES, Decoder, ModelConfig
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).resolve().parents[2] / "configs" / "models.md"
 LLAMA = ModelConfig(
     arch="llama",

@@ -8,6 +8,8 @@ import pytest
 from alisa_jax.policies import Local, Strided, Swa, budget
 from tests import oracle
 
+pytestmark = pytest.mark.slow
+
 LONGEST = 600
 SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.333)
 SWA = [
