@@ -117,6 +117,7 @@ def attended_to(text: str, run, b: int, i: int) -> np.ndarray:
     return out.reshape(-1, H)
 
 
+@pytest.mark.full(sample=1, per=("text", "policy"))
 @pytest.mark.parametrize("text, policy", CASES, ids=label)
 def test_the_routes_agree_on_codes(text, policy):
     for start in CODECS[text]:
@@ -126,6 +127,7 @@ def test_the_routes_agree_on_codes(text, policy):
             np.testing.assert_allclose(other.out, first.out, atol=TOLERANCE)
 
 
+@pytest.mark.full(sample=1, per=("text", "policy"))
 @pytest.mark.parametrize("text, policy", NAMED, ids=label)
 def test_the_output_is_attention_over_what_the_codes_stand_for(text, policy):
     for start in CODECS[text]:
@@ -136,6 +138,7 @@ def test_the_output_is_attention_over_what_the_codes_stand_for(text, policy):
                 np.testing.assert_allclose(run.out[b, i], attended_to(text, run, b, i), atol=2e-4)
 
 
+@pytest.mark.full(sample=1, per="text")
 @pytest.mark.parametrize("text, policy", [c for c in CASES if label(c[1]).startswith(("swa", "local"))], ids=label)
 def test_scoring_under_the_mask_equals_decoding_with_codes(text, policy):
     """The first tokens are attended raw in both, and the same elements are clipped."""
@@ -172,6 +175,7 @@ def step(policy: str, codec: str):
     return lowered.compile(dict(QUICK)).memory_analysis(), tree_bytes([(h.k, h.v) for h in homes]), state
 
 
+@pytest.mark.full(sample=1, per=("text", "policy"))
 @pytest.mark.parametrize("policy", ["dense", "local(kv_sparsity=0.8)", "swa(kv_sparsity=0.8)"])
 @pytest.mark.parametrize("text", ["int8", "int8(axis=token)"])
 def test_an_int8_step_needs_less_temporary_memory_than_a_bfloat16_step_and_half_the_state(text, policy):

@@ -37,6 +37,7 @@ def abstract(text, route, codec=CODEC, S=S, B=B):
     return jax.eval_shape(lambda: attention.init(policy, codec, route, attention.dims_of(policy, route, B, N, K, S), H))
 
 
+@pytest.mark.full(sample=1, per=("text", "B"))
 @pytest.mark.parametrize("B", [1, B])
 @pytest.mark.parametrize("text", POLICIES)
 def test_a_donated_step_updates_the_state_in_place_and_copies_neither_cache_nor_window(text, B):

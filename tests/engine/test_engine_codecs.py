@@ -100,6 +100,7 @@ def perplexity(logprobs):
 
 
 @pytest.mark.usefixtures("optimised")
+@pytest.mark.full(sample=1)
 @pytest.mark.parametrize("policy, axes", [("dense", ("int8", "int8(axis=token)")), ("swa(kv_sparsity=0.8)", ("int8",))])
 def test_int8_costs_less_than_half_a_percent_of_perplexity_on_a_trained_model(scored, policy, axes):
     raw = perplexity(scored(policy, "raw").logprobs)

@@ -54,7 +54,8 @@ def agreed(tokens, margins, other_tokens, other_margins):
 
 
 @pytest.mark.parametrize(
-    "policy", [pytest.param(policy, marks=[] if policy == SWA else pytest.mark.slow) for policy in CASES]
+    "policy",
+    [pytest.param(p, marks=[] if p == SWA else [pytest.mark.slow, pytest.mark.full(sample=2)]) for p in CASES],
 )
 def test_a_ragged_batch_gives_what_its_prompts_give_one_by_one(some, together, policy):
     prompts, new, batch = together(policy)

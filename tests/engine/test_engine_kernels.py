@@ -32,7 +32,11 @@ def same(model, policy, codec, route="auto"):
     assert min(want.margins[0]) > 1e-4  # no token of this test hangs on rounding
 
 
-@pytest.mark.parametrize("policy", [*map(example, POLICIES), *map(parse, MORE)], ids=label)
+@pytest.mark.parametrize(
+    "policy",
+    [*(pytest.param(example(name), marks=pytest.mark.full(sample=3)) for name in POLICIES), *map(parse, MORE)],
+    ids=label,
+)
 def test_every_policy_gives_the_same_tokens(random_model, policy):
     same(random_model(), policy, "raw")
 

@@ -33,6 +33,7 @@ def backend_compiles():
 
 
 @pytest.mark.slow
+@pytest.mark.full(sample=1)
 @pytest.mark.parametrize("policy, prompt_tokens", [("dense", 100), (SWA, 400)])
 def test_a_thousand_tokens_compile_one_program_per_bucket(random_model, backend_compiles, policy, prompt_tokens):
     engine = alisa_jax.Engine(random_model(max_positions=1400), policy)
@@ -71,6 +72,7 @@ def test_a_layer_is_freed_before_the_next_one_grows(random_model):
     assert len(old) == 3
 
 
+@pytest.mark.full(sample=1, per=("policy", "program", "B"))
 @pytest.mark.parametrize("B", [1, 4])
 @pytest.mark.parametrize(
     "policy, layers, program",

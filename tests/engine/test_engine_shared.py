@@ -31,6 +31,7 @@ def choices():
 
 
 @pytest.mark.slow
+@pytest.mark.full(sample=1, per="codec")
 @pytest.mark.parametrize("policy, codec", CASES)
 def test_choices_that_share_a_context_score_as_alone(random_model, choices, policy, codec):
     engine = alisa_jax.Engine(random_model(), policy, codec)

@@ -10,6 +10,7 @@ from alisa_jax.kv.buckets import bucket
 LENGTHS = 1040, 601
 
 
+@pytest.mark.full(sample=1, per="codec")
 @pytest.mark.parametrize(
     "policy, codec, bound",
     [

@@ -33,6 +33,7 @@ def prompts():
     return [ids[200 * i :][:n] for i, n in enumerate(LENGTHS)]
 
 
+@pytest.mark.full(sample=1)
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_greedy_tokens_are_those_of_resident_at_a_third_of_the_dense_cache(name, prompts):
     policy, codec, controllers = SYSTEMS[name]

@@ -98,6 +98,7 @@ def test_streaming_keeps_sinks_and_window_over_300_steps(text, G):
     assert K == got.state.ws.k.shape[1]
 
 
+@pytest.mark.full(sample=1, per=("text", "G", "start"))
 @pytest.mark.parametrize("G, start", [(1, "prompt"), (4, "empty"), (4, "prompt")])
 @pytest.mark.parametrize("text", HEAVY)
 def test_h2o_keeps_what_numpy_keeps_over_300_steps(text, G, start):
@@ -108,6 +109,7 @@ def test_h2o_keeps_what_numpy_keeps_over_300_steps(text, G, start):
     np.testing.assert_allclose(got.out[0], outs[:steps], atol=1e-5)
 
 
+@pytest.mark.full(sample=1, per=("text", "G", "start"))
 @pytest.mark.parametrize("G, start", [(1, "prompt"), (4, "empty"), (4, "prompt")])
 @pytest.mark.parametrize("text", HEAVY)
 def test_what_a_slot_has_summed_is_the_attention_that_its_token_got_since_it_came(text, G, start):

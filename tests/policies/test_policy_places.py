@@ -166,6 +166,7 @@ CODECS = ("raw", "int8(calibration_tokens=6)", "int8(axis=token)", "int4(group=4
 
 
 @pytest.mark.slow
+@pytest.mark.full(sample=1, per="arch")
 @pytest.mark.parametrize("arch, codec", [("gpt_neox", "raw"), *(("llama", codec) for codec in CODECS)])
 def test_both_protocols_agree_beyond_the_context_of_the_model(arch, codec):
     """Codes may differ by one step where a value lies on the border between two: hence the mean."""

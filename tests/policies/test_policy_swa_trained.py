@@ -138,6 +138,7 @@ def drive(text, policy_text, watch, buckets, prompt=None, route="working_set"):
 
 
 @pytest.mark.slow
+@pytest.mark.full(sample=1)
 @pytest.mark.parametrize("policy", RULES)
 def test_five_hundred_steps_from_nothing_keep_the_oracles_sets_in_every_layer(text, policy):
     watch, length = drive(text, policy, Watch(RULES[policy], text.decoder, 2), BUCKETS[policy])
