@@ -68,10 +68,11 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_a_module():
-    """What a module compiles is freed when it ends; what was there before is looked at by no collection of garbage."""
+    """What a module compiles is freed when it ends; long-lived objects are not looked at by each collection of garbage."""
     gc.freeze()
     yield
     jax.clear_caches()
+    gc.unfreeze()
     gc.collect()
 
 
