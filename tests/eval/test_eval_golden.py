@@ -104,6 +104,14 @@ def test_log_probabilities_may_differ_by_a_ten_thousandth(of, nats, named):
     assert list(golden.compare(record, got, SWA, exact=False).differs) == ["logprobs"]
 
 
+@pytest.mark.parametrize("token, nats, named", [(0, 3e-4, ["logprobs"]), (5, 3e-3, []), (5, 1.0, ["logprobs"])])
+def test_a_code_step_may_move_what_reads_codes_but_not_the_first_token(of, token, nats, named):
+    record, got = of(H2O)
+    got.values["logprobs"][0][token] += nats
+    one = golden.compare(record, got, H2O, exact=False)
+    assert list(one.differs) == named and one.stepped == 1
+
+
 @pytest.mark.parametrize("apart, ties", [(5e-5, 1), (1e-3, 0), (np.nan, 0)])
 def test_sets_may_exchange_members_of_equal_score(of, apart, ties):
     record, got = of(SWA)
