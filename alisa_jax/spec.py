@@ -140,7 +140,9 @@ def _fields(cls: type) -> dict[str, _Field]:
 
 def _split(text: str) -> tuple[str, list[tuple[str, tuple[str, bool]]]]:
     """The name and the (key, (value, quoted)) pairs of a spec, in order."""
-    tokens, at, end = [], 0, len(text.rstrip())
+    tokens = []
+    at = 0
+    end = len(text.rstrip())
     while at < end:
         match = _TOKEN.match(text, at)
         if match is None:  # every character but a quote starts a token

@@ -118,7 +118,9 @@ def store(
     if impl != "xla":
         at = jax.lax.broadcasted_iota(jnp.int32, bias.shape, 2)
         return by_index(codec, q, k, v, at, bias, impl)
-    S, size, P = bias.shape[-1], _PAGE_TOKENS, bias.shape[1]
+    S = bias.shape[-1]
+    P = bias.shape[1]
+    size = _PAGE_TOKENS
     if S % size:
         raise ValueError(
             f"a store that a refresh reads holds a multiple of {size} tokens; got a context of {S}"
@@ -128,11 +130,12 @@ def store(
     def page(carry, i):
         start = i * size
         here = jax.lax.dynamic_slice_in_dim(bias, start, size, axis=2)
-        k_page, v_page = (codec.slice_tokens(x, start, size) for x in (k, v))
-        places = (
-            None if turn is None else jax.lax.dynamic_slice_in_dim(turn.places, start, size, axis=2)
-        )
-        page_turn = None if turn is None else turn._replace(places=places)
+        k_page = codec.slice_tokens(k, start, size)
+        v_page = codec.slice_tokens(v, start, size)
+        page_turn = None
+        if turn is not None:
+            places = jax.lax.dynamic_slice_in_dim(turn.places, start, size, axis=2)
+            page_turn = turn._replace(places=places)
         piece, _ = _slots(codec, q, k_page, v_page, here, page_turn)
         return merge(carry, piece), _logits(codec, scaled, k_page, page_turn) + here[:, :, None, :]
 

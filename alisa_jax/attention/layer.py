@@ -121,10 +121,11 @@ def freeze(state: LayerState) -> LayerState:
     """The same state with all tokens encoded, for a codec that has now seen the `frozen_after`
     tokens it waits for.
     """
-    ws, store = (
-        None if home is None else home.freeze(state.codec) for home in (state.ws, state.store)
-    )
-    return state.replace(ws=ws, store=store)
+
+    def frozen(home):
+        return None if home is None else home.freeze(state.codec)
+
+    return state.replace(ws=frozen(state.ws), store=frozen(state.store))
 
 
 def decode(
@@ -142,7 +143,9 @@ def decode(
         "indexed": _decode_indexed,
         "masked": _decode_masked,
     }[state.route]
-    policy, codec, length = state.policy, state.codec, state.length
+    policy = state.policy
+    codec = state.codec
+    length = state.length
     home = state.store if state.ws is None else state.ws
     clipped = codec.clipped(home.k, k) + codec.clipped(home.v, v)
     if policy.takes_keys:
@@ -175,17 +178,19 @@ def _taps(mass, pos, bias) -> Taps:
 
 
 def _decode_working_set(state: LayerState, q, k, v, exchange: bool = True):
-    policy, codec, S, length = state.policy, state.codec, state.context, state.length
+    policy = state.policy
+    codec = state.codec
+    S = state.context
+    length = state.length
     store = None if state.store is None else state.store.append(codec, k, v, length)
     ws, slot = state.ws.append(codec, k, v, length)
     pending = getattr(store, "pending", None)
     bias = ws.bias if pending is None else pending.hide(ws.bias)
-    turn, heads = (
-        turn_of(policy, state.turning, ws.pos, length),
-        policy.mass_heads(q.shape[1] * q.shape[2], q.shape[1]),
-    )
+    turn = turn_of(policy, state.turning, ws.pos, length)
+    heads = policy.mass_heads(q.shape[1] * q.shape[2], q.shape[1])
     piece, mass = compute.slots(codec, q, ws.k, ws.v, bias, state.impl, turn, heads)
-    taps, dense = _taps(mass, ws.pos, bias), None
+    taps = _taps(mass, ws.pos, bias)
+    dense = None
     which = policy.refresh(length)
     if which is not None:
         piece, row = _refreshed(state, store, q, which, piece)
@@ -206,7 +211,9 @@ def _refreshed(state: LayerState, store: Store, q, which, piece: Partial):
     """Replace `piece` by dense attention over the store where `which` [B]; also the dense row
     [B, P, S].
     """
-    length, S, P = state.length, state.context, state.ws.pos.shape[1]
+    length = state.length
+    S = state.context
+    P = state.ws.pos.shape[1]
 
     def dense(piece):
         seen = positions(S) <= column(length)
@@ -227,7 +234,10 @@ def _refreshed(state: LayerState, store: Store, q, which, piece: Partial):
 
 
 def _decode_indexed(state: LayerState, q, k, v):
-    policy, codec, S, length = state.policy, state.codec, state.context, state.length
+    policy = state.policy
+    codec = state.codec
+    S = state.context
+    length = state.length
     store = state.store.append(codec, k, v, length)
     keep = _kept(policy, state.stats, length, S, q)
     M = S if policy.refresh(length) is not None else min(S, policy.capacity(S))
@@ -235,7 +245,8 @@ def _decode_indexed(state: LayerState, q, k, v):
     turn = turn_of(policy, state.turning, pos, length)
     piece, mass = compute.by_index(codec, q, store.k, store.v, pos, bias_of(pos), state.impl, turn)
     at = jnp.where(pos >= 0, pos, S)
-    b, p = (jax.lax.broadcasted_iota(jnp.int32, at.shape, i) for i in (0, 1))
+    b = jax.lax.broadcasted_iota(jnp.int32, at.shape, 0)
+    p = jax.lax.broadcasted_iota(jnp.int32, at.shape, 1)
     row = jnp.zeros(keep.shape, jnp.float32).at[b, p, at].set(mass, mode="drop")
     seen = jnp.where(positions(S) <= column(length), positions(S), -1)
     stats = _observe_row(policy, state.stats, row, jnp.broadcast_to(seen, keep.shape), length)
@@ -243,9 +254,13 @@ def _decode_indexed(state: LayerState, q, k, v):
 
 
 def _decode_masked(state: LayerState, q, k, v):
-    policy, codec, ws, length = state.policy, state.codec, state.ws, state.length
+    policy = state.policy
+    codec = state.codec
+    ws = state.ws
+    length = state.length
     slot = jnp.broadcast_to(length[:, None], ws.pos.shape[:2])
-    k, v = codec.write_slot(ws.k, k, slot), codec.write_slot(ws.v, v, slot)
+    k = codec.write_slot(ws.k, k, slot)
+    v = codec.write_slot(ws.v, v, slot)
     heads = policy.mass_heads(q.shape[1] * q.shape[2], q.shape[1])
 
     def attend_all(bias, pos):

@@ -61,16 +61,16 @@ class Kind(NamedTuple):
 def init(kind: Kind, part: Part, N: int, K: int, H: int) -> LayerState:
     """The state of one part of a layer that has seen nothing."""
     policy, codec, route, impl, _ = kind
-    B, S, C = part.stop - part.first, part.context, part.ring_tokens
+    B = part.stop - part.first
+    S = part.context
+    C = part.ring_tokens
     dims = attention.dims_of(policy, route, B, N, K, S)
     if C and not policy.selects:
         return attention.init(policy, codec, route, dims._replace(M=C), H, impl)
     state = attention.init(policy, codec, route, dims, H, impl)
-    return (
-        state.replace(store=Ring.empty(codec, B, C, K, H, policy.selection_heads(K)))
-        if C
-        else state
-    )
+    if not C:
+        return state
+    return state.replace(store=Ring.empty(codec, B, C, K, H, policy.selection_heads(K)))
 
 
 def decode(parts: Parts, q, k, v) -> tuple[jax.Array, Parts, tuple]:
@@ -142,9 +142,11 @@ def prefill(
     Returns out [B, T, N, H], the parts, and the rows of the last part, away or not, as a `Store` of
     T tokens.
     """
-    outs, parts, kept = [], [], None
-    N, K, H = q.shape[2], k.shape[2], k.shape[3]
-    T = q.shape[1]
+    outs = []
+    parts = []
+    kept = None
+    _, T, N, H = q.shape
+    K = k.shape[2]
     for part in layout:
         some, t = slice(part.first, part.stop), min(T, part.context)
         n = length[some]
@@ -160,17 +162,19 @@ def prefill(
 
 
 def _ringed(kind: Kind, state: LayerState, kept, length, host, C: int) -> LayerState:
-    codec, pos = kind.codec, ring.newest(length, host, C)
-    leaves = [ring.fill(codec, packed, pos, kind.layout) for packed in (kept.k, kept.v)]
+    codec = kind.codec
+    pos = ring.newest(length, host, C)
+    k_leaves = ring.fill(codec, kept.k, pos, kind.layout)
+    v_leaves = ring.fill(codec, kept.v, pos, kind.layout)
     if kind.policy.selects:
-        k, v = (
-            codec.rebuild(packed, some)
-            for packed, some in zip((kept.k, kept.v), leaves, strict=True)
-        )
+        k = codec.rebuild(kept.k, k_leaves)
+        v = codec.rebuild(kept.v, v_leaves)
         pending = Pending.empty(*state.store.pending.pos.shape[:2])
         return state.replace(store=Ring(k, v, host, pending))
-    ws, pos = state.ws, pos[:, None]
-    k, v = (codec.rebuild(packed, some) for packed, some in zip((ws.k, ws.v), leaves, strict=True))
+    ws = state.ws
+    pos = pos[:, None]
+    k = codec.rebuild(ws.k, k_leaves)
+    v = codec.rebuild(ws.v, v_leaves)
     return state.replace(ws=ws.replace(k=k, v=v, pos=pos, bias=bias_of(pos)))
 
 
@@ -213,11 +217,9 @@ def deliver(state: LayerState, leaves: Leaves, sequence, pos, slot, clear: bool)
     k_leaves, v_leaves = halves(leaves)
     k = ring.put(state.codec, ws.k, k_leaves, sequence, slot)
     v = ring.put(state.codec, ws.v, v_leaves, sequence, slot)
-    store = (
-        state.store.replace(pending=Pending.empty(*state.store.pending.pos.shape[:2]))
-        if clear
-        else state.store
-    )
+    store = state.store
+    if clear:
+        store = store.replace(pending=Pending.empty(*store.pending.pos.shape[:2]))
     return state.replace(ws=ws.replace(k=k, v=v), store=store)
 
 

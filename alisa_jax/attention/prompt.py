@@ -31,12 +31,15 @@ def prefill_rows(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerSt
     """As `prefill`, with what a store of T tokens would hold beside the state, whose own store is
     as it was.
     """
-    policy, codec, S = state.policy, state.codec, state.context
+    policy = state.policy
+    codec = state.codec
+    S = state.context
     B, T, N, H = q.shape
     K = k.shape[2]
     dims = Dims(B, N, K, S, S if state.ws is None else state.ws.pos.shape[-1], H)
     W = policy.seed_rows(S) if policy.seed_kind == "rows" else None
-    seen_q, seen_k = (turned_prompt(x, state.turning) for x in (q, k))
+    seen_q = turned_prompt(q, state.turning)
+    seen_k = turned_prompt(k, state.turning)
     out, rows = compute.prompt(
         seen_q, seen_k, v, length, policy.mass_heads(N, K), policy.seed_kind, W, state.impl
     )
@@ -45,15 +48,19 @@ def prefill_rows(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerSt
     stats, pos = policy.seed(state.stats, rows, length, dims)
     if policy.takes_keys:
         stats = policy.note(stats, seen_k, jnp.zeros_like(length))
+
+    def stored(home, x):
+        return codec.upto(codec.fill(home, x, "tokens"), x, length, "tokens")
+
+    def encoded(home, x):  # in the ranges of the prompt before it was compacted
+        return codec.rebuild(home, codec.encode(home, x, "slots"))
+
     empty = Store.empty(codec, B, T, K, H)
-    filled = ((codec.fill(home, x, "tokens"), x) for home, x in ((empty.k, k), (empty.v, v)))
-    store = Store(*(codec.upto(packed, x, length, "tokens") for packed, x in filled))
+    store = Store(stored(empty.k, k), stored(empty.v, v))
     ws = state.ws
     if policy.compacts:
         made = policy.compact(k, v, rows, length, dims)
-        found = (store.k, made.k), (store.v, made.v)  # in the ranges of the prompt as it came
-        held = (codec.rebuild(home, codec.encode(home, x, "slots")) for home, x in found)
-        ws = WorkingSet(*held, made.pos, made.bias)
+        ws = WorkingSet(encoded(store.k, made.k), encoded(store.v, made.v), made.pos, made.bias)
     elif ws is not None:
         if state.route == "masked" and not policy.evicts:
             pos = jnp.where(positions(S) < column(length), positions(S), -1)

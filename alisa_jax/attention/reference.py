@@ -48,7 +48,8 @@ def score(
     contents = [codec.content(x) for x in packed]
     plain = all(content is not None and content.axis is None for content in contents)
     if plain and look is attended and not policy.selects and turning is None:
-        keys, values = (jnp.swapaxes(content.codes, 1, 2) for content in contents)
+        keys = jnp.swapaxes(contents[0].codes, 1, 2)
+        values = jnp.swapaxes(contents[1].codes, 1, 2)
         seen = jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.float32)[None], (B, T))
         out = compute.causal(q, keys, values, jnp.full((B,), T, jnp.int32))
         return out, seen, jnp.zeros((B, T), jnp.int32)

@@ -71,10 +71,8 @@ class GroupInt4(TokenWise):
         H = x.shape[-1]
         # what is added is 0, as every range holds
         grouped = _padded(x, self.group).reshape(*x.shape[:-1], -1, self.group)
-        low, high = (
-            jnp.minimum(grouped.min(-1), jnp.float32(0.0)),
-            jnp.maximum(grouped.max(-1), jnp.float32(0.0)),
-        )
+        low = jnp.minimum(grouped.min(-1), jnp.float32(0.0))
+        high = jnp.maximum(grouped.max(-1), jnp.float32(0.0))
         step = jnp.maximum((high - low) / LEVELS, jnp.float32(products.TINY))
         scale = (step * (1 + 2.0**-8)).astype(jnp.bfloat16)  # this step or the next above it
         wide = scale.astype(jnp.float32)

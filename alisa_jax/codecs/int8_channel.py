@@ -72,7 +72,9 @@ class ChannelInt8(Codec):
         return 16.0 * K * H
 
     def empty(self, shape, layout, side):
-        B, K, H = shape[0], shape[2 if layout == "tokens" else 1], shape[3]
+        B = shape[0]
+        K = shape[2 if layout == "tokens" else 1]
+        H = shape[3]
         nothing = jnp.full((B, K, H), jnp.inf, jnp.float32)
         return Calibrating(self.raw.empty(shape, layout, side), nothing, -nothing, side == "k")
 
@@ -95,8 +97,10 @@ class ChannelInt8(Codec):
         if isinstance(packed, ChannelCodes):
             return packed
         scale, zero = _affine(packed.low, packed.high, self.headroom)
-        each = (jnp.expand_dims(x, TOKEN_AXIS(layout)) for x in (scale, zero))
-        return ChannelCodes(products.encode(self.raw.rounded(packed.values), *each), scale, zero)
+        values = self.raw.rounded(packed.values)
+        wide_scale = jnp.expand_dims(scale, TOKEN_AXIS(layout))
+        wide_zero = jnp.expand_dims(zero, TOKEN_AXIS(layout))
+        return ChannelCodes(products.encode(values, wide_scale, wide_zero), scale, zero)
 
     def write_slot(self, packed, x, slot):
         at = slot[:, :, None]
@@ -124,7 +128,8 @@ class ChannelInt8(Codec):
         return _moved(packed, lambda _: leaves[0])
 
     def encode(self, packed, x, layout):
-        scale, zero = (jnp.expand_dims(y, TOKEN_AXIS(layout)) for y in (packed.scale, packed.zero))
+        scale = jnp.expand_dims(packed.scale, TOKEN_AXIS(layout))
+        zero = jnp.expand_dims(packed.zero, TOKEN_AXIS(layout))
         return (products.encode(self.raw.rounded(x), scale, zero),)
 
     def content(self, packed):
@@ -157,9 +162,9 @@ class ChannelInt8(Codec):
         if isinstance(packed, Calibrating):
             return super().clipped(packed, x)
         B, K, H = packed.scale.shape
-        scale, zero = (
-            y.reshape(B, K, *(1,) * (x.ndim - 3), H) for y in (packed.scale, packed.zero)
-        )
+        shape = (B, K, *(1,) * (x.ndim - 3), H)
+        scale = packed.scale.reshape(shape)
+        zero = packed.zero.reshape(shape)
         code = products.nearest(self.raw.rounded(x), scale, zero)
         return jnp.sum(code != products.clamp(code), axis=(1, -1), dtype=jnp.int32)
 
@@ -179,7 +184,9 @@ class ChannelInt8(Codec):
         sweep over the context.
         """
         half = len(self.rotation.angles) if rotates else 0
-        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        a = x[..., :half]
+        b = x[..., half : 2 * half]
+        rest = x[..., 2 * half :]
         if not half:
             return x, x
         angle = jnp.asarray(self.rotation.angles, jnp.float32).reshape(
@@ -211,9 +218,11 @@ def _affine(low, high, headroom: float):
     """Scale and zero point, float32, of ranges [low, high] widened by `headroom`; those that hold
     nothing count as 0.
     """
-    low, high = (jnp.where(low > high, jnp.float32(0.0), x) for x in (low, high))
-    more = (high - low) * (headroom / 2)
-    low, high = low - more, high + more
+    least = jnp.where(low > high, jnp.float32(0.0), low)
+    greatest = jnp.where(low > high, jnp.float32(0.0), high)
+    more = (greatest - least) * (headroom / 2)
+    low = least - more
+    high = greatest + more
     finest = jnp.maximum(jnp.abs(low), jnp.abs(high)) * _FINEST
     scale = jnp.maximum(
         jnp.maximum((high - low) / products.LEVELS, finest), jnp.float32(products.TINY)

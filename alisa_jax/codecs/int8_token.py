@@ -40,7 +40,9 @@ class TokenInt8(TokenWise):
         return Content("token", packed.codes, packed.scale, packed.zero)
 
     def values(self, packed):
-        codes, scale, zero = (x.astype(jnp.float32) for x in self.leaves(packed))
+        codes = packed.codes.astype(jnp.float32)
+        scale = packed.scale.astype(jnp.float32)
+        zero = packed.zero.astype(jnp.float32)
         return (codes - zero[..., None]) * scale[..., None]
 
     def logits(self, q, k):
@@ -55,10 +57,8 @@ class TokenInt8(TokenWise):
 
     def codes_of(self, x) -> TokenCodes:
         x = self.raw.rounded(x)
-        low, high = (
-            jnp.minimum(x.min(-1), jnp.float32(0.0)),
-            jnp.maximum(x.max(-1), jnp.float32(0.0)),
-        )
+        low = jnp.minimum(x.min(-1), jnp.float32(0.0))
+        high = jnp.maximum(x.max(-1), jnp.float32(0.0))
         step = jnp.maximum((high - low) / products.LEVELS, jnp.float32(products.TINY))
         scale = (step * (1 + 2.0**-8)).astype(jnp.bfloat16)  # this step or the next above it
         wide = scale.astype(jnp.float32)

@@ -58,7 +58,9 @@ def unpack(packed: jax.Array, bits: float, n: int) -> jax.Array:
         return jnp.concatenate([packed // 3**i % 3 for i in range(_DIGITS)], axis=-1)[
             ..., :n
         ].astype(jnp.float32)
-    parts, first, low = [], 0, 0
+    parts = []
+    first = 0
+    low = 0
     for width in _FIELDS[bits]:
         size = -(-n * width // 8)
         field = packed[..., first : first + size]

@@ -106,7 +106,9 @@ class Recent:
         slots 0 .. E-1.
         """
         B, K, R, _ = self.x.shape
-        b, p, e = (jax.lax.broadcasted_iota(jnp.int32, pos.shape, i) for i in range(3))
+        b = jax.lax.broadcasted_iota(jnp.int32, pos.shape, 0)
+        p = jax.lax.broadcasted_iota(jnp.int32, pos.shape, 1)
+        e = jax.lax.broadcasted_iota(jnp.int32, pos.shape, 2)
         at = jnp.where(self.reach.holds(pos, self.count[:, None, None]), self.reach.row(pos), R)
         slot = jnp.full((B, pos.shape[1], R), -1, jnp.int32).at[b, p, at].set(e, mode="drop")
         return self.replace(slot=jnp.broadcast_to(slot, (B, K, R)))
@@ -125,7 +127,8 @@ class Recent:
         """
         B, P, E = slot.shape
         slot = jnp.where((slot >= 0) & (slot < M), slot, M)
-        b, p = (jax.lax.broadcasted_iota(jnp.int32, slot.shape, i) for i in range(2))
+        b = jax.lax.broadcasted_iota(jnp.int32, slot.shape, 0)
+        p = jax.lax.broadcasted_iota(jnp.int32, slot.shape, 1)
         written = jnp.zeros((B, P, M), jnp.bool_).at[b, p, slot].set(True, mode="drop")
         kept = jnp.where(_at(written, self.slot, False), -1, self.slot)
         moved = _at(slot, other.slot, M)

@@ -32,7 +32,8 @@ class Pending:
         """
         rank = jnp.cumsum(absent, axis=-1, dtype=jnp.int32) - 1
         at = jnp.where(absent, rank + self.count()[..., None], PENDING_ROWS)
-        b, p = (jax.lax.broadcasted_iota(jnp.int32, at.shape, i) for i in (0, 1))
+        b = jax.lax.broadcasted_iota(jnp.int32, at.shape, 0)
+        p = jax.lax.broadcasted_iota(jnp.int32, at.shape, 1)
         put = lambda old, new: old.at[b, p, at].set(new, mode="drop")
         return self.replace(pos=put(self.pos, pos), slot=put(self.slot, slot))
 
@@ -50,6 +51,7 @@ class Pending:
 
     def hide(self, bias: jax.Array) -> jax.Array:
         """`bias` [B, P, M] with the waiting slots at -inf."""
-        b, p = (jax.lax.broadcasted_iota(jnp.int32, self.slot.shape, i) for i in (0, 1))
+        b = jax.lax.broadcasted_iota(jnp.int32, self.slot.shape, 0)
+        p = jax.lax.broadcasted_iota(jnp.int32, self.slot.shape, 1)
         at = jnp.where(self.slot >= 0, self.slot, bias.shape[-1])
         return bias.at[b, p, at].set(-jnp.inf, mode="drop")

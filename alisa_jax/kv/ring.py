@@ -31,7 +31,8 @@ class Ring:
     @staticmethod
     def empty(codec, B: int, C: int, K: int, H: int, P: int) -> Ring:
         """A ring of C rows that holds nothing."""
-        k, v = (codec.empty((B, C, K, H), "tokens", side) for side in "kv")
+        k = codec.empty((B, C, K, H), "tokens", "k")
+        v = codec.empty((B, C, K, H), "tokens", "v")
         return Ring(k, v, jnp.zeros((B,), jnp.int32), Pending.empty(B, P))
 
     def append(self, codec, k: jax.Array, v: jax.Array, length: jax.Array) -> Ring:

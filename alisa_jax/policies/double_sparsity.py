@@ -115,7 +115,9 @@ class DoubleSparsity(base.Policy):
         calibration.check(config)
         # [L, N or K, H]
         weight = np.asarray(getattr(calibration, f"{self.ranking}_abs"), np.float64)
-        L, K, H = config.n_layers, config.n_kv_heads, config.head_dim
+        L = config.n_layers
+        K = config.n_kv_heads
+        H = config.head_dim
         weight = weight.reshape(L, K, -1, H).mean(axis=2)
         best = np.sort(np.argsort(-weight, axis=-1, kind="stable")[..., :r], axis=-1)
         return dataclasses.replace(
@@ -165,13 +167,17 @@ class DoubleSparsity(base.Policy):
     def note(self, stats: Labels, k: jax.Array, first: jax.Array) -> Labels:
         new = self._encode(self._labels(jnp.swapaxes(k, 1, 2)))
         B, K, T = new.codes.shape[:3]
-        b, h, t = (jax.lax.broadcasted_iota(jnp.int32, (B, K, T), axis) for axis in range(3))
+        b = jax.lax.broadcasted_iota(jnp.int32, (B, K, T), 0)
+        h = jax.lax.broadcasted_iota(jnp.int32, (B, K, T), 1)
+        t = jax.lax.broadcasted_iota(jnp.int32, (B, K, T), 2)
         at = base.column(first) + t
         return jax.tree.map(lambda old, x: writes.put(old, (b, h, at), x), stats, new)
 
     def select(self, stats: Labels, length, S, q=None) -> jax.Array:
         p, n = base.positions(S), base.column(length)
-        top, local = (base.column(budget.lookup(table, length)) for table in self.counts(S))
+        top_counts, local_counts = self.counts(S)
+        top = base.column(budget.lookup(top_counts, length))
+        local = base.column(budget.lookup(local_counts, length))
         score = self.scores(stats, q, p < n)
         best = swap.top_mask(jnp.where(p < n - local, score, -jnp.inf), top)
         return best | ((p >= n - local) & (p < n))

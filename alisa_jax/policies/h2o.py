@@ -123,7 +123,9 @@ class H2O(base.Policy):
 
     def _borders(self, length, S: int):
         """[B, 1, 1] each: the number of heavy hitters, and where the recent tokens begin."""
-        heavy, recent = (base.column(budget.lookup(table, length)) for table in self.counts(S))
+        heavy_counts, recent_counts = self.counts(S)
+        heavy = base.column(budget.lookup(heavy_counts, length))
+        recent = base.column(budget.lookup(recent_counts, length))
         return heavy, base.column(length) - recent
 
     def _rank(self, score, pos, length, K: int):

@@ -104,10 +104,9 @@ class Merge(base.Policy):
         of n tokens.
         """
         n = np.arange(S + 1, dtype=np.int32)
-        recent, heavy = (
-            budget.round_half_up(n * share).astype(np.int32) for share in (self.recent, self.heavy)
-        )
-        recent, allowed = np.minimum(recent, n), n
+        recent = np.minimum(budget.round_half_up(n * self.recent).astype(np.int32), n)
+        heavy = budget.round_half_up(n * self.heavy).astype(np.int32)
+        allowed = n
         if self.share is not None:
             allowed = budget.at_least_one(budget.round_half_up(n * self.share))
             recent = np.minimum(recent, np.maximum(allowed - 1, 0))
@@ -143,9 +142,10 @@ class Merge(base.Policy):
         [B].
         """
         T = k.shape[2]
-        recent, heavy, allowed = (
-            base.column(budget.lookup(table, length)) for table in self.counts(T)
-        )
+        recent_counts, heavy_counts, allowed_counts = self.counts(T)
+        recent = base.column(budget.lookup(recent_counts, length))
+        heavy = base.column(budget.lookup(heavy_counts, length))
+        allowed = base.column(budget.lookup(allowed_counts, length))
         n, p = base.column(length), base.positions(T)
         old = p < n - recent
         free = old & ~swap.top_mask(jnp.where(old, mass, -jnp.inf), heavy)
@@ -155,7 +155,8 @@ class Merge(base.Policy):
 
     def compact(self, k, v, rows, length, dims) -> base.Compacted:
         T, M = k.shape[1], dims.M
-        k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))  # [B, K, T, H]
+        k = jnp.swapaxes(k, 1, 2)  # [B, K, T, H]
+        v = jnp.swapaxes(v, 1, 2)
         mass = rows[..., :T]
         ids = self.sets(k, mass, length)
         pivot = merging.pivots(mass, ids)
@@ -164,9 +165,12 @@ class Merge(base.Policy):
         slot = jnp.where(base.positions(T) < base.column(length), slot, M)
         count = merging.over(jax.ops.segment_sum, jnp.ones(w.shape[:3], jnp.float32), slot, M)
         pos = merging.over(jax.ops.segment_max, pivot, slot, M)
-        keys, values = (
-            merging.over(jax.ops.segment_sum, w * x.astype(jnp.float32), slot, M) for x in (k, v)
-        )
+
+        def merged(x):
+            return merging.over(jax.ops.segment_sum, w * x.astype(jnp.float32), slot, M)
+
+        keys = merged(k)
+        values = merged(v)
         if self.value_mode == "paper":
             values = values * count[..., None]
         bias = jnp.log(count) if self.value_mode == "mean+logn" else jnp.zeros_like(count)

@@ -194,7 +194,9 @@ class Swa(base.Policy):
         """The sequences of all layers are one batch: a swap is many small operations, and their
         number is what counts.
         """
-        counts, L, B = self.counts(S), len(stats), length.shape[0]
+        counts = self.counts(S)
+        L = len(stats)
+        B = length.shape[0]
         score = [policy.ranking(one, length) for policy, one in zip(policies, stats, strict=True)]
         first_local = base.column(length - budget.lookup(counts.local, length))[..., 0]
         want = budget.lookup(counts.top, length)[:, None]

@@ -132,12 +132,12 @@ def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Ex
     )
 
     slot = take(slot_of, in_pos)
-    slot_of, bias = put(slot_of, in_pos, PARKED - slot, drop), put(bias, slot, -jnp.inf, drop)
-    parked, load = add & (was != ABSENT), add & (was == ABSENT)
-    slot_of, bias = (
-        put(slot_of, out_pos, PARKED - was, parked),
-        put(bias, PARKED - was, 0.0, parked),
-    )
+    slot_of = put(slot_of, in_pos, PARKED - slot, drop)
+    bias = put(bias, slot, -jnp.inf, drop)
+    parked = add & (was != ABSENT)
+    load = add & (was == ABSENT)
+    slot_of = put(slot_of, out_pos, PARKED - was, parked)
+    bias = put(bias, PARKED - was, 0.0, parked)
 
     idle = jnp.where(
         bias == -jnp.inf, jnp.where(pos < 0, jnp.inf, -take(ranked, jnp.maximum(pos, 0))), -jnp.inf
@@ -149,12 +149,11 @@ def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Ex
     to = take(free, jnp.clip(turn, 0, free.shape[-1] - 1))
     # one stays empty
     freed = _iota(free.shape, 2) <= jnp.sum(load, axis=-1, keepdims=True, dtype=jnp.int32)
-    slot_of, pos = put(slot_of, old, ABSENT, freed), put(pos, free, ABSENT, freed & (old >= 0))
-    slot_of, pos, bias = (
-        put(slot_of, out_pos, to, load),
-        put(pos, to, out_pos, load),
-        put(bias, to, 0.0, load),
-    )
+    slot_of = put(slot_of, old, ABSENT, freed)
+    pos = put(pos, free, ABSENT, freed & (old >= 0))
+    slot_of = put(slot_of, out_pos, to, load)
+    pos = put(pos, to, out_pos, load)
+    bias = put(bias, to, 0.0, load)
     none = jnp.full((*pos.shape[:2], most), -1, jnp.int32)
     return slot_of, Exchange(
         pos, bias, put(none, turn, to, load), put(none, turn, out_pos, load), more

@@ -84,7 +84,9 @@ def push(sums: WindowSum, row: jax.Array, length: jax.Array, widths: np.ndarray)
     R, S = sums.ring.shape[0], sums.hi.shape[-1]
     row = on_grid(row, sums.heads, R)
     ring = jax.lax.dynamic_update_slice(sums.ring, row[None], (jnp.mod(sums.step, R), 0, 0, 0))
-    age, sign = (jnp.asarray(t)[jnp.minimum(length, S - 1)] for t in correction(widths))
+    ages, signs = correction(widths)
+    age = jnp.asarray(ages)[jnp.minimum(length, S - 1)]
+    sign = jnp.asarray(signs)[jnp.minimum(length, S - 1)]
     at = jnp.mod(sums.step - age, R)
     other = ring[at, jax.lax.broadcasted_iota(jnp.int32, at.shape, 0)]
     hi, lo = add(sums.hi, sums.lo, row)

@@ -98,10 +98,8 @@ class Skvq(Asked):
         """
         del rotation  # keys are stored before it
         raw, groups = Raw().resolve(dtype), Groups(self.group, self.span)
-        k, v = (
-            GroupBits(raw, bits, groups, self.clip, self.params)
-            for bits in (self.k_bits, self.v_bits)
-        )
+        k = GroupBits(raw, self.k_bits, groups, self.clip, self.params)
+        v = GroupBits(raw, self.v_bits, groups, self.clip, self.params)
         plain = SlidingCodec(raw, k, v, Reach(self.sinks, self.window))
         if (
             not self.reorder
@@ -284,5 +282,6 @@ def _at_slots(x: jax.Array, slot: jax.Array):
     """x [B, K, G, M] at the slots [B, K, R], those that are not -1, to be set to [B, K, R, G] in
     mode "drop".
     """
-    b, k = (jax.lax.broadcasted_iota(jnp.int32, slot.shape, i) for i in range(2))
+    b = jax.lax.broadcasted_iota(jnp.int32, slot.shape, 0)
+    k = jax.lax.broadcasted_iota(jnp.int32, slot.shape, 1)
     return x.at[b, k, :, jnp.where(slot >= 0, slot, x.shape[-1])]

@@ -93,10 +93,10 @@ class GroupBits:
         members = self.groups.members(*x.shape[-2:])
         grouped = self.raw.rounded(x).reshape(*x.shape[:-2], -1)[..., members]
         most = jnp.finfo(PARAMS[self.params]).max.astype(jnp.float32)
-        low, high = (
-            jnp.clip(end * jnp.float32(self.clip), -most, most)
-            for end in (grouped.min(-1), grouped.max(-1))
-        )
+        least = grouped.min(-1)
+        greatest = grouped.max(-1)
+        low = jnp.clip(least * jnp.float32(self.clip), -most, most)
+        high = jnp.clip(greatest * jnp.float32(self.clip), -most, most)
         return jnp.maximum((high - low) / packing.steps(self.bits), jnp.float32(_LEAST_STEP)), low
 
     def _nearest(self, x, scale, low):
@@ -107,7 +107,12 @@ class GroupBits:
         U, n = scale.shape[-2:]
         # of those of all units
         group = self.groups.of(K, H) + n * (jnp.arange(K, dtype=jnp.int32) % U)[:, None]
-        scale, low = (y.reshape(*y.shape[:-2], U * n)[..., group] for y in (scale, low))
+
+        def by_element(y):
+            return y.reshape(*y.shape[:-2], U * n)[..., group]
+
+        scale = by_element(scale)
+        low = by_element(low)
         return jnp.round((self.raw.rounded(x) - low) / scale)
 
     def _stored(self, x):
@@ -151,7 +156,8 @@ class GroupBits:
 
         def values(codes, scale, low, group):
             code = packing.unpack(codes, self.bits, H)
-            scale, low = (_spread(x.astype(jnp.float32), group) for x in (scale, low))
+            scale = _spread(scale.astype(jnp.float32), group)
+            low = _spread(low.astype(jnp.float32), group)
             return code * scale + low
 
         return values
