@@ -16,7 +16,7 @@ Elsewhere, and with --reordered, for a change that takes sums in another order, 
     tokens             equal up to the first that differs at a margin below that; what follows is not compared
     sets               equal up to members exchanged for others whose score is as near; likewise
     codes              of a token at most one step apart
-    bytes, moves       equal; moves where there was no tie
+    bytes, moves       equal; moves where there was no tie; peaks are never compared: they hang on when a copy ends
 
 What else may differ stands in `EXCEPTIONS`, by name and reason. Exit code 1 when anything does.
 """
@@ -207,7 +207,8 @@ class Compared:
 
 def compare(record: Mapping, got: Measured, cell: Cell, exact: bool) -> Compared:
     """`got` beside `record`, to the bit (`exact`) or with the tolerance of the module's docstring."""
-    one = Compared(exact)
+    one, record = Compared(exact), golden_cells.untimed(record)
+    got = got._replace(values=golden_cells.untimed(got.values))
     missing = [name for name in VALUES if (name in record) != (name in got.values)]
     if missing:
         one.differs |= dict.fromkeys(missing, "one of the two has none")
