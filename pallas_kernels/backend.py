@@ -117,11 +117,10 @@ def works(device_kind: str) -> str | None:
     """
     from pallas_kernels import sparse_decode
 
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (
-        jax.random.normal(key, shape)
-        for key, shape in zip(keys, [(1, 2, 64), (1, 64, 1, 64), (1, 64, 1, 64)])
-    )
+    for_q, for_k, for_v = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(for_q, (1, 2, 64))
+    k = jax.random.normal(for_k, (1, 64, 1, 64))
+    v = jax.random.normal(for_v, (1, 64, 1, 64))
     index = jnp.arange(63, -1, -3, dtype=jnp.int32)[None, None]
     try:
         got, _ = sparse_decode.sparse_decode(q, k, v, index, impl="pallas")

@@ -39,7 +39,9 @@ import jax
 
 from pallas_kernels import backend, bench_rows, cases, shapes, timing
 
-FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
+FAILED = 1
+MISTAKE = 2
+INTERRUPTED = 130
 SHAPES = MappingProxyType(  # platform -> shapes for kernels of one token, and of prompts
     {
         "gpu": (

@@ -16,7 +16,10 @@ from pallas_kernels import backend, cases, peers, shapes, tilings, timing
 
 KERNELS = (*cases.DECODE, *cases.PROMPT, "swa_layer")
 TILED = ("sparse_decode", "packed_decode", "flash_prefill")
-SELF, REFERENCE, DENSE = "kernel", "xla", "dense_decode"  # contenders beside those of `peers`
+# contenders beside those of `peers`
+SELF = "kernel"
+REFERENCE = "xla"
+DENSE = "dense_decode"
 _IMPLS = MappingProxyType(
     {
         peers.CUDNN: "cudnn",

@@ -67,7 +67,7 @@ def attended(kernel: str, shape: Shape, kv_sparsity: float) -> int:
 
 
 def _decode(kernel: str, shape: Shape, dtype, M: int, impl: str, tiling) -> Case:
-    B, N, K, H, S = shape.batch, shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.context
+    N, K, H, B, S = shape
     name, _, codes = kernel.partition("_int8_")
     indexed, dense = name == "sparse_decode", name == "dense_decode"
     rows = (B, S, K, H) if indexed else (B, K, M, H)
@@ -117,11 +117,14 @@ def _lists(seed, B: int, M: int, S: int) -> jax.Array:
 
 
 def _prompt(kernel: str, shape: Shape, dtype, impl: str, tiling) -> Case:
-    B, N, K, H, T = shape.batch, shape.n_heads, shape.n_kv_heads, shape.head_dim, shape.context
+    N, K, H, B, T = shape
     e = dtype.itemsize
 
     def inputs(seed):
-        q, k, v = (uniform(seed + i, (B, T, n, H), dtype) for i, n in enumerate((N, K, K)))
+        rows = lambda i, heads: uniform(seed + i, (B, T, heads, H), dtype)
+        q = rows(0, N)
+        k = rows(1, K)
+        v = rows(2, K)
         if kernel == "flash_prefill":
             return q, k, v
         seen = jax.lax.broadcasted_iota(jnp.float32, (B, T, N), 1) + jnp.float32(1.0)

@@ -60,7 +60,8 @@ def reference(q, k, v, length=None) -> Partial:
     # padding may hold anything, and 0 * nan is nan
     v = jnp.where(real[..., None, None], v, jnp.zeros((), v.dtype))
     # not in the loop, where it would be done for each block
-    keys, values = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+    keys = jnp.swapaxes(k, 1, 2)
+    values = jnp.swapaxes(v, 1, 2)
     count = -(-T // size)
     parts, found = _parts(count), []
     for part in range(parts):
@@ -84,9 +85,11 @@ def reference(q, k, v, length=None) -> Partial:
             return None, (out.reshape(B, size, N, H), lse.reshape(B, size, N))
 
         found.append(jax.lax.scan(block, None, jnp.arange(first, last, dtype=jnp.int32))[1])
-    out, lse = (jnp.concatenate(x) if parts > 1 else x[0] for x in zip(*found, strict=True))
-    out, lse = (jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T] for x in (out, lse))
-    return Partial(out, lse)
+    outs, lses = zip(*found, strict=True)
+    out = jnp.concatenate(outs) if parts > 1 else outs[0]
+    lse = jnp.concatenate(lses) if parts > 1 else lses[0]
+    in_order = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T]
+    return Partial(in_order(out), in_order(lse))
 
 
 def _parts(blocks: int) -> int:
@@ -114,18 +117,16 @@ def mass_reference(
 
     zero = jnp.zeros((B, P, T if reduce == "sum" else 0), jnp.float32)
     total, rows = jax.lax.scan(block, zero, jnp.arange(count, dtype=jnp.int32))
-    return (
-        total
-        if reduce == "sum"
-        else jnp.moveaxis(rows, 0, 2).reshape(B, P, count * size, T)[:, :, ahead:]
-    )
+    if reduce == "sum":
+        return total
+    return jnp.moveaxis(rows, 0, 2).reshape(B, P, count * size, T)[:, :, ahead:]
 
 
 def _logits(q, keys, at, length, lse=None):
-    """Logits [B, K, G, Q, T] float32 of the queries at positions `at` [B, Q] for the first T keys
-    [B, K, T, H], -inf where a
-    key is not seen: after the query, or when there is no such query; also the rows of `lse`
-    [B, *, N] as [B, K, G, Q, 1].
+    """Logits [B, K, G, Q, T] float32 of queries at positions `at` [B, Q] for the keys [B, K, T, H].
+
+    -inf where the key comes after the query, and where there is no such query. Also returns the
+    rows of `lse` [B, *, N] as [B, K, G, Q, 1].
     """
     B, K, T, H = keys.shape
     N, Q = q.shape[2], at.shape[1]
@@ -198,7 +199,8 @@ def _mass_kernel(length_ref, q_ref, k_ref, lse_ref, out_ref, *, T, H, G, W, Q, h
     length = length_ref[...]
     first = pl.program_id(0) * rows
     key = first + jax.lax.broadcasted_iota(jnp.int32, (rows,), 0)
-    channel, channels = (jax.lax.broadcasted_iota(jnp.int32, (n, Hp), 1) for n in (rows, Q))
+    channel = jax.lax.broadcasted_iota(jnp.int32, (rows, Hp), 1)
+    channels = jax.lax.broadcasted_iota(jnp.int32, (Q, Hp), 1)
     head = pl.program_id(2) * heads
     start = length - W + pl.program_id(1) * Q
     low = jnp.maximum(jnp.maximum(start, first), 0) if summed else start  # the first query
@@ -259,7 +261,8 @@ def flash_prefill(
     B, T, N, H = q.shape
     G = N // k.shape[2]
     tiling, Hp = _tiling(q, k, tiling), max(16, backend.power_of_two(H))
-    Q, rows = (max(16, min(n, backend.power_of_two(T))) for n in (tiling.queries, tiling.rows))
+    Q = max(16, min(tiling.queries, backend.power_of_two(T)))
+    rows = max(16, min(tiling.rows, backend.power_of_two(T)))
     tiles = -(-T // Q)
     query = pl.BlockSpec((None, Q, None, Hp), lambda i, n, b: (b, tiles - 1 - i, n, 0))
     whole = pl.BlockSpec((None, T, None, Hp), lambda i, n, b: (b, 0, n // G, 0))
@@ -321,15 +324,17 @@ def prompt_mass(
         return mass_reference(q, k, lse, length, queries=queries, heads=heads, reduce=reduce)
     summed, K = reduce == "sum", k.shape[2]
     tiling, Hp = _tiling(q, k, tiling), max(16, backend.power_of_two(H))
-    Q, rows = (
-        max(16, min(tiling.queries, backend.power_of_two(W))),
-        max(16, min(tiling.rows, backend.power_of_two(T))),
-    )
+    Q = max(16, min(tiling.queries, backend.power_of_two(W)))
+    rows = max(16, min(tiling.rows, backend.power_of_two(T)))
     if summed:
-        tiles, groups, shape = 1, N, (B, N, T)
+        tiles = 1
+        groups = N
+        shape = (B, N, T)
         made = pl.BlockSpec((None, None, rows), lambda j, i, p, b: (b, p, j))
     else:
-        tiles, groups, shape = -(-W // Q), P, (B, P, W, T)
+        tiles = -(-W // Q)
+        groups = P
+        shape = (B, P, W, T)
         made = pl.BlockSpec((None, None, Q, rows), lambda j, i, p, b: (b, p, i, j))
     found = backend.call(
         functools.partial(
@@ -361,17 +366,13 @@ def _lengths(q, length):
 
 
 def _tiling(q, k, tiling: Tiling | None) -> Tiling:
-    """The table's tiling unless one is given. Products of float32 are made without matrix units,
-    with their operands in
-    registers, so these tiles have an eighth of the size."""
+    """`tiling`, or the table's: an eighth of its size in float32, whose products use registers."""
     if tiling is not None:
         return tiling
     found = tiling_for("flash_prefill", backend.chip(), q.shape[-1])
-    return (
-        found._replace(queries=found.queries // 4, rows=found.rows // 2)
-        if k.dtype == jnp.float32
-        else found
-    )
+    if k.dtype == jnp.float32:
+        return found._replace(queries=found.queries // 4, rows=found.rows // 2)
+    return found
 
 
 def _check(q, k, v, length) -> None:

@@ -53,7 +53,8 @@ Int8 = PerToken | PerChannel
 
 def unpack(x: Int8, token_axis: int) -> jax.Array:
     """The values that codes stand for, float32."""
-    scale, zero = (y.astype(jnp.float32) for y in (x.scale, x.zero))
+    scale = x.scale.astype(jnp.float32)
+    zero = x.zero.astype(jnp.float32)
     if isinstance(x, PerToken):
         scale, zero = scale[..., None], zero[..., None]
     else:
@@ -120,7 +121,8 @@ def packed_decode_int8(
 
 def _choice(impl: str, q, k: Int8, v: Int8, token_axis: int) -> backend.Choice:
     """Check scales and zero points, and choose."""
-    B, K, H = k.codes.shape[0], k.codes.shape[3 - token_axis], k.codes.shape[3]
+    B, _, _, H = k.codes.shape
+    K = k.codes.shape[3 - token_axis]
     for name, x in (("k", k), ("v", v)):
         shape = x.codes.shape[:3] if isinstance(x, PerToken) else (B, K, H)
         if (

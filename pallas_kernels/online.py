@@ -102,7 +102,8 @@ def decode(
     """
     B, N, H = q.shape
     S, K = k.shape[token_axis], k.shape[3 - token_axis]
-    G, P, M = N // K, bias.shape[1], bias.shape[2]
+    G = N // K
+    _, P, M = bias.shape
     if M == 0:
         return empty((B, N), H), jnp.zeros((B, P, 0), jnp.float32) if mass else None
     Gp, Hp = 1 if G == 1 else max(16, backend.power_of_two(G)), max(16, backend.power_of_two(H))
@@ -175,7 +176,8 @@ def _kernel(q_ref, k_ref, v_ref, bias_ref, *refs, G, H, S, M, rows, tiles, index
     scale_refs, (out_ref, lse_ref, *z_ref) = (refs[:4], refs[4:]) if scaled else (None, refs)
     Gp, Hp = q_ref.shape
     head = jax.lax.broadcasted_iota(jnp.int32, (Gp,), 0) < G
-    channel, channels = (jax.lax.broadcasted_iota(jnp.int32, (n, Hp), 1) for n in (1, rows))
+    channel = jax.lax.broadcasted_iota(jnp.int32, (1, Hp), 1)
+    channels = jax.lax.broadcasted_iota(jnp.int32, (rows, Hp), 1)
     q = backend.load(q_ref, mask=head[:, None] & (channel < H), other=0.0)
 
     def centred(content_ref, scale_refs, place, row, keep, wanted):
@@ -184,7 +186,9 @@ def _kernel(q_ref, k_ref, v_ref, bias_ref, *refs, G, H, S, M, rows, tiles, index
         x = x if x.dtype != jnp.int8 else x.astype(jnp.float32 if Gp == 1 else kind)
         if not scaled:
             return x, None
-        scale, zero = (backend.load(ref.at[row], mask=keep, other=0) for ref in scale_refs)
+        scale_ref, zero_ref = scale_refs
+        scale = backend.load(scale_ref.at[row], mask=keep, other=0)
+        zero = backend.load(zero_ref.at[row], mask=keep, other=0)
         return x - zero.astype(x.dtype)[:, None], scale.astype(jnp.float32)[None]
 
     first = pl.program_id(2) * tiles

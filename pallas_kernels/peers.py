@@ -18,7 +18,11 @@ import jax.numpy as jnp
 from pallas_kernels.shapes import Shape
 from pallas_kernels.timing import TARGET_S, WARM_UP, Case, Timed, TooLarge, Work, noise, uniform
 
-CUDNN, XLA, GQA, PAGED, TORCH = "jax.nn cudnn", "jax.nn xla", "jax gqa", "jax paged", "torch sdpa"
+CUDNN = "jax.nn cudnn"
+XLA = "jax.nn xla"
+GQA = "jax gqa"
+PAGED = "jax paged"
+TORCH = "torch sdpa"
 DENSE = (CUDNN, XLA, GQA, PAGED, TORCH)  # for one new token
 CAUSAL = (CUDNN, XLA, TORCH)  # for prompts
 _PAGE = 16  # tokens
@@ -131,9 +135,10 @@ def _paged(shape: Shape, dtype: str, splits: int, block: int, interpret: bool) -
 
     def inputs(seed):
         rows = (K, B * pages, _PAGE, H)
-        q, k, v = (
-            uniform(seed + i, s, jnp.dtype(dtype)) for i, s in enumerate(((B, N, H), rows, rows))
-        )
+        make = lambda i, shape: uniform(seed + i, shape, jnp.dtype(dtype))
+        q = make(0, (B, N, H))
+        k = make(1, rows)
+        v = make(2, rows)
         tables = jnp.argsort(noise(seed + 3, (B * pages,))).reshape(B, pages)  # pages lie anywhere
         return q, k, v, tables.astype(jnp.int32)
 
@@ -162,10 +167,10 @@ def torch_sdpa(
     device, kind = "cuda" if gpu else "cpu", getattr(torch, dtype)
     wait = torch.cuda.synchronize if gpu else lambda: None
     made = torch.Generator(device=device).manual_seed(0)
-    q, k, v = (
-        torch.randn(B, heads, tokens, H, device=device, dtype=kind, generator=made)
-        for heads, tokens in ((N, S if causal else 1), (K, S), (K, S))
-    )
+    like = dict(device=device, dtype=kind, generator=made)
+    q = torch.randn(B, N, S if causal else 1, H, **like)
+    k = torch.randn(B, K, S, H, **like)
+    v = torch.randn(B, K, S, H, **like)
 
     def run(times: int):
         start = time.perf_counter()

@@ -36,7 +36,8 @@ def reference(q, k, v, index, bias=None, *, mass: bool = True) -> tuple[Partial,
     bias = masked(index, bias, S)
     at = jnp.where((index >= 0) & (index < S), index, 0)
     at = jnp.broadcast_to(at, (B, K, at.shape[2]))
-    b, h = (jax.lax.broadcasted_iota(jnp.int32, at.shape, axis) for axis in (0, 1))
+    b = jax.lax.broadcasted_iota(jnp.int32, at.shape, 0)
+    h = jax.lax.broadcasted_iota(jnp.int32, at.shape, 1)
     return attend_rows(q, k[b, at, h], v[b, at, h], bias, mass)
 
 

@@ -42,7 +42,9 @@ def attentions(engine, sequences, see: Callable[[int, Maps, np.ndarray], None]) 
             f"maps are of keys that carry their positions; {engine.policy} with {engine.codec} "
             "places them anew"
         )
-    decoder, params, tokens = engine.model.decoder, engine.model.params, batch.padded(bucket(T))
+    decoder = engine.model.decoder
+    params = engine.model.params
+    tokens = batch.padded(bucket(T))
     x, at = _embed(decoder, _without_blocks(params), tokens)
     for layer, (policy, codec, *_) in enumerate(engine.layers):
         x, found = _layer(decoder, policy, codec, params["blocks"][layer], x, at)

@@ -23,7 +23,9 @@ from alisa_jax.calibration import Calibration
 from alisa_jax.engine.batch import Batch
 from alisa_jax.ops.rope import Rotation
 
-MINIMA, MAXIMA, SUMS = ("k_min", "v_min"), ("k_max", "v_max"), ("q_abs", "k_abs", "qk_abs")
+MINIMA = ("k_min", "v_min")
+MAXIMA = ("k_max", "v_max")
+SUMS = ("q_abs", "k_abs", "qk_abs")
 
 
 def calibrate(model, blocks, batch: int = 8, data: str = "", progress: bool = False) -> Calibration:
@@ -93,7 +95,11 @@ def _statistics(q, k, v, seen_q, seen_k) -> dict[str, jax.Array]:
     """Of q [B, T, N, H], k and v [B, T, K, H] as projected, and of q and k as attention sees them:
     float32 [heads, H].
     """
-    q, k, v, seen_q, seen_k = (x.astype(jnp.float32) for x in (q, k, v, seen_q, seen_k))
+    q = q.astype(jnp.float32)
+    k = k.astype(jnp.float32)
+    v = v.astype(jnp.float32)
+    seen_q = seen_q.astype(jnp.float32)
+    seen_k = seen_k.astype(jnp.float32)
     seen_k = jnp.repeat(seen_k, q.shape[2] // k.shape[2], axis=2)
     tokens = (0, 1)
     return {

@@ -148,7 +148,7 @@ class Engine:
         V = self.model.decoder.config.vocab_size
         wrong = (sequences.tokens < 0) | (sequences.tokens >= V)
         if wrong.any():
-            i, t = (int(x) for x in np.argwhere(wrong)[0])
+            i, t = np.argwhere(wrong)[0].tolist()
             raise ValueError(
                 f"token ids must be in [0, {V}); sequence {i} has {sequences.tokens[i, t]} at "
                 f"position {t}"
@@ -265,7 +265,9 @@ class Engine:
             self.validate(T)
             self.check_calibration(batch.length - 1)
         content, other = (None, None) if protocol == "prompt" else self.state_bytes(B, T)
-        decoded, wanted, raw_tokens = batch.length - 1, batch.length - 1, self.codec.frozen_after
+        raw_tokens = self.codec.frozen_after
+        decoded = batch.length - 1
+        wanted = batch.length - 1
         kind, reason = self.implementation, self.implementation_reason
         common = None
         if last is not None:
@@ -332,9 +334,8 @@ class Engine:
         padded = [
             jnp.asarray(np.pad(x, ((0, 0), (0, T - x.shape[1])))) for x in (tokens, targets, valid)
         ]
-        logprobs, correct, attended, clipped = (
-            np.asarray(x) for x in self._masked(self.model.params, *padded)
-        )
+        found = jax.tree.map(np.asarray, self._masked(self.model.params, *padded))
+        logprobs, correct, attended, clipped = found
         return logprobs, correct, attended, np.full(attended.shape, np.nan), clipped
 
     def _grow_each(self, layers: list, S: int, tokens: int):

@@ -48,7 +48,10 @@ class Running:
 
     def __init__(self, eos: frozenset[int], text: stops.Completion | None):
         self.eos, self.text = eos, text
-        self.tokens, self.margins, self.logprobs, self.reason = [], [], [], None
+        self.tokens = []
+        self.margins = []
+        self.logprobs = []
+        self.reason = None
 
     def take(
         self, tokens: np.ndarray, margins: np.ndarray, logprobs: np.ndarray, room: int

@@ -85,13 +85,12 @@ def score(engine, batch: Batch, last: np.ndarray, progress: bool):
     at = np.minimum(first[:, None] + rows, batch.tokens.shape[1] - 1)
     tokens = np.take_along_axis(batch.tokens, at, 1)
     targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    opening = [
-        np.asarray(x)
-        for x in engine._judge(begun.logits[jnp.asarray(of)], jnp.asarray(tokens[:, 0]))
-    ]
+    opening = engine._judge(begun.logits[jnp.asarray(of)], jnp.asarray(tokens[:, 0]))
+    logprob, hit = jax.tree.map(np.asarray, opening)
     feed = shared.Feed(engine, tokens, targets, rows < last[:, None] - 1)
     steps, kv = int(last.max()) - 1, begun.kv
-    logprobs, correct = (x[:, None] for x in opening)
+    logprobs = logprob[:, None]
+    correct = hit[:, None]
     if steps:
         S = bucket(int(begun.fed.length.max()))
         if len(of) > len(start.length):
@@ -108,10 +107,9 @@ def score(engine, batch: Batch, last: np.ndarray, progress: bool):
                 n = min(free, steps - done)
                 kv = feed(kv, done, done + n, bar)
                 done, free = done + n, free - n
-        later = feed.rows()
-        logprobs, correct = (
-            np.concatenate(pair, 1) for pair in zip((logprobs, correct), later, strict=True)
-        )
+        later_logprobs, later_correct = feed.rows()
+        logprobs = np.concatenate([logprobs, later_logprobs], 1)
+        correct = np.concatenate([correct, later_correct], 1)
         sums = feed.sums()
     else:
         sums = tuple(np.zeros(len(kv)) for _ in range(3))

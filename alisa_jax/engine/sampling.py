@@ -234,7 +234,8 @@ def _filter(deficit: jax.Array, settings: Settings) -> jax.Array:
     kept = counted & ((before < settings.top_p * upto[:, -1:]) | (settings.top_p >= 1))
     last = jnp.maximum(jnp.sum(kept, axis=-1, keepdims=True, dtype=jnp.int32) - 1, 0)
     # Everything up to the last kept entry, in the order (deficit, id).
-    border, border_id = (jnp.take_along_axis(x, last, axis=-1) for x in (in_order, order))
+    border = jnp.take_along_axis(in_order, last, axis=-1)
+    border_id = jnp.take_along_axis(order, last, axis=-1)
     return jnp.where(
         (deficit < border) | ((deficit == border) & (ids <= border_id)), deficit, jnp.inf
     )

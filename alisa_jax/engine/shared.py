@@ -75,20 +75,22 @@ def score(engine, batch: Batch, last: np.ndarray, common: Batch, of: np.ndarray,
     ends = sorted(set(decoded.tolist()))
     valid = np.arange(common.tokens.shape[1])[None] < decoded[:, None]
     feed = Feed(engine, common.tokens, np.zeros_like(common.tokens), valid)
-    kv, new = (engine.init(B, raw_tokens or S) for B in (len(decoded), len(of)))
+    kv = engine.init(len(decoded), raw_tokens or S)
+    new = engine.init(len(of), raw_tokens or S)
     with progress_bar(progress, int(ends[-1] + last.max()), "score") as bar:
         if raw_tokens:
             kv = feed(kv, 0, raw_tokens, bar)
-            kv, new = (tuple(engine._freeze(state, S) for state in states) for states in (kv, new))
+            kv = tuple(engine._freeze(state, S) for state in kv)
+            new = tuple(engine._freeze(state, S) for state in new)
         for first, end in itertools.pairwise([raw_tokens, *ends]):
             kv = feed(kv, first, end, bar)
             new = engine._adopt(new, kv, jnp.asarray(of), jnp.asarray(decoded[of] == end))
         del kv
         rows = np.arange(last.max())[None]
         at = np.minimum((batch.length - last - 1)[:, None] + rows, batch.tokens.shape[1] - 1)
-        tokens, targets = (
-            np.take_along_axis(np.pad(batch.tokens, ((0, 0), (0, 1))), at + i, 1) for i in (0, 1)
-        )
+        padded = np.pad(batch.tokens, ((0, 0), (0, 1)))
+        tokens = np.take_along_axis(padded, at, 1)
+        targets = np.take_along_axis(padded, at + 1, 1)
         end = Feed(engine, tokens, targets, rows < last[:, None])
         end(new, 0, int(last.max()), bar)
     sums = [a + b for a, b in zip(feed.sums(), end.sums(), strict=True)]

@@ -87,7 +87,10 @@ def decode(
     """
     at = lengths(kv[0])[:, None]
     x = decoder.embed(params, token[:, None], at)
-    states, taps, outs, together = [], [], [], {}
+    states = []
+    taps = []
+    outs = []
+    together = {}  # layers that exchange at once, by the key of `exchange.joint`
     for layer, state in enumerate(kv):
         whole = isinstance(state, LayerState)
         key = exchange.joint(state) if whole else None
@@ -207,14 +210,16 @@ def score_chunk(
 
     def body(i, carry):
         out, kv = carry
-        token, target, counts = (
-            jax.lax.dynamic_slice_in_dim(x, i, 1, 1)[:, 0] for x in (tokens, targets, valid)
-        )
+        column = lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, 1)[:, 0]
+        token = column(tokens)
+        target = column(targets)
+        counts = column(valid)
         length = kv[0].length
         logits, kv, taps = decode(decoder, params, kv, token)
         logprob, correct = judge(logits, target)
         share = jnp.stack([t.attended / (length + 1).astype(jnp.float32) for t in taps])
-        loads, clipped = (jnp.stack([getattr(t, f) for t in taps]) for f in ("loads", "clipped"))
+        loads = jnp.stack([t.loads for t in taps])
+        clipped = jnp.stack([t.clipped for t in taps])
         return Scored(
             jax.lax.dynamic_update_slice(out.logprobs, logprob[:, None], (0, i)),
             jax.lax.dynamic_update_slice(out.correct, correct[:, None], (0, i)),

@@ -32,7 +32,10 @@ class Completion:
         stop=(),
         run=lambda token, before: False,
     ):
-        self._decode, self._stop, self._run, self._open = decode, stop, run, False
+        self._decode = decode
+        self._stop = stop
+        self._run = run
+        self._open = False  # the tokens end in a run of bytes
         self._ids = list(prompt)
         # ids[start:border] precede what is not final yet
         self._start, self._border = 0, len(self._ids)

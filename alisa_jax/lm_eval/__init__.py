@@ -115,7 +115,9 @@ class AlisaLM(TemplateLM):
         check_placement(placement, protocol, budgets)
         self.batch_size = count("batch_size", batch_size)
         self.max_gen_toks = count("max_gen_toks", max_gen_toks)
-        self.protocol, self.seed, self.add_bos_token = protocol, seed, add_bos_token
+        self.protocol = protocol
+        self.seed = seed
+        self.add_bos_token = add_bos_token
         with sentences():
             self.named = {  # as they are printed
                 "policy": spec.to_text(policies.parse(policy), policies.POLICIES),
@@ -187,9 +189,7 @@ class AlisaLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
     ) -> list[int]:
-        """Token ids; None: special tokens as `add_bos_token` says, and none before a text that
-        begins with BOS.
-        """
+        """Token ids; None: special tokens as `add_bos_token` says, none where the text has BOS."""
         tokenizer = self.model.tokenizer
         if add_special_tokens is None:
             bos = tokenizer.decode([self.prefix_token_id], skip_special_tokens=False)

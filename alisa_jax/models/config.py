@@ -13,6 +13,16 @@ from alisa_jax.ops.rope import RopeScaling
 
 ARCHITECTURES = ("llama", "opt", "gpt_neox")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+_SIZES = (
+    "vocab_size",
+    "d_model",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "head_dim",
+    "d_ff",
+    "max_positions",
+)
 _FIELDS_OF_ONE = (
     ("rotary_frac", "gpt_neox"),
     ("parallel_residual", "gpt_neox"),
@@ -60,9 +70,7 @@ class ModelConfig:
     def __post_init__(self):
         if self.arch not in ARCHITECTURES:
             raise ValueError(f"arch is {self.arch!r}; allowed are {', '.join(ARCHITECTURES)}.")
-        for (
-            name
-        ) in "vocab_size d_model n_layers n_heads n_kv_heads head_dim d_ff max_positions".split():
+        for name in _SIZES:
             value = getattr(self, name)
             if not _whole(value):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1.")

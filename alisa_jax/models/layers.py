@@ -54,12 +54,8 @@ class Linear(nn.Module):
         init = matrix_init(self.scale * fan_in**-0.5)
         y = products.times(x, self.param("weight", init, (self.features, fan_in), self.param_dtype))
         if self.bias:
-            y = (
-                y
-                + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)[
-                    None, None, :
-                ]
-            )
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+            y = y + bias[None, None, :]
         return y
 
 

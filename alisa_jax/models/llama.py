@@ -46,18 +46,17 @@ class Block(nn.Module):
         def linear(name, features, bias, scale=1.0):
             return Linear(features, bias, scale, dtype, name=name)
 
+        def heads(name, count):
+            y = linear(name, count * c.head_dim, c.attention_bias)(n)
+            return y.reshape(B, T, count, c.head_dim)
+
         n = RMSNorm(c.norm_eps, dtype, name="attn_norm")(x)
-        q = linear("q", c.n_heads * c.head_dim, c.attention_bias)(n).reshape(
-            B, T, c.n_heads, c.head_dim
-        )
-        k = linear("k", c.n_kv_heads * c.head_dim, c.attention_bias)(n).reshape(
-            B, T, c.n_kv_heads, c.head_dim
-        )
-        v = linear("v", c.n_kv_heads * c.head_dim, c.attention_bias)(n).reshape(
-            B, T, c.n_kv_heads, c.head_dim
-        )
+        q = heads("q", c.n_heads)
+        k = heads("k", c.n_kv_heads)
+        v = heads("v", c.n_kv_heads)
         if self.rotate:
-            q, k = (rotate(x, positions, c.rope_theta, c.rope_scaling) for x in (q, k))
+            q = rotate(q, positions, c.rope_theta, c.rope_scaling)
+            k = rotate(k, positions, c.rope_theta, c.rope_scaling)
         out, aux = attend(q, k, v)
         out = out.reshape(B, T, c.n_heads * c.head_dim)
         x = x + linear("o", c.d_model, c.attention_bias, residual)(out)

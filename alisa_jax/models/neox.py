@@ -50,15 +50,16 @@ class Block(nn.Module):
         def linear(name, features, bias, scale=1.0):
             return Linear(features, bias, scale, dtype, name=name)
 
+        def heads(name):
+            return linear(name, D, c.attention_bias)(n).reshape(B, T, c.n_heads, c.head_dim)
+
         n = LayerNorm(c.norm_eps, dtype, name="attn_norm")(x)
-        q, k, v = (
-            linear(name, D, c.attention_bias)(n).reshape(B, T, c.n_heads, c.head_dim)
-            for name in ("q", "k", "v")
-        )
+        q = heads("q")
+        k = heads("k")
+        v = heads("v")
         if self.rotate:
-            q, k = (
-                rotate(x, positions, c.rope_theta, c.rope_scaling, c.rotary_dims) for x in (q, k)
-            )
+            q = rotate(q, positions, c.rope_theta, c.rope_scaling, c.rotary_dims)
+            k = rotate(k, positions, c.rope_theta, c.rope_scaling, c.rotary_dims)
         out, aux = attend(q, k, v)
         a = linear("o", D, c.attention_bias, residual)(out.reshape(B, T, D))
 

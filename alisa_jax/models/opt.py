@@ -56,12 +56,14 @@ class Block(nn.Module):
         def linear(name, features, bias, scale=1.0):
             return Linear(features, bias, scale, dtype, name=name)
 
+        def heads(name):
+            return linear(name, D, c.attention_bias)(n).reshape(B, T, c.n_heads, c.head_dim)
+
         norm = LayerNorm(c.norm_eps, dtype, name="attn_norm")
         n = norm(x) if c.norm_before else x
-        q, k, v = (
-            linear(name, D, c.attention_bias)(n).reshape(B, T, c.n_heads, c.head_dim)
-            for name in ("q", "k", "v")
-        )
+        q = heads("q")
+        k = heads("k")
+        v = heads("v")
         out, aux = attend(q, k, v)
         x = x + linear("o", D, c.attention_bias, residual)(out.reshape(B, T, D))
         x = x if c.norm_before else norm(x)

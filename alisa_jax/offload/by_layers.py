@@ -40,9 +40,8 @@ class LayerRun(PlacedRun):
     def _through_layers(self, plan: Plan) -> None:
         programs, L = self.programs, self.setting.layers
         spans = self.spans[self.whole :]
-        host, dropped = (
-            jnp.asarray([getattr(s, f) for s in spans], jnp.int32) for f in ("host", "dropped")
-        )
+        host = jnp.asarray([span.host for span in spans], jnp.int32)
+        dropped = jnp.asarray([span.dropped for span in spans], jnp.int32)
         x = programs.embed(self.params, self.token[:, None], jnp.asarray(self._lengths())[:, None])
         prefixes = {b: stop for b, (_, stop) in self._ranges(plan.recompute).items()}
         prefix_x, prefix_at, prefix_n = self._prefix(prefixes) if prefixes else (None, None, None)

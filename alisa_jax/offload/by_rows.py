@@ -183,9 +183,10 @@ class RowRun(PlacedRun):
         for leaves, index in self.mover.fetch(rows.layer, rows.sequence, rows.pos):
             size = tree_bytes(leaves)
             self._hold(size)
-            none = index < 0
-            layer, sequence, pos = (np.where(none, -1, x[index]).astype(np.int32) for x in rows[:3])
-            slot = np.where(none[:, None], -1, rows.slots[index]).astype(np.int32)
+            layer = _rows_at(rows.layer, index)
+            sequence = _rows_at(rows.sequence, index)
+            pos = _rows_at(rows.pos, index)
+            slot = _rows_at(rows.slots, index)
             self.kv = self.programs.deliver(
                 not self.lag, self.kv, leaves, layer, sequence, pos, slot
             )
@@ -215,6 +216,12 @@ class RowRun(PlacedRun):
         )
         self.meter.recomputed_rows += len(rows.pos)
         self.meter.recomputed_tokens += int(length[: len(sequences)].sum())
+
+
+def _rows_at(x: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """`x[index]` as int32, and -1 where `index` [R] is below 0."""
+    none = np.expand_dims(index < 0, tuple(range(1, x.ndim)))
+    return np.where(none, -1, x[index]).astype(np.int32)
 
 
 def _ranks(key: np.ndarray) -> np.ndarray:

@@ -47,9 +47,8 @@ def embed(decoder: Decoder, params, tokens, at) -> jax.Array:
 
 def last_logits(decoder: Decoder, params, x, length) -> jax.Array:
     """Logits [B, V] of the last token of each prompt, x [B, T, D]."""
-    return decoder.unembed(params, jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1))[
-        :, 0
-    ]
+    last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
+    return decoder.unembed(params, last)[:, 0]
 
 
 def prefill_layer(
@@ -253,7 +252,9 @@ class Programs:
     """
 
     def __init__(self, engine, placed: tuple[int, ...]):
-        decoder, jit, on = engine.model.decoder, engine._jit, functools.partial
+        decoder = engine.model.decoder
+        jit = engine._jit
+        on = functools.partial
         self.embed = jit(on(embed, decoder))
         self.last_logits = jit(on(last_logits, decoder))
         self.prefill_layer = jit(on(prefill_layer, decoder), static_argnums=(0, 1, 2))

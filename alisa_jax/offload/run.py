@@ -30,7 +30,10 @@ class PlacedRun:
     def __init__(
         self, placed, setting: Setting, meter: Meter, tokens: np.ndarray, length: np.ndarray, forced
     ):
-        self.placed, self.setting, self.meter, self.forced = placed, setting, meter, forced
+        self.placed = placed
+        self.setting = setting
+        self.meter = meter
+        self.forced = forced
         self.programs = placed.programs
         self.controller, self.params = placed.controller, placed.engine.model.params
         self.tokens, self.length = tokens, length
@@ -55,7 +58,9 @@ class PlacedRun:
         self.notes: list[str] = []
         self.p1 = self.p2 = setting.new_tokens
         self.prefill_s = self.decode_s = self.decide_s = 0.0
-        self.decisions, self.made, self.next_move = 0, 0, 0
+        self.decisions = 0
+        self.made = 0
+        self.next_move = 0
         self.kv, self.token = (), None
         self.done = jnp.zeros((setting.batch,), jnp.bool_)
         self.eos = jnp.full((1,), -1, jnp.int32)
@@ -71,7 +76,10 @@ class PlacedRun:
             self.step()
             progress(self.made - before)
         self.decode_s = time.perf_counter() - start - self.prefill_s
-        self.kv, self.mover, self.behind = (), None, []  # the next run begins with empty memories
+        # the next run begins with empty memories
+        self.kv = ()
+        self.mover = None
+        self.behind = []
         for side in ("device", "host"):
             self.meter.hold(side, -self.meter.live[side])
 
@@ -93,10 +101,8 @@ class PlacedRun:
             for g, members in enumerate(self.groups)
         ]
         cuts = [(g, cut) for g, cut in cuts if cut.first < cut.stop]
-        host, length = (
-            jnp.asarray([span.host for span in self.spans], jnp.int32),
-            jnp.asarray(self.length),
-        )
+        host = jnp.asarray([span.host for span in self.spans], jnp.int32)
+        length = jnp.asarray(self.length)
         x, kv = self.programs.embed(self.params, jnp.asarray(tokens), at), []
         for layer, (kind, layout) in enumerate(
             zip(placed.engine.layers, self.layouts, strict=True)
@@ -195,10 +201,8 @@ class PlacedRun:
         """`size` more device bytes; pages that are written behind are waited for where there would
         be no room for them.
         """
-        meter, ready = (
-            self.meter,
-            lambda arrays: all(leaf.is_ready() for leaf in jax.tree.leaves(arrays)),
-        )
+        meter = self.meter
+        ready = lambda arrays: all(leaf.is_ready() for leaf in jax.tree.leaves(arrays))
         while self.behind and (
             ready(self.behind[0][0]) or meter.live["device"] + size > meter.budgets["device"]
         ):

@@ -24,7 +24,9 @@ class Serving:
     """
 
     def __init__(self, engine: Engine, placed: Placed | None = None, protocol: str = "decode"):
-        self.engine, self.placed, self.protocol = engine, placed, protocol
+        self.engine = engine
+        self.placed = placed
+        self.protocol = protocol
         # tokens of the prompt of a sequence scored under a controller
         self.first = max(1, engine.codec.frozen_after)
         self.ran: dict[str, str] = {}  # what ran, and why it was that

@@ -97,7 +97,10 @@ class Mover:
     """
 
     def __init__(self, groups: Sequence[Sequence[int]], layout: str, reads: Reads, meter: Meter):
-        self.groups, self.layout, self.reads, self.meter = groups, layout, reads, meter
+        self.groups = groups
+        self.layout = layout
+        self.reads = reads
+        self.meter = meter
         self.of = {b: (g, j) for g, members in enumerate(groups) for j, b in enumerate(members)}
         self.pages: dict[tuple[int, int, int], Leaves] = {}  # (layer, group, page)
         # the same memory, of pages that were read
@@ -137,9 +140,9 @@ class Mover:
         Layout "tokens" only.
         """
         self.meter.loaded_rows += len(pos)
-        group, member = (
-            np.array([self.of[b][i] for b in range(len(self.of))])[sequence] for i in range(2)
-        )
+        homes = np.array([self.of[b] for b in range(len(self.of))])
+        group = homes[sequence, 0]
+        member = homes[sequence, 1]
         page, offset = np.divmod(pos, PAGE_TOKENS)
         order = np.lexsort((page, group, layer))
         key = np.stack([layer, group, page], axis=1)[order]

@@ -71,7 +71,9 @@ def check_policy(
     routes = policy.routes if routes is None else tuple(routes)
     for route in routes:
         attention.check(policy, CODEC, route, T, N, K)
-    driver, seen, runs = driver or Driver(), {"value"}, []
+    driver = driver or Driver()
+    seen = {"value"}
+    runs = []
     if "types" in rules:
         check_sizes(policy)
         for route in routes:
@@ -116,7 +118,7 @@ def _refuse_first(rule, policy, where: str, run: Run, bad: np.ndarray, say) -> N
     there.
     """
     if bad.any():
-        i, b = (int(x) for x in np.argwhere(bad.T)[0])
+        i, b = np.argwhere(bad.T)[0].tolist()
         refuse(
             rule,
             policy,
@@ -139,8 +141,8 @@ def _breaches(policy: Policy, run: Run, tokens: Stream):
     follows from it.
     """
     n, at = _queries(run), np.arange(run.slots.shape[-1])
-    # [B, steps, 1, T + 1]
-    own, later = (x[:, :, None] for x in (at == n[..., None], at > n[..., None]))
+    own = (at == n[..., None])[:, :, None]  # [B, steps, 1, T + 1]
+    later = (at > n[..., None])[:, :, None]
     held = run.slots > 0
     capacity = np.array([policy.capacity(int(S)) for S in run.contexts])
     sizes = held.sum(-1).max(-1)

@@ -24,7 +24,11 @@ CODEC = Raw("float32")
 QUICK = MappingProxyType({"xla_backend_optimization_level": 0})
 
 # The stream of `Driver`: prime or unequal sizes, and runs that end with a full bucket.
-B, N, K, H, T = 3, 6, 3, 5, 96
+B = 3
+N = 6
+K = 3
+H = 5
+T = 96
 BUCKETS = (32, T)
 PADDED = 32  # tokens that prompts are padded to: the whole first bucket
 STARTS = MappingProxyType({"empty": None, "prompt": (5, 29, 16), "full_bucket": (11, 32, 1)})
@@ -81,8 +85,10 @@ def dense_over(tokens: Stream, n: np.ndarray, held: np.ndarray) -> np.ndarray:
     """Float64 attention of the queries at n [B, steps] over held [B, steps, P, T + 1]:
     [B, steps, N, H].
     """
-    q, k, v = (x.astype(np.float64) for x in tokens)
-    q = np.take_along_axis(q, n[:, :, None, None], axis=1)
+    q, k, v = tokens
+    q = np.take_along_axis(q.astype(np.float64), n[:, :, None, None], axis=1)
+    k = k.astype(np.float64)
+    v = v.astype(np.float64)
     q = q.reshape(*n.shape, k.shape[2], -1, q.shape[-1])  # [B, steps, K, G, H]
     z = np.einsum("bskgh,btkh->bskgt", q, k) / np.sqrt(q.shape[-1])
     z = np.where(held[:, :, :, None, :-1], z, -np.inf)
@@ -131,8 +137,13 @@ class Driver:
             return self._run(policy, route, tokens, list(buckets), prompt, padded)
 
     def _run(self, policy, route, tokens, buckets, prompt, padded):
-        q, k, v = (jnp.asarray(x) for x in tokens)
-        (B, T, N, H), K, S = q.shape, k.shape[2], buckets.pop(0)
+        q, k, v = tokens
+        q = jnp.asarray(q)
+        k = jnp.asarray(k)
+        v = jnp.asarray(v)
+        B, T, N, H = q.shape
+        K = k.shape[2]
+        S = buckets.pop(0)
         dims = attention.dims_of(policy, route, B, N, K, S)
         if prompt is not None:
             dims = attention.prompt_dims(dims, policy, route, S - max(prompt))
@@ -143,7 +154,9 @@ class Driver:
             prompt_out, state = self._prefill(
                 state, q[:, :padded], k[:, :padded], v[:, :padded], jnp.asarray(length)
             )
-        first, contexts, steps = length, [], []
+        first = length
+        contexts = []
+        steps = []
         while length.max() < S or buckets:
             if length.max() == S:
                 S = buckets.pop(0)

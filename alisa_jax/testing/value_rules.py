@@ -71,7 +71,8 @@ def check_value(policy) -> None:
 
 def check_sizes(policy: Policy) -> None:
     """Numbers that a policy tells: capacity and heads."""
-    small, large = (policy.capacity(S) for S in BUCKETS)
+    small = policy.capacity(BUCKETS[0])
+    large = policy.capacity(BUCKETS[1])
     if not (isinstance(small, int) and isinstance(large, int) and 1 <= small <= large):
         refuse(
             "types",
@@ -88,8 +89,12 @@ def check_sizes(policy: Policy) -> None:
 
 def check_types(policy: Policy, route: str, B: int = 2, S: int = 24, later: int = 40) -> None:
     """Traces every method on `route` once; nothing is compiled."""
-    dims, grown = (attention.dims_of(policy, route, B, N, K, size, H) for size in (S, later))
-    P, M, f, i = policy.selection_heads(K), dims.M, jnp.float32, jnp.int32
+    dims = attention.dims_of(policy, route, B, N, K, S, H)
+    grown = attention.dims_of(policy, route, B, N, K, later, H)
+    P = policy.selection_heads(K)
+    M = dims.M
+    f = jnp.float32
+    i = jnp.int32
     heads = policy.mass_heads(N, K)
 
     def walk(mass, pos, slot, length, which, row):
@@ -211,7 +216,8 @@ def check_nan(policy: Policy, S: int = 24, bad: int = 3) -> bool:
     none, nan = rows.copy(), rows.copy()
     none[..., bad], nan[..., bad] = 0, np.nan
     for dense in (True, False):
-        want, got = (kept(jnp.asarray(x), jnp.array([dense])) for x in (none, nan))
+        want = kept(jnp.asarray(none), jnp.array([dense]))
+        got = kept(jnp.asarray(nan), jnp.array([dense]))
         for name in got:
             if (differ := np.asarray(got[name] != want[name])).any():
                 how = "as a dense row" if dense else "by slots"

@@ -100,10 +100,8 @@ class Alisa(Controller):
                 "recomputed: "
                 "give recompute=false, or refresh_every=0"
             )
-        least, everything = (
-            least_device_bytes(setting),
-            device_bytes(setting, Layout(setting.batch, 0), 0),
-        )
+        least = least_device_bytes(setting)
+        everything = device_bytes(setting, Layout(setting.batch, 0), 0)
         early = self.p1 != "auto" and self.p1 < setting.new_tokens
         refuse_device("alisa", setting, least if early else min(least, everything))
         if self.p1 != "auto" and self._leaves(setting) and self.p1 > (first := _phase_one(setting)):
@@ -127,10 +125,8 @@ class Alisa(Controller):
                     "rest fits the device "
                     f"budget; got {self.alpha}"
                 )
-        name, need = (
-            "alisa, which deletes prompt tokens at most," if self.recompute else "alisa",
-            setting.host_kv_bytes,
-        )
+        name = "alisa, which deletes prompt tokens at most," if self.recompute else "alisa"
+        need = setting.host_kv_bytes
         while (more := self._host_need(dataclasses.replace(setting, host_kv_bytes=need))) > need:
             # with a larger budget each sequence may keep more, and need more
             need = math.ceil(more)

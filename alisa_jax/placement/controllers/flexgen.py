@@ -66,10 +66,8 @@ class FlexGen(Controller):
         return _layout(setting, self.device_sequences(setting))
 
     def spans(self, view):
-        stay, have = (
-            self.device_sequences(view.setting),
-            view.after if view.step == 0 else view.lengths,
-        )
+        stay = self.device_sequences(view.setting)
+        have = view.after if view.step == 0 else view.lengths
         return tuple(Span(0, full_pages(t)) if b >= stay else Span() for b, t in enumerate(have))
 
     def decide(self, view):

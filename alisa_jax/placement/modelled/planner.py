@@ -94,7 +94,9 @@ def problem(
     """The search of a run: `setting` with the longest prompt for every sequence, priced
     by `cost`.
     """
-    prompt, batch, r = max(setting.prompt_tokens), setting.batch, 1.0 - kv_sparsity
+    prompt = max(setting.prompt_tokens)
+    batch = setting.batch
+    r = 1.0 - kv_sparsity
     position_bytes = setting.layers * setting.token_bytes * batch
     staging = setting.staging_bytes(0 if setting.selects else 1)
     extra = setting.layers * cost.selection_s * setting.selects
@@ -147,9 +149,8 @@ class _Tables:
         over = self._over(away, self.problem.staging_tokens) + np.maximum(
             away - self.problem.host_tokens, 0.0
         )
-        return self.compute + self._moved(alpha) + self._fetched(
-            away
-        ) * self.problem.load_token_s, over
+        load = self._fetched(away) * self.problem.load_token_s
+        return self.compute + self._moved(alpha) + load, over
 
     def three(self, alpha: float, beta: float) -> tuple[np.ndarray, np.ndarray]:
         """Phase III."""
@@ -206,10 +207,12 @@ class _Tables:
         6 excludes them.
         """
         n = self.problem.new_tokens
-        phases = zip(self._phase_one(), self.sums(alpha, None), self.sums(alpha, beta))
-        time, over = (
-            one[p1] + two[p2] - two[p1] + three[n] - three[p2] for one, two, three in phases
-        )
+        one = self._phase_one()
+        two = self.sums(alpha, None)
+        three = self.sums(alpha, beta)
+        joined = lambda one, two, three: one[p1] + two[p2] - two[p1] + three[n] - three[p2]
+        time = joined(one[0], two[0], three[0])
+        over = joined(one[1], two[1], three[1])
         bulk = np.where(
             p1 < n,
             alpha * (self.total[np.minimum(p1, n - 1)] - 1.0) * self.problem.store_token_s,
@@ -222,7 +225,9 @@ class _Tables:
         where p1 = n.
         """
         if "one" not in self.memo:
-            seconds, over = (_cumulative(part) for part in self.one(self.problem.staging_tokens))
+            seconds, over = self.one(self.problem.staging_tokens)
+            seconds = _cumulative(seconds)
+            over = _cumulative(over)
             over[-1] = self.one(0.0)[1].sum()
             self.memo["one"] = seconds, over
         return self.memo["one"]
@@ -237,7 +242,9 @@ class _Tables:
 
 def search(problem: Problem) -> Phases:
     """The greedy search."""
-    tables, n, shares = _Tables(problem), problem.new_tokens, problem.shares.tolist()
+    tables = _Tables(problem)
+    n = problem.new_tokens
+    shares = problem.shares.tolist()
     few = (shares[0], shares[len(shares) // 2], shares[-1])
     starts = [(0, 1, alpha, beta) for alpha in few for beta in few] + [(n, n, few[1], few[0])]
     found = min((_descend(tables, *start) for start in starts), key=_rank)
@@ -252,7 +259,9 @@ def exhaustive(problem: Problem) -> Phases:
     """The best point of the whole grid: every p1 < p2 <= n (and p1 = n: all stays) and every pair
     of shares.
     """
-    tables, steps, best = _Tables(problem), np.arange(problem.new_tokens + 1), None
+    tables = _Tables(problem)
+    steps = np.arange(problem.new_tokens + 1)
+    best = None
     for alpha in problem.shares:
         for beta in problem.shares:
             over, seconds = tables.grid(steps[:, None], steps[None, :], alpha, beta)

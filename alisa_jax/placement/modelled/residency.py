@@ -44,12 +44,16 @@ class Residency:
     """
 
     def __init__(self, setting: Setting, layout: Layout, layers: int | None = None):
-        self.setting, self.layout, L = setting, layout, setting.layers if layers is None else layers
+        self.setting = setting
+        self.layout = layout
+        L = setting.layers if layers is None else layers
         if setting.layers % L:
             raise ValueError(f"layers must divide {setting.layers}; got {L}")
         self.weight = setting.layers // L
         shape = (L, setting.batch, -(-max(setting.final_tokens) // PAGE_TOKENS) * PAGE_TOKENS)
-        self.device, self.host, self.working = (np.zeros(shape, bool) for _ in range(3))
+        self.device = np.zeros(shape, bool)
+        self.host = np.zeros(shape, bool)
+        self.working = np.zeros(shape, bool)
 
     def step(self, view: View, plan: Plan) -> Moved:
         """Carry out `plan`, attend, and write the step's tokens."""
@@ -135,7 +139,7 @@ class Residency:
         oldest = np.asarray(view.after)[whole:, None] - ring
         lost = self.device[:, whole:] & (np.arange(self.device.shape[2]) < oldest)
         if lost.any():
-            layer, sequence, position = (int(i) for i in np.argwhere(lost)[0])
+            layer, sequence, position = np.argwhere(lost)[0].tolist()
             raise PlanError(
                 f"step {view.step}: position {position} of layer {layer} and sequence "
                 f"{sequence + whole} is overwritten on "
