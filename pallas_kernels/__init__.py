@@ -1,3 +1,1 @@
-"""Attention kernels that are useful on their own: imports jax and nothing of the library around
-them.
-"""
+"""Attention kernels that are useful on their own: nothing of the library around is imported."""

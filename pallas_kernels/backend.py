@@ -34,11 +34,8 @@ from jax.sharding import (
 )
 
 IMPLS = ("auto", "xla", "pallas", "interpret")
-GPUS = (
-    "NVIDIA A100-SXM4-40GB",
-    "NVIDIA H100 80GB HBM3",
-    "NVIDIA H200",
-)  # that kernels are lowered for without having one
+# kernels can be lowered for these without having one
+GPUS = ("NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200")
 LEAST_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
 
@@ -55,9 +52,8 @@ class Choice(NamedTuple):
 def choose(impl: str = "auto", why_not: str | None = None) -> Choice:
     """What `impl` means here.
 
-    why_not: what about the call kernels do not serve, as the end of a sentence, if anything.
-    Raises ValueError for an unknown name, and where "pallas" or "interpret" is named and cannot
-    run.
+    why_not: what about the call kernels do not serve, as the end of a sentence, if anything. Raises
+    ValueError for an unknown name, and for "pallas" or "interpret" where it cannot run.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}; got {impl!r}")
@@ -74,9 +70,7 @@ def choose(impl: str = "auto", why_not: str | None = None) -> Choice:
 
 
 def unsupported_device() -> str | None:
-    """Why kernels cannot be compiled for the default device, or for the device that is being
-    lowered for; None: they can.
-    """
+    """Why the default device, or the one that is lowered for, runs no kernels; None: it does."""
     target = get_abstract_mesh().abstract_device
     if target is not None:
         return (
@@ -112,9 +106,7 @@ def chip() -> str:
 
 @functools.cache
 def works(device_kind: str) -> str | None:
-    """Compile and run a small kernel on the default device: None when it agrees with its reference,
-    else what went wrong.
-    """
+    """Run a small kernel on the default device: None if it agrees with its reference, else why."""
     from pallas_kernels import sparse_decode
 
     for_q, for_k, for_v = jax.random.split(jax.random.key(0), 3)
@@ -133,8 +125,9 @@ def works(device_kind: str) -> str | None:
 
 
 def call(kernel, *, name: str, impl: str, warps: int, stages: int, **spec):
-    """`pl.pallas_call` of `kernel`, interpreted or lowered through Triton. spec: grid, in_specs,
-    out_specs, out_shape.
+    """`pl.pallas_call` of `kernel`, interpreted or lowered through Triton.
+
+    spec: grid, in_specs, out_specs, out_shape.
     """
     if impl == "interpret":
         return pl.pallas_call(kernel, name=name, interpret=True, **spec)
@@ -144,9 +137,7 @@ def call(kernel, *, name: str, impl: str, warps: int, stages: int, **spec):
 
 
 def dot(a: jax.Array, b: jax.Array, trans_b: bool = False) -> jax.Array:
-    """Product of two tiles of one dtype with float32 accumulation; float32 tiles are not rounded to
-    tf32.
-    """
+    """Product of tiles of one dtype, accumulated in float32; float32 is not rounded to tf32."""
     return triton.dot(a, b, trans_b=trans_b, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -156,8 +147,7 @@ def power_of_two(n: int) -> int:
 
 
 def lower_for(gpu: str, function, *args, cores: int = 132) -> str:
-    """The program that `function` becomes on the GPU named `gpu`, which need not be there, as
-    StableHLO text.
+    """StableHLO text of `function` lowered for the GPU named `gpu`, which need not be there.
 
     Inside, `impl="pallas"` means that GPU. args: arrays or `jax.ShapeDtypeStruct`s. Raises what
     lowering raises.

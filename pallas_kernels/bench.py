@@ -1,11 +1,9 @@
 """Times the kernels, their references and what others offer, on the device at hand.
 
-    python -m pallas_kernels.bench                                          on 2 CPU cores about
-    half a minute
-    python -m pallas_kernels.bench --kernel packed_decode --shape llama-3-8b/b64/c8192 --json --out
-    kernels.jsonl
-    python -m pallas_kernels.bench --tilings --shape llama-3-8b/b64/c8192   looks for tilings that
-    beat those of tilings.py
+    python -m pallas_kernels.bench                         # about half a minute on 2 CPU cores
+    python -m pallas_kernels.bench --kernel packed_decode --shape llama-3-8b/b64/c8192
+    python -m pallas_kernels.bench --json --out kernels.jsonl
+    python -m pallas_kernels.bench --tilings               # better ones than the table's?
 
 Kernels are those of `cases.py`, at `--kv_sparsity`; `swa_layer` sets a layer's step on the kept
 tokens (packed_decode with mass) beside dense attention at the same context. A row is a kernel or a
@@ -20,8 +18,8 @@ what does not fit is "OOM". `ratio_to_best_peer` is the seconds of the quickest 
 the kernel; `max_error`, in the row of the reference, the greatest difference of the two on the same
 inputs over the greatest value.
 
-A row is a flat record of JSON with units in its keys. Exit codes: 0 done, 1 a kernel failed
-(its row says how), 2 a mistake on the command line, 130 interrupted.
+A row is a flat record of JSON with units in its keys. Exit codes: 0 done, 1 a kernel failed (its
+row says how), 2 a mistake on the command line, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -242,9 +240,7 @@ def _pairs(flags, kind: str) -> dict[str, list[str]]:
 
 
 def appendable(path: str) -> str:
-    """`path`, made where it is absent, and ending with a whole line: half a line is cut off with a
-    warning on stderr.
-    """
+    """`path`, made where it is absent; half a last line is cut off, with a warning on stderr."""
     try:
         with open(path, "ab+") as file:
             file.seek(0)
@@ -344,7 +340,7 @@ def table(records: Sequence[dict]) -> str:
 
 
 def _number(value, scale: float) -> str:
-    """Three digits; a text as it is; "-" for what there is not."""
+    """Three digits; a text as it is; "-" for None."""
     return "-" if value is None else value if isinstance(value, str) else f"{value * scale:.3g}"
 
 

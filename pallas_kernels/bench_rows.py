@@ -1,6 +1,4 @@
-"""Rows of the benchmark: a kernel at a shape and its peers, each measured and told as a flat
-record, units in its keys.
-"""
+"""Rows of the benchmark: a kernel or a peer at a shape, as a flat record, units in its keys."""
 
 from __future__ import annotations
 
@@ -31,8 +29,7 @@ _IMPLS = MappingProxyType(
 )
 _MEASURED = tuple(
     "basis time_s time_min_s time_max_s gb_per_s tflop_per_s fraction_of_copy fraction_of_matmul "
-    "calls repeats warmup "
-    "temporary_bytes best_peer ratio_to_best_peer max_error note".split()
+    "calls repeats warmup temporary_bytes best_peer ratio_to_best_peer max_error note".split()
 )
 _TILES = MappingProxyType(
     {"rows": (16, 256), "queries": (16, 256), "warps": (1, 16), "stages": (1, 6)}
@@ -51,9 +48,7 @@ class Settings(NamedTuple):
 
 
 def contenders(kernel: str, impl: str) -> tuple[str, ...]:
-    """The kernel itself, and what is timed beside it; its reference is not where `impl` runs it as
-    the kernel.
-    """
+    """The kernel and what is timed beside it; its reference only where `impl` runs another."""
     if kernel == "swa_layer":
         return SELF, DENSE, *peers.DENSE
     reference = () if backend.choose(impl).impl == "xla" else (REFERENCE,)
@@ -63,8 +58,7 @@ def contenders(kernel: str, impl: str) -> tuple[str, ...]:
 def group(kernel: str, name: str, how: Settings, rates: timing.Ceilings, known: dict) -> list[dict]:
     """The rows of a kernel at the shape `name`, the kernel's first.
 
-    known: rows of this shape by what was measured; `swa_layer` is made of rows that other kernels
-    have, too.
+    known: rows of this shape that are measured already; `swa_layer` has rows of other kernels.
     """
     rows, kept = [], None
     for contender in contenders(kernel, how.impl):
@@ -98,9 +92,7 @@ def _subject(kernel: str, contender: str) -> tuple[str, str]:
 def measure(
     kernel: str, contender: str, name: str, how: Settings, rates: timing.Ceilings, tiling=None
 ) -> tuple[dict, object]:
-    """One row, without what relates it to others, and what the last call returned
-    (None where nothing ran).
-    """
+    """One row, not yet related to others, and the last call's outputs (None if nothing ran)."""
     shape, causal = shapes.named(name), kernel in cases.PROMPT
     own = contender in (SELF, REFERENCE)
     ran = backend.choose(how.impl if contender == SELF else "xla")
@@ -131,10 +123,9 @@ def measure(
         row |= {"time_s": "OOM", "note": str(large)}
     except peers.Missing as missing:
         row["note"] = str(missing)
-    # whatever a compiler or a device may raise: the row tells it, the other rows go on
-    except Exception as wrong:
+    except Exception as wrong:  # of a compiler or a device: the row says it, other rows go on
         text = " ".join(str(wrong).split())[:200]
-        # a kernel's own shared memory is its tiling
+        # shared memory that a kernel lacks is a matter of its tiling, not of the device's memory
         full = "RESOURCE_EXHAUSTED" in text and "hared memory" not in text
         row |= {
             "time_s": "OOM" if full else None,
@@ -173,8 +164,9 @@ def _numbers(
 
 
 def _error(got, want) -> float | str | None:
-    """Greatest difference over the greatest value, of all arrays; "nan" is a text; None where one
-    of the two did not run.
+    """Greatest difference over the greatest value, of all arrays; a text if it is not finite.
+
+    None where one of the two did not run.
     """
     if got is None or want is None:
         return None
@@ -212,8 +204,9 @@ def _seconds(row: dict) -> float:
 
 
 def climb(start, seconds: Callable) -> dict:
-    """tiling -> `seconds(tiling)`: of `start`, of its neighbours, of those of the quickest, until
-    these are all known.
+    """tiling -> `seconds(tiling)`, for `start`, its neighbours, and those of the quickest so far.
+
+    Ends when the neighbours of the quickest are all known.
     """
     tried = {start: seconds(start)}
     while new := [
@@ -224,8 +217,9 @@ def climb(start, seconds: Callable) -> dict:
 
 
 def neighbours(tiling) -> Iterator:
-    """Tilings that differ in one number: half or twice as many rows, queries or warps, a stage more
-    or less.
+    """Tilings that differ in one number.
+
+    Half or twice as many rows, queries or warps, one stage more or less.
     """
     for field, (least, most) in _TILES.items():
         if field in tiling._fields:

@@ -1,22 +1,19 @@
-"""The kernels as they are timed: inputs of one layer, and the bytes and FLOPs of a call, by the
-kernels' own docstrings.
+"""The kernels as they are timed: inputs of one layer, and the bytes and FLOPs of a call.
 
 For B sequences of S tokens, N query and K kv heads of H channels, M tokens attended at
-`kv_sparsity`, elements of e bytes:
+`kv_sparsity` and elements of e bytes, the kernels' own docstrings give
 
-    sparse_decode, packed_decode    reads  B N H e + 2 B K M H e, 8 or 4 B M of index and bias     4
-                                           B N M H FLOPs
-                                    writes 4 B N (H + 1) + 4 B M of mass
-    ... int8_token, int8_channel    e = 1 for K and V, and 6 B K M or 16 B K H of scales and zero
-                                    points
-    dense_decode                    packed_decode with M = S, without bias and mass
-    flash_prefill                   reads  B S (N + 2 K) H e, writes 4 B S N (H + 1)               2
-                                           B N H S^2 FLOPs
-    prompt_mass_rows                reads  B (W N + S K) H e + 4 B W N, writes 4 B W S             2
-                                           B N H W S FLOPs
-    prompt_mass_sum                 reads  B S (N + K) H e + 4 B S N, writes 4 B S                 B
-                                           N H S^2 FLOPs
+    kernel              bytes read                         bytes written            FLOPs
+    sparse_decode       B N H e + 2 B K M H e + 8 B M      4 B N (H + 1) + 4 B M    4 B N M H
+    packed_decode       B N H e + 2 B K M H e + 4 B M      4 B N (H + 1) + 4 B M    4 B N M H
+    ... _int8_token     as above, e = 1 for K and V, and 6 B K M of scales and zero points
+    ... _int8_channel   as above, e = 1 for K and V, and 16 B K H of scales and zero points
+    dense_decode        as packed_decode with M = S, without bias and mass
+    flash_prefill       B S (N + 2 K) H e                  4 B S N (H + 1)          2 B N H S^2
+    prompt_mass_rows    B (W N + S K) H e + 4 B W N        4 B W S                  2 B N H W S
+    prompt_mass_sum     B S (N + K) H e + 4 B S N          4 B S                    B N H S^2
 
+The 8 or 4 B M that decode kernels read are index and bias, the 4 B M that they write are the mass.
 Selections are shared by all heads (P = 1); a list names one random row of every S / M, in order.
 Values are uniform with variance 1. W is WINDOW, or S if that is less. Logits that are written and
 read again between are not counted.
@@ -49,9 +46,7 @@ PROMPT = ("flash_prefill", "prompt_mass_rows", "prompt_mass_sum")
 def build(
     kernel: str, shape: Shape, dtype: str, kv_sparsity: float, impl: str, tiling=None
 ) -> Case:
-    """One of DECODE or PROMPT on one layer of `shape`. dtype: of q, and of K and V where they are
-    no codes.
-    """
+    """One of DECODE or PROMPT on one layer of `shape`; dtype: of q, and of K and V unless int8."""
     if kernel in PROMPT:
         return _prompt(kernel, shape, jnp.dtype(dtype), impl, tiling)
     return _decode(
@@ -128,7 +123,7 @@ def _prompt(kernel: str, shape: Shape, dtype, impl: str, tiling) -> Case:
         if kernel == "flash_prefill":
             return q, k, v
         seen = jax.lax.broadcasted_iota(jnp.float32, (B, T, N), 1) + jnp.float32(1.0)
-        # about what queries and keys of variance 1 come to
+        # about the lse of queries and keys of variance 1
         return q, k, jnp.log(seen) + jnp.float32(0.5)
 
     if kernel == "flash_prefill":

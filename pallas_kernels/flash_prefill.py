@@ -1,8 +1,6 @@
-"""Prompts attend themselves causally, and a second pass tells how much attention each of their
-tokens got.
+"""Causal attention of prompts, and a second pass that sums the attention each token got.
 
-For sequence b of length[b] tokens, query head n of kv head h = n // (N / K) and query i <
-length[b],
+For sequence b of length[b] tokens, query head n of kv head h = n // (N / K), query i < length[b]:
 
     z_ij = q[b, i, n] . k[b, j, h] / sqrt(H) for j <= i      lse[b, i, n] = log sum_j exp(z_ij)
     out[b, i, n] = sum_j w_ij v[b, j, h]                     w_ij = exp(z_ij - lse[b, i, n])
@@ -13,12 +11,12 @@ q [B, T, N, H]; k, v [B, T, K, H]; length [B] int32: prompts begin at position 0
 them is not read. The rows of the last W queries seed SWA and SnapKV, the sum over all queries H2O.
 No T x T array is ever held.
 
-`flash_prefill` does 2 B N H T^2 FLOPs for full prompts, moves B T (N + 2 K) H elements and writes 4
-B T N (H + 1) bytes. K and V are read again for each tile of queries, as a rule from cache; T is in
-the hundreds or more, so arithmetic is the limit. A program keeps a tile of queries of one head and
-passes over the keys before it with the running softmax of `online.py`. Key tiles that end before
-the first query need no mask, those that begin after the last are skipped; the longest programs
-start first.
+`flash_prefill` does 2 B N H T^2 FLOPs for full prompts, moves B T (N + 2 K) H elements and writes
+4 B T N (H + 1) bytes. K and V are read again for each tile of queries, as a rule from cache; T is
+in the hundreds or more, so arithmetic is the limit. A program keeps a tile of queries of one head
+and passes over the keys before it with the running softmax of `online.py`. Key tiles that end
+before the first query need no mask, those that begin after the last are skipped; the longest
+programs start first.
 
 `prompt_mass` does 2 B N H W T FLOPs (half of that for W = T), reads B (W N + T K) H elements and
 writes 4 B P W T bytes, or 4 B N T for the sum. Given the lse no tile of weights depends on another.
@@ -50,8 +48,8 @@ _LOG2_E = math.log2(math.e)
 def reference(q, k, v, length=None) -> Partial:
     """`flash_prefill` in plain jnp, a block of queries after the other.
 
-    A long prompt is cut in `_parts`, whose queries pass over the keys up to the part's end: few
-    keys behind a query are looked at.
+    A long prompt is cut in `_parts`, whose queries pass over the keys up to the part's end, so that
+    few keys behind a query are looked at.
     """
     B, T, N, H = q.shape
     length = _lengths(q, length)
@@ -192,8 +190,9 @@ def _attend_kernel(length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, *, T, H, r
 
 
 def _mass_kernel(length_ref, q_ref, k_ref, lse_ref, out_ref, *, T, H, G, W, Q, heads, summed):
-    """Weights of a tile of keys, summed over the `heads` of a group for a tile of queries, or over
-    the queries of a head.
+    """Weights of a tile of keys.
+
+    Summed over the `heads` of a group for a tile of queries, or over all queries of a head.
     """
     rows, _, Hp = k_ref.shape
     length = length_ref[...]
@@ -230,7 +229,7 @@ def _mass_kernel(length_ref, q_ref, k_ref, lse_ref, out_ref, *, T, H, G, W, Q, h
     if summed:
         steps = jnp.maximum(length - low + Q - 1, 0) // Q
     else:
-        # 0: all keys are in the future
+        # none where all keys are in the future
         steps = (jnp.minimum(low + Q, length) > first).astype(jnp.int32) * heads
     total = jax.lax.fori_loop(0, steps, tile, jnp.zeros((Q, rows), jnp.float32))
     if summed:
@@ -249,8 +248,8 @@ def flash_prefill(
     """Causal attention of q [B, T, N, H], unscaled, over k and v [B, T, K, H].
 
     length: [B] int32, tokens of each prompt; None: T. Returns
-    Partial(out [B, T, N, H], lse [B, T, N]) float32; rows behind a prompt have out = 0 and lse =
-    -inf. Products of half-precision inputs run in their type, all else in float32. impl: see
+    `Partial(out [B, T, N, H], lse [B, T, N])` float32; rows behind a prompt have out = 0 and
+    lse = -inf. Products of half-precision inputs run in their type, all else in float32. impl: see
     `backend`. Raises ValueError for shapes that do not go together and for a named `impl` that
     cannot run.
     """
@@ -295,16 +294,15 @@ def prompt_mass(
     impl: str = "auto",
     tiling: Tiling | None = None,
 ) -> jax.Array:
-    """Softmax weights of the last `queries` = W queries of each prompt, summed over the heads of
-    `heads` = P groups.
+    """Softmax weights of each prompt's last W = `queries` queries, summed over heads of P groups.
 
     q [B, T, N, H] unscaled, k [B, T, K, H] and length [B] as `flash_prefill` got them, lse
-    [B, T, N] float32 as it returned it. queries: None for all T; may exceed T. heads: 1 for the sum
-    over all heads, K for the query heads of each kv head, N for every head by itself. Returns
+    [B, T, N] float32 as it returned it. queries: None for all T; may exceed T. heads: P; 1 for the
+    sum over all heads, K for the query heads of each kv head, N for every head by itself. Returns
     float32: for reduce="rows" [B, P, W, T], where the last row is the last query's and rows before
-    the first query are zero; for reduce="sum" their sum [B, P, T]. A row that is not zero sums to N
-    / P. impl: see `backend`. Raises ValueError for shapes and options that do not go together, and
-    for a named `impl` that cannot run.
+    the first query are zero; for reduce="sum" their sum [B, P, T]. A row that is not zero sums to
+    N / P. impl: see `backend`. Raises ValueError for shapes and options that do not go together,
+    and for a named `impl` that cannot run.
     """
     _check(q, k, None, length)
     B, T, N, H = q.shape

@@ -39,9 +39,7 @@ class PerToken(NamedTuple):
 
 
 class PerChannel(NamedTuple):
-    """Codes with a scale and zero point for each channel of a kv head, the same for all tokens of a
-    sequence.
-    """
+    """Codes with a scale and zero point per channel of a kv head, for all tokens of a sequence."""
 
     codes: jax.Array  # [B, S, K, H] or [B, K, M, H] int8
     scale: jax.Array  # [B, K, H], any float
@@ -86,6 +84,7 @@ def sparse_decode_int8(
     tiling: Tiling | None = None,
 ) -> tuple[Partial, jax.Array | None]:
     """`sparse_decode` of q [B, N, H], unscaled, over rows `index` [B, P, M] of codes [B, S, K, H].
+
     Raises as it does.
     """
     online.check(q, k.codes, v.codes, index, 1, index.shape[-1])
@@ -109,6 +108,7 @@ def packed_decode_int8(
     tiling: Tiling | None = None,
 ) -> tuple[Partial, jax.Array | None]:
     """`packed_decode` of q [B, N, H], unscaled, over codes [B, K, M, H] under `bias` [B, P, M].
+
     Raises as it does.
     """
     bias = packed.bias_of(k.codes, bias)
@@ -133,9 +133,8 @@ def _choice(impl: str, q, k: Int8, v: Int8, token_axis: int) -> backend.Choice:
         ):
             raise ValueError(
                 "k and v are both PerToken or both PerChannel, codes int8, scale and zero "
-                f"{shape}; {name} is"
-                f" {type(x).__name__} of {x.codes.dtype.name} with {x.scale.shape} and "
-                f"{x.zero.shape}"
+                f"{shape}; {name} is {type(x).__name__} of {x.codes.dtype.name} with "
+                f"{x.scale.shape} and {x.zero.shape}"
             )
     return backend.choose(impl, online.why_not(online.ROWS, q=q, k=k.codes, v=v.codes))
 

@@ -1,16 +1,15 @@
-"""The loop that the decode kernels share: one query per head against the rows of one sequence and
-kv head, tile by tile.
+"""The loop that the decode kernels share: one query per head against rows, tile by tile.
 
 For a tile of rows with logits z the running maximum m, normaliser l and output o become
 
-    m' = max(m, max z)      p = exp(z - m')      l' = exp(m - m') l + sum p      o' = exp(m - m') o
-                                                 + p V
+    m' = max(m, max z)          l' = exp(m - m') l + sum p
+    p  = exp(z - m')            o' = exp(m - m') o + p V
 
 so that out = o / l and lse = m + log l at the end. A grid program handles all G query heads of a kv
 head, which read the same rows; with `splits` programs a row list each does its share, and the
-pieces are joined by `partial.merge_axis`. Logits are written out as float32
-(4 bytes a row and head, beside 2 H element bytes of K and V), and the mass of a row is
-exp(z - lse), taken afterwards, since no program knows the lse of all.
+pieces are joined by `partial.merge_axis`. Logits are written out as float32 (4 bytes a row and
+head, beside 2 H element bytes of K and V), and the mass of a row is exp(z - lse), taken afterwards,
+since no program knows the lse of all.
 
 Rows that are not attended (bias -inf, index out of range) are not read. G = 1 runs on the plain
 arithmetic units, which memory outruns; with more heads the products are matrix products, whose 16
@@ -35,10 +34,9 @@ ROWS = (*FLOATS, "int8")  # of K and V that one query reads
 
 
 def why_not(allowed: tuple[str, ...] = FLOATS, **arrays) -> str | None:
-    """What the kernels do not serve about these arrays, one of them q, as the end of a sentence;
-    None: nothing.
+    """What the kernels do not serve about these arrays, as the end of a sentence; or None.
 
-    allowed: the types of all but q, which is a float.
+    arrays: one of them is q. allowed: the types of all but q, which is a float.
     """
     H = arrays["q"].shape[-1]
     if H > backend.MAX_HEAD_DIM:
@@ -53,8 +51,9 @@ def why_not(allowed: tuple[str, ...] = FLOATS, **arrays) -> str | None:
 
 
 def check(q, k, v, bias, token_axis: int, rows: int | None = None) -> None:
-    """Raise ValueError, naming what was given, where shapes do not go together. rows: length that
-    bias must have.
+    """Raise ValueError, naming what was given, where shapes do not go together.
+
+    rows: length that bias must have.
     """
     kv_axis = 3 - token_axis
     if q.ndim != 3 or k.ndim != 4:
@@ -96,9 +95,8 @@ def decode(
     q [B, N, H], unscaled; kind: the type that matrix products with int8 codes run in; k, v
     token-major (token_axis 1) or head-major (2); index [B, P, M] int32, or None: row m is row m;
     bias [B, P, M] float32; scales: None, or scale and zero of k, then of v, each [B, S, K] or
-    [B, K, M]: row r of k stands for (k[r]
-    - zero[r]) * scale[r]. Returns Partial(out [B, N, H], lse [B, N]) and the mass [B, P, M], None
-    unless wanted.
+    [B, K, M]: row r of k stands for `(k[r] - zero[r]) * scale[r]`. Returns
+    `Partial(out [B, N, H], lse [B, N])` and the mass [B, P, M], None unless wanted.
     """
     B, N, H = q.shape
     S, K = k.shape[token_axis], k.shape[3 - token_axis]

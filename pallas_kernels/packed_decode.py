@@ -10,9 +10,9 @@ For sequence b and query head n of kv head h = n // G,
 q [B, N, H]; k, v [B, K, M, H]; bias [B, P, M] float32, P = 1 or K: -inf for an empty or parked
 slot, which is not read, log n for one that stands for n tokens.
 
-A call reads 2 B K M H elements of K and V where every slot is attended, and does 4 B N M H FLOPs: 2
-G / element bytes of them for each byte, so memory is the limit. It also reads the bias
-(4 B P M bytes) and writes and rereads the logits (8 B N M bytes) when the mass is wanted. Against
+A call reads 2 B K M H elements of K and V where every slot is attended, and does 4 B N M H FLOPs:
+2 G / element bytes of them for each byte, so memory is the limit. It also reads the bias (4 B P M
+bytes) and writes and rereads the logits (8 B N M bytes) when the mass is wanted. Against
 `sparse_decode` rows are neighbours: no index, and whole lines of memory also where H is small.
 Kernel: `online.py`.
 """
@@ -36,13 +36,12 @@ def reference(q, k, v, bias=None, *, mass: bool = True) -> tuple[Partial, jax.Ar
 def packed_decode(
     q, k, v, bias=None, *, mass: bool = True, impl: str = "auto", tiling: Tiling | None = None
 ) -> tuple[Partial, jax.Array | None]:
-    """Attention of q [B, N, H], unscaled, over k and v [B, K, M, H] under `bias` [B, P, M] float32,
-    None for zeros.
+    """Attention of q [B, N, H], unscaled, over k and v [B, K, M, H] under `bias` [B, P, M].
 
-    Returns Partial(out [B, N, H], lse [B, N]) float32 and the mass [B, P, M] float32
-    (None unless wanted); a sequence without attended slots has out = 0 and lse = -inf. impl: see
-    `backend`. Raises ValueError for shapes that do not go together and for a named `impl` that
-    cannot run.
+    bias: float32, None for zeros. Returns `Partial(out [B, N, H], lse [B, N])` float32 and the mass
+    [B, P, M] float32 (None unless wanted); a sequence without attended slots has out = 0 and
+    lse = -inf. impl: see `backend`. Raises ValueError for shapes that do not go together and for a
+    named `impl` that cannot run.
     """
     bias = bias_of(k, bias)
     online.check(q, k, v, bias, 2, k.shape[2])

@@ -1,13 +1,13 @@
-"""Partial attention: what a query has seen of some of its tokens, and how two such pieces are
-joined.
+"""Partial attention: what a query has seen of some tokens, and how two such pieces are joined.
 
-For logits z_i over a set A of tokens, lse(A) = log sum_{i in A} exp(z_i) and out(A) = sum_{i in A}
-exp(z_i - lse(A)) v_i. For disjoint A and B
+For logits z_i over a set A of tokens and for disjoint A and B,
 
+    lse(A) = log sum_{i in A} exp(z_i)
+    out(A) = sum_{i in A} exp(z_i - lse(A)) v_i
     lse(A u B) = logaddexp(lse(A), lse(B))
     out(A u B) = exp(lse(A) - lse(A u B)) out(A) + exp(lse(B) - lse(A u B)) out(B)
 
-which is associative and commutative, with the empty set (lse = -inf, out = 0) as its identity.
+The join is associative and commutative, with the empty set (lse = -inf, out = 0) as its identity.
 Every way of cutting an attention into pieces - split-K, pages, device and host parts, chunks of a
 prompt, devices of a mesh - joins here.
 """
@@ -28,35 +28,30 @@ class Partial(NamedTuple):
 
 
 def empty(shape: tuple[int, ...], head_dim: int) -> Partial:
-    """The identity of `merge`: `out` zeros of shape [*shape, head_dim], `lse` -inf of shape
-    [*shape].
-    """
+    """The identity of `merge`: `out` zeros [*shape, head_dim], `lse` -inf [*shape]."""
     return Partial(
         jnp.zeros((*shape, head_dim), jnp.float32), jnp.full(shape, -jnp.inf, jnp.float32)
     )
 
 
 def weight(part: jax.Array, whole: jax.Array) -> jax.Array:
-    """exp(part - whole), 0 where the whole is empty: the share of the softmax that a piece with lse
-    `part` holds.
-    """
+    """Share of the softmax of a piece with lse `part`: exp(part - whole), 0 of an empty whole."""
     return jnp.where(
         part == -jnp.inf, 0.0, jnp.exp(part - jnp.where(whole == -jnp.inf, 0.0, whole))
     )
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """Attention over the union of two disjoint token sets (equation above). Shapes of `a` and `b`
-    are equal.
-    """
+    """Attention over the union of two disjoint token sets (equation above), in equal shapes."""
     lse = jnp.logaddexp(a.lse, b.lse)
     wa, wb = weight(a.lse, lse), weight(b.lse, lse)
     return Partial(wa[..., None] * a.out + wb[..., None] * b.out, lse)
 
 
 def merge_axis(parts: Partial, axis: int) -> Partial:
-    """`merge` over all pieces along one axis of `lse` [...]; `out` has that axis at the same place
-    from the left.
+    """`merge` over all pieces along one axis of `lse` [...].
+
+    `out` has that axis at the same place from the left.
     """
     axis = axis % parts.lse.ndim
     top = jnp.max(parts.lse, axis=axis, keepdims=True)
@@ -68,8 +63,7 @@ def merge_axis(parts: Partial, axis: int) -> Partial:
 
 
 def mass_of(logits: jax.Array, lse: jax.Array, P: int) -> jax.Array:
-    """What each token got: softmax weights exp(logits - lse), summed over the heads that share a
-    selection.
+    """What each token got: exp(logits - lse), summed over the heads that share a selection.
 
     logits [B, N, M] float32 with the bias in them, lse [B, N] of all tokens; P divides N. Returns
     [B, P, M] float32, each row of which sums to N / P where every head saw a token.

@@ -1,5 +1,4 @@
-"""What others offer for dense attention, to be timed beside the kernels: jax.nn, decode kernels
-that ship with jax, torch.
+"""Peers of the kernels for dense attention: jax.nn, decode kernels that ship with jax, torch.
 
 None of them is asked for log-sum-exp or mass, and outputs are in the type of q. Each gets its
 inputs in the layout that it reads best. torch runs on the kind of device that jax runs on, with
@@ -76,8 +75,9 @@ def _device() -> tuple[str, str]:
 
 
 def split(S: int) -> tuple[int, int]:
-    """Programs that share S tokens and tokens of a step, as the kernels of jax want them: factors
-    of S. Raises Missing.
+    """Programs that share S tokens, and tokens of a step, as the kernels of jax want them.
+
+    Their product divides S. Raises Missing.
     """
     for splits in (16, 8, 4, 2, 1):
         for block in (128, 64, 32, 16):
@@ -96,9 +96,7 @@ def _case(function, q_shape, rows, causal: bool, shape: Shape, dtype: str) -> Ca
 
 
 def _plainly(function):
-    """`function` under NumPy's rules of promotion, which others are written for, with its result in
-    the type of q.
-    """
+    """`function` under NumPy's promotion, which peers are written for; its result in q's type."""
 
     def run(q, *args):
         with jax.numpy_dtype_promotion("standard"):
@@ -148,8 +146,9 @@ def _paged(shape: Shape, dtype: str, splits: int, block: int, interpret: bool) -
 def torch_sdpa(
     causal: bool, shape: Shape, dtype: str, *, calls: int, repeats: int, max_bytes: float
 ) -> tuple[Timed, str]:
-    """Time `scaled_dot_product_attention` of torch; also the device that it ran on. Raises Missing
-    and TooLarge.
+    """Time `scaled_dot_product_attention` of torch; also the device that it ran on.
+
+    Raises Missing and TooLarge.
     """
     try:
         import torch

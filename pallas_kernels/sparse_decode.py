@@ -1,17 +1,15 @@
 """One new token attends the rows of a token-major store that an index list names.
 
-For sequence b and query head n of kv head h = n // G, with rows r = index[b, p, m] of the list that
-head h reads,
+For sequence b, query head n of kv head h = n // G, and row r = index[b, p, m] of the list p of h,
 
     z_m = q . k[b, r, h] / sqrt(H) + bias[b, p, m]
     out = sum_m softmax(z)_m v[b, r, h]
     lse = log sum_m exp(z_m)
     mass[b, p, m] = sum of softmax(z)_m over the heads that read list p
 
-q [B, N, H]; k, v [B, S, K, H]; index [B, P, M] int32, P = 1 (all heads share a list) or K
-(each kv head has its own). Rows may repeat, then each counts, and come in any order; an index
-outside [0, S) names no row; bias is -inf for a row that is not attended, log n for one that stands
-for n tokens.
+q [B, N, H]; k, v [B, S, K, H]; index [B, P, M] int32, P = 1 (all heads share a list) or K (each kv
+head has its own). Rows may repeat, then each counts, and come in any order; an index outside [0, S)
+names no row; bias is -inf for a row that is not attended, log n for one that stands for n tokens.
 
 A call reads 2 B K M H elements of K and V where every listed row is attended, and does 4 B N M H
 FLOPs: 2 G / element bytes of them for each byte, so for G up to 8 memory is what limits it on every
@@ -42,8 +40,9 @@ def reference(q, k, v, index, bias=None, *, mass: bool = True) -> tuple[Partial,
 
 
 def attend_rows(q, k, v, bias, mass: bool) -> tuple[Partial, jax.Array | None]:
-    """q [B, N, H] on head-major rows k, v [B, K, M, H] under bias [B, P, M], in plain jnp; what
-    decode references share.
+    """Attention of q [B, N, H] on head-major rows k, v [B, K, M, H] under bias [B, P, M].
+
+    In plain jnp: what the references of decode kernels share.
     """
     B, N, H = q.shape
     K, M = k.shape[1:3]
@@ -78,10 +77,10 @@ def sparse_decode(
 ) -> tuple[Partial, jax.Array | None]:
     """Attention of q [B, N, H], unscaled, over the rows `index` [B, P, M] of k and v [B, S, K, H].
 
-    bias: [B, P, M] float32, None for zeros. Returns Partial(out [B, N, H], lse [B, N]) float32 and
-    the mass [B, P, M] float32 (None unless wanted); a sequence without rows has out = 0 and lse =
-    -inf. impl: see `backend`. Raises ValueError for shapes that do not go together and for a named
-    `impl` that cannot run.
+    bias: [B, P, M] float32, None for zeros. Returns `Partial(out [B, N, H], lse [B, N])` float32
+    and the mass [B, P, M] float32 (None unless wanted); a sequence without rows has out = 0 and
+    lse = -inf. impl: see `backend`. Raises ValueError for shapes that do not go together and for a
+    named `impl` that cannot run.
     """
     online.check(q, k, v, index, 1, index.shape[-1])
     if bias is not None and bias.shape != index.shape:

@@ -15,8 +15,7 @@ class DecodeTiling(NamedTuple):
     """One query against many rows."""
 
     rows: int = 64  # of K and V that one step of the loop reads; a power of two
-    # programs that share the rows of one sequence and kv head; 0: enough to fill the device
-    splits: int = 0
+    splits: int = 0  # programs that share the rows of a kv head; 0: enough to fill the device
     warps: int = 4
     stages: int = 2
 
@@ -30,8 +29,7 @@ class PrefillTiling(NamedTuple):
     stages: int = 3
 
 
-# kernel -> the start of a device kind, "" for all others -> head dimension up to which it holds ->
-# tiling
+# kernel -> start of a device kind, "" for all others -> greatest head dimension -> tiling
 TABLE = MappingProxyType(
     {
         "sparse_decode": {

@@ -37,9 +37,7 @@ SIDES = (("gpu", 8192), ("", 1024))  # of the matrices, by the start of a platfo
 
 
 class Work(NamedTuple):
-    """What a call cannot do without: inputs read once and outputs written once, whatever it keeps
-    in between.
-    """
+    """What a call cannot do without: inputs read once and outputs written once."""
 
     read_bytes: int
     written_bytes: int
@@ -65,8 +63,7 @@ class Timed(NamedTuple):
     time_min_s: float
     time_max_s: float
     calls: int
-    # that the program holds beside its arguments and results; None where that is not told
-    temporary_bytes: int | None
+    temporary_bytes: int | None  # of the program, beside arguments and results; None: unknown
     outs: object
 
 
@@ -87,8 +84,9 @@ class TooLarge(Exception):
 
 
 def loop(function: Callable, calls: int) -> Callable:
-    """(args, outs) -> (args, outs) after `calls` calls of `function(*args)`; `outs` are arrays like
-    those it returns.
+    """(args, outs) -> (args, outs) after `calls` calls of `function(*args)`.
+
+    `outs` are arrays like those that `function` returns.
     """
 
     def call(_, carry):
@@ -100,8 +98,9 @@ def loop(function: Callable, calls: int) -> Callable:
 
 
 def _touched(x: jax.Array, outs) -> jax.Array:
-    """`x` with its first element zero, or one if the first result is NaN, which is not known before
-    it is there.
+    """`x` with its first element zero, or one if the first result is NaN.
+
+    XLA cannot know which before the result is there.
     """
     first = jax.tree.leaves(outs)[0]
     first = jax.lax.slice(first, (0,) * first.ndim, (1,) * first.ndim).reshape((1,) * x.ndim)
@@ -114,8 +113,9 @@ def program(function: Callable, calls: int, args, outs):
 
 
 def measure(case: Case, *, calls: int, repeats: int, max_bytes: float) -> Timed:
-    """Compile, warm up and time. Raises TooLarge before anything is allocated, and whatever
-    compiling or running raises.
+    """Compile, warm up and time.
+
+    Raises TooLarge before anything is allocated, and whatever compiling or running raises.
     """
     seed = jnp.uint32(SEED)
     args = jax.eval_shape(case.inputs, seed)
@@ -146,10 +146,10 @@ def _check(arrays: int, temporary: int, max_bytes: float) -> None:
 
 
 def ceilings(dtype: str, repeats: int, max_bytes: float) -> Ceilings:
-    """Bytes per second, read and written, of a copy, and FLOPs per second of a product in `dtype`;
-    float32 is not tf32.
+    """Bytes per second, read and written, of a copy, and FLOPs per second of a matrix product.
 
-    Arrays of COPY_BYTES and matrices of SIDES, smaller where `max_bytes` wants it.
+    The product is in `dtype`; float32 is not tf32. Arrays of COPY_BYTES and matrices of SIDES,
+    smaller where `max_bytes` wants it.
     """
     platform, elements = jax.devices()[0].platform, int(min(COPY_BYTES, max_bytes / 4)) // 4
     largest = math.sqrt(max_bytes / 4 / jnp.dtype(dtype).itemsize)
@@ -167,8 +167,9 @@ def ceilings(dtype: str, repeats: int, max_bytes: float) -> Ceilings:
 
 
 def noise(seed, shape) -> jax.Array:
-    """uint32 [*shape], any of them alike: a hash of each position. It compiles quickly and needs no
-    other array.
+    """uint32 [*shape], any of them alike: a hash of each position.
+
+    It compiles quickly and needs no other array.
     """
     h = jnp.broadcast_to(seed.astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D), shape)
     for axis in range(len(shape)):

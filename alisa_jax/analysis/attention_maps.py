@@ -1,12 +1,11 @@
-"""Looking at attention: a whole text under a policy, layer by layer, with the attention maps of one
-layer at a time.
+"""Attention maps of a whole text under a policy, one layer at a time.
 
     def see(layer, maps, length): print(layer, maps.weights.shape)
     logprobs = attentions(Engine(model, "swa(kv_sparsity=0.8)"), ["some text"], see)
 
 The run is that of `Engine.score(protocol="prefill_mask")`, with one compiled function for all
-layers of one policy; between two layers only the hidden states stay, so what is held is one layer's
-maps and no more.
+layers of one policy; between two layers only the hidden states stay, so one layer's maps are held
+at a time.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from alisa_jax.kv.buckets import bucket
 
 
 def attentions(engine, sequences, see: Callable[[int, Maps, np.ndarray], None]) -> list[np.ndarray]:
-    """Call `see(layer, maps, length)` for every layer of `engine`'s model in turn, on a batch of
-    texts or token ids.
+    """Call `see(layer, maps, length)` for every layer of `engine`'s model, first to last.
 
-    maps: NumPy arrays [B, *, T, T], T the longest sequence, see `alisa_jax.attention.maps.Maps`;
-    length [B]: rows and columns from there on are padding. Returns the log-probability in nats of
-    every token but the first, [len - 1] float32 for each sequence, as `Engine.score` does. Raises
-    ValueError, before anything runs, for what `Engine.score` refuses.
+    sequences: texts or token ids. maps: NumPy arrays [B, *, T, T], T the longest sequence, see
+    `alisa_jax.attention.maps.Maps`. length: [B]; rows and columns from there on are padding.
+    Returns the log-probability in nats of every token but the first, [len - 1] float32 for each
+    sequence, as `Engine.score` does. Raises ValueError, before anything runs, for what
+    `Engine.score` refuses.
     """
     batch = engine.batch(sequences)
     T, length = int(batch.length.max()), batch.length

@@ -1,7 +1,6 @@
-"""A dense pass of a model over blocks of text, layer by layer, for the statistics of
-`alisa_jax.calibration`.
+"""A dense pass over blocks of text, layer by layer: the statistics of `alisa_jax.calibration`.
 
-    calibration = calibrate(model, blocks)      blocks: [n, T] token ids
+    calibration = calibrate(model, blocks)      # blocks: [n, T] token ids
     calibration.save("calibration.json")
 
 Every block counts alike: least and greatest values are those of all blocks, sums grow over all of
@@ -29,11 +28,11 @@ SUMS = ("q_abs", "k_abs", "qk_abs")
 
 
 def calibrate(model, blocks, batch: int = 8, data: str = "", progress: bool = False) -> Calibration:
-    """Statistics of `model` over `blocks`, [n, T] token ids, each block a sequence by itself;
-    `batch` of them run together.
+    """Statistics of `model` over `blocks`, [n, T] token ids, each block a sequence by itself.
 
-    data: what the blocks were cut from. Raises ValueError, before anything runs, for blocks of
-    different lengths, ids that the model lacks and blocks longer than its context.
+    batch: blocks that run together. data: what the blocks were cut from. Raises ValueError, before
+    anything runs, for blocks of different lengths, ids that the model lacks and blocks longer than
+    its context.
     """
     tokens, config = Batch.from_lists(blocks), model.decoder.config
     T = tokens.tokens.shape[1]
@@ -92,8 +91,9 @@ def _layer(decoder, block, x, at) -> tuple[jax.Array, dict[str, jax.Array]]:
 
 
 def _statistics(q, k, v, seen_q, seen_k) -> dict[str, jax.Array]:
-    """Of q [B, T, N, H], k and v [B, T, K, H] as projected, and of q and k as attention sees them:
-    float32 [heads, H].
+    """Float32 [heads, H] statistics of q [B, T, N, H], k and v [B, T, K, H] as projected.
+
+    seen_q, seen_k: q and k as attention sees them.
     """
     q = q.astype(jnp.float32)
     k = k.astype(jnp.float32)

@@ -14,17 +14,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences: `tokens` [B, T] int32, `length` [B] int32 with 1 <= length <= T; tokens behind
-    the length are 0.
-    """
+    """B sequences: `tokens` [B, T] int32, 0 behind `length` [B] int32, where 1 <= length <= T."""
 
     tokens: np.ndarray
     length: np.ndarray
 
     @staticmethod
     def from_lists(sequences: Sequence[Sequence[int]]) -> Batch:
-        """A batch of token id lists. Raises ValueError for no sequence, an empty one, or one that
-        is not a list of ids.
+        """A batch of lists of token ids.
+
+        Raises ValueError for no sequence, an empty one, or one that is not a list of ids.
         """
         rows = [np.asarray(s) for s in sequences]
         if not rows:

@@ -33,17 +33,14 @@ PROTOCOLS = ("decode", "prefill_mask", "prompt")
 class Scores:
     """What `Engine.score` returns; one entry per sequence in `logprobs` and `correct`."""
 
-    # [len - 1] float32, nats of token t + 1 given tokens 0 .. t; the end of it with `last`
+    # [len - 1], or [last[i]] with `last`: nats of token t + 1 given tokens 0 .. t, float32
     logprobs: list[np.ndarray]
-    correct: list[np.ndarray]  # [len - 1] bool, the greedy token is the next token; likewise
-    # [L]: attended share of the context, the token itself included, mean over tokens
-    attended_frac: np.ndarray
-    # [L]: rows copied from the store into the working set (nan: not that protocol)
-    loads_per_token: np.ndarray
-    # [L]: share of the elements of K and V that lay outside the codec's range
-    clipped_frac: np.ndarray
+    correct: list[np.ndarray]  # of these, bool: the greedy token is the next token
+    attended_frac: np.ndarray  # [L]: attended share of the context, the token itself included
+    loads_per_token: np.ndarray  # [L]: rows copied to the working set; nan under "prefill_mask"
+    clipped_frac: np.ndarray  # [L]: share of the elements of K and V outside the codec's range
     kv_bytes_per_token: float  # resident K and V, all layers, per token of the context bucket
-    stats_bytes_per_token: float  # resident statistics, positions and biases, likewise
+    stats_bytes_per_token: float  # resident statistics, positions and biases, per token as well
     compiles: int
     wall_s: float
     implementation: str  # what ran
@@ -52,16 +49,15 @@ class Scores:
 
 
 class Engine:
-    """Runs `model` with the past of every layer kept under `policy`, stored by `codec`, read by
-    `route`.
+    """Runs `model` with its KV cache kept under `policy`, stored by `codec`, read by `route`.
 
     model: as returned by `alisa_jax.load`. policy, codec: specs such as "swa(kv_sparsity=0.8)" and
     "raw", or the objects. route: "working_set", "indexed", "masked", or "auto" for the first that
     the policy serves. attention_impl: "xla", "pallas" (the kernels of `pallas_kernels`, which need
     a GPU), "interpret" (the same kernels interpreted, for tests), or "auto" for kernels where they
-    run and XLA elsewhere; `attention_choice` tells which, and why. calibration: statistics of the
+    run and XLA elsewhere; `attention_choice` says which, and why. calibration: statistics of the
     model (`eval.calibrate`) for the methods that need them, or the path of their file; None:
-    `calibration.json` in the folder that the model was read from, where there is one. Raises
+    `calibration.json` in the folder that the model was read from, if there is one. Raises
     ValueError or `spec.SpecError`, in one sentence, for what does not go together.
     """
 
@@ -124,9 +120,7 @@ class Engine:
         return self.attention_choice.reason
 
     def validate(self, tokens: int, prompt_tokens: int = 0) -> None:
-        """Raise ValueError unless sequences of `tokens` tokens can be served, the first of them as
-        a dense prompt.
-        """
+        """Raise ValueError unless `tokens` tokens, `prompt_tokens` of a prompt, can be served."""
         limit = self.model.decoder.config.max_positions
         endless = all(layer.policy.endless for layer in self.layers)
         longest = prompt_tokens if endless else max(tokens, prompt_tokens)
@@ -136,9 +130,7 @@ class Engine:
             layer.policy.validate(tokens)
 
     def batch(self, sequences) -> Batch:
-        """A batch of token ids, or of texts for a model with a tokenizer. Raises ValueError for ids
-        the model lacks.
-        """
+        """A batch of token ids or texts. Raises ValueError for ids that the model does not have."""
         if isinstance(sequences, str):
             raise ValueError(f"give a list of sequences; got one text, {sequences!r:.60}")
         if not isinstance(sequences, Batch):
@@ -156,15 +148,13 @@ class Engine:
         return sequences
 
     def check_calibration(self, length: np.ndarray) -> None:
-        """Raise ValueError unless every sequence, of `length` [B] tokens, has the tokens that the
-        codec calibrates on.
-        """
+        """Raise ValueError where a sequence, of `length` [B] tokens, cannot calibrate the codec."""
         needed = self.codec.frozen_after
         if length.min() < needed:
             raise ValueError(
                 f"the codec takes its range from the first {needed} tokens of each sequence; "
-                f"sequence {length.argmin()} has"
-                f" {length.min()}: give calibration_tokens={length.min()} or fewer, or axis=token"
+                f"sequence {length.argmin()} has {length.min()}: give "
+                f"calibration_tokens={length.min()} or fewer, or axis=token"
             )
 
     def init(self, B: int, context_tokens: int, room: int | None = None):
@@ -172,9 +162,7 @@ class Engine:
         return step.init(self.model.decoder, self.layers, B, bucket(context_tokens), room)
 
     def state_bytes(self, B: int, context_tokens: int) -> tuple[int, int]:
-        """Bytes of K and V, and of all else, that B sequences of `context_tokens` tokens keep
-        resident.
-        """
+        """Bytes of K and V, and of all else, that B sequences of `context_tokens` tokens keep."""
         return bytes_of(
             jax.eval_shape(
                 lambda: tuple(step.freeze(s, s.context) for s in self.init(B, context_tokens))
@@ -194,17 +182,16 @@ class Engine:
         stop: str | Sequence[str] = (),
         on_text: Callable[[int, str], None] | None = None,
     ) -> Generated:
-        """Continuation of a ragged batch of prompts, up to `max_new_tokens` each, a token of
-        `eos_ids` or a stop string.
+        """Continue a ragged batch of prompts by up to `max_new_tokens` tokens each.
 
-        prompts: token ids as they are, or texts as `Model.encode` reads them. sampling: None is
-        greedy. seed, or key instead: a typed key [] for the run, or keys [B], one per prompt
-        (see `sampling.sequence_keys`); the same key gives the same tokens. stop: texts that end a
-        sequence where its new text first holds one; the text is cut before it. on_text(i, piece):
-        called with new text of prompt i as it becomes final; the pieces of a prompt joined are its
-        completion. Raises ValueError, before anything runs, for an empty prompt, an id outside the
-        vocabulary, prompt + new tokens beyond the model's context, and text asked of a model
-        without a tokenizer.
+        A token of `eos_ids` or a stop string ends a sequence earlier. prompts: token ids as they
+        are, or texts as `Model.encode` reads them. sampling: None is greedy. seed, or key instead:
+        a typed key [] for the run, or keys [B], one per prompt (see `sampling.sequence_keys`); the
+        same key gives the same tokens. stop: texts that end a sequence where its new text first
+        holds one; the text is cut before it. on_text(i, piece): called with new text of prompt i as
+        it becomes final; the pieces of a prompt joined are its completion. Raises ValueError,
+        before anything runs, for an empty prompt, an id outside the vocabulary, prompt + new tokens
+        beyond the model's context, and text asked of a model without a tokenizer.
         """
         batch = self.batch(prompts)
         if max_new_tokens < 1:
@@ -231,19 +218,18 @@ class Engine:
         *,
         last: Sequence[int] | None = None,
     ) -> Scores:
-        """Log-probability of every token but the first of a ragged batch of sequences, from an
-        empty cache.
+        """Log-probability of every token but the first of each sequence, from an empty cache.
 
         protocol "decode" feeds token by token through the real decode path; "prefill_mask" does one
         pass per layer under the row-by-row selection mask. Both give the same numbers; they differ
-        in what they exercise. "prompt" is what `generate` does: all tokens but the last ones are
-        read as a dense prompt, the policy keeps of it what it will, and the last ones are decoded.
-        last: how many tokens at the end of each sequence are wanted, for all of which it is given:
-        `logprobs` and `correct` then hold these alone. Under "decode" and "prompt", sequences whose
-        other tokens are equal, the choices of an item, share the work on these; attended, loaded
-        and clipped are means over the tokens that were decoded, and bytes of "prompt" are those of
-        the cache at the end. Raises ValueError, before anything runs, for what `generate` refuses,
-        a sequence of one token, a wrong `last`, and none with "prompt".
+        in what they exercise. "prompt" does what `generate` does: it reads all but the last tokens
+        as a dense prompt, of which the policy keeps what it will, and decodes the last ones. last:
+        one count per sequence; only the last `last[i]` entries of `logprobs` and `correct` are
+        returned. Under "decode" and "prompt", sequences whose other tokens are equal, the choices
+        of an item, share the work on these; attended, loaded and clipped are means over the tokens
+        that were decoded, and the bytes of "prompt" are those of the cache at the end. Raises
+        ValueError, before anything runs, for what `generate` refuses, a sequence of one token, a
+        wrong `last`, and "prompt" without `last`.
         """
         start, compiles = time.perf_counter(), self.compiles
         if protocol not in PROTOCOLS:
@@ -339,9 +325,7 @@ class Engine:
         return logprobs, correct, attended, np.full(attended.shape, np.nan), clipped
 
     def _grow_each(self, layers: list, S: int, tokens: int):
-        """The states of all layers for the bucket S, when `tokens` more are to come; `layers` is
-        emptied on the way.
-        """
+        """Grow each of `layers` in place to the bucket S, with `tokens` more to come."""
         room = prompts.room(self, tokens)
         for i in range(len(layers)):
             layers[i] = self._grow(layers[i], S, room)

@@ -21,7 +21,7 @@ from alisa_jax.engine.progress import progress_bar
 from alisa_jax.engine.sampling import Draw, Settings
 from alisa_jax.kv.buckets import bucket, next_bucket
 
-LISTENING_STEPS = 8  # of a chunk, while stop strings are searched or text is shown as it comes
+LISTENING_STEPS = 8  # of a chunk, while stop strings are searched for or text is shown
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,19 @@ class Generated:
     """What `Engine.generate` returns; one entry per prompt in every list."""
 
     tokens: list[list[int]]  # new tokens, up to and including the one that ended the sequence
-    # text of the prompt and of the new tokens; None for a model without a tokenizer
-    texts: list[str] | None
+    texts: list[str] | None  # of prompt and new tokens; None for a model without a tokenizer
     margins: list[np.ndarray]  # by how much each new token was chosen: see `sampling.next_token`
     compiles: int  # programs traced during the call
     wall_s: float  # all of the call
-    # text of the new tokens, cut before the stop string; None without a tokenizer
-    completions: list[str] | None
+    completions: list[str] | None  # text of the new tokens, cut before the stop string; or None
     finish_reasons: list[str]  # "stop_token", "stop_string" or "length"
-    # nats, of each new token under the model's own distribution, whatever the sampling
-    logprobs: list[np.ndarray]
+    logprobs: list[np.ndarray]  # nats, of each new token under the model's own distribution
     prefill_s: float  # until the first new tokens are known, compilation included
     decode_s: float  # from there to the last new token, compilation included
 
 
 class Running:
-    """One sequence on its way: its new tokens, and their text where somebody listens."""
+    """One sequence as it is generated: its new tokens, and their text where it is needed."""
 
     def __init__(self, eos: frozenset[int], text: stops.Completion | None):
         self.eos, self.text = eos, text
@@ -56,7 +53,7 @@ class Running:
     def take(
         self, tokens: np.ndarray, margins: np.ndarray, logprobs: np.ndarray, room: int
     ) -> None:
-        """Take in the tokens [n] of a chunk as far as the sequence goes, `room` in all at most."""
+        """Append the tokens [n] of a chunk until the sequence ends; `room`: most tokens in all."""
         for i, token in enumerate(tokens.tolist()):
             if self.reason is not None:
                 return
@@ -83,8 +80,9 @@ def run(
     on_text: Callable[[int, str], None] | None,
     progress: bool,
 ) -> Generated:
-    """Continue `batch`; arguments as of `Engine.generate`, checked. drawn: keys [B] and settings;
-    None: greedy.
+    """Continue `batch`; arguments as of `Engine.generate`, checked.
+
+    drawn: keys [B] and settings; None: greedy.
     """
     start, compiles = time.perf_counter(), engine.compiles
     model = engine.model
@@ -97,9 +95,7 @@ def run(
     running = [Running(eos_ids, text) for text in texts]
 
     def took(*columns) -> np.ndarray:
-        """Hand out the tokens, margins and log-probabilities [B, n] of a chunk; returns [B] bool,
-        who is done.
-        """
+        """Append a chunk's tokens, margins and log-probabilities [B, n]; returns [B] bool: done."""
         for i, sequence in enumerate(running):
             sequence.take(*(c[i] for c in columns), max_new_tokens)
             if on_text is not None and (piece := sequence.text.show()):
@@ -122,8 +118,7 @@ def run(
             room = S - (longest + made - 1)
             if room == 0:
                 S, layers = next_bucket(S), list(kv)
-                # `_grow_each` holds the only reference: an old layer is freed before the next one
-                # grows
+                # only `layers` holds them now: an old layer is freed before the next one grows
                 del kv
                 kv = engine._grow_each(layers, S, max_new_tokens - made)
                 room = S - (longest + made - 1)
@@ -158,9 +153,7 @@ def _draw(drawn, made: int) -> Draw | None:
 
 
 def _texts(model, given: list[list[int]], running: list[Running]) -> tuple[list[str], list[str]]:
-    """Text of prompts with new tokens, and of the new tokens alone; both end before the stop
-    string.
-    """
+    """Text of prompts with new tokens, and of new tokens alone; both end before the stop string."""
     whole, new = [], []
     for ids, s in zip(given, running, strict=True):
         text = model.decode(ids + s.tokens)

@@ -1,6 +1,4 @@
-"""The layers of an engine: policy, codec, route and what attends, put together and checked before a
-weight is needed.
-"""
+"""The layers of an engine: policy, codec, route and what attends, checked before weights load."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ class Assembled(NamedTuple):
     """What `assemble` returns."""
 
     policy: policies.Policy  # resolved for the model
-    codec: codecs.Codec  # likewise
+    codec: codecs.Codec  # resolved for the model
     layers: tuple[Kind, ...]
     choice: compute.Choice  # what attends, and why
 
@@ -31,11 +29,10 @@ def assemble(
     attention_impl: str = "auto",
     calibration=None,
 ) -> Assembled:
-    """The layers of `decoder`, which computes in `dtype`, under a policy and a codec given as specs
-    or objects.
+    """Layers of `decoder`, which computes in `dtype`, under a policy and a codec.
 
-    calibration: the `Calibration` of the model, for methods that need one. Raises ValueError or
-    `spec.SpecError`, in one sentence, for what does not go together.
+    policy, codec: specs or objects. calibration: the `Calibration` of the model, for methods that
+    need one. Raises ValueError or `spec.SpecError`, in one sentence, for what does not go together.
     """
     c = decoder.config
     policy = policies.parse(policy) if isinstance(policy, str) else policy

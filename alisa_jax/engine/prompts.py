@@ -1,4 +1,4 @@
-"""Dense prompts: what of them is fed, the states they leave, and scoring what comes after them."""
+"""Prefill: filter the prompt, read it, return the layer states; score what comes after it."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from alisa_jax.engine.progress import progress_bar
 from alisa_jax.kv.buckets import bucket, next_bucket, prompt_bucket
 from alisa_jax.kv.state import bytes_of
 
-# sets that grow by what follows a prompt have room for multiples of this, so few programs are
-# compiled
-ROOM = 32
+ROOM = 32  # tokens; sets grow in multiples of it, so that few programs are compiled
 
 
 class Begun(NamedTuple):
     """A batch of prompts that has been read."""
 
-    fed: Batch  # the tokens that were fed: the prompts, or what a policy chose of them
+    fed: Batch  # the tokens that were read: the prompts, or what a policy kept of them
     logits: jax.Array  # [B, V] of the last token of each
     kv: Any  # the states, for the bucket of the longest
-    room: int  # tokens that the working sets have room for, where they grow by what follows
+    room: int  # free slots of working sets that grow
 
 
 def begin(engine, batch: Batch, tokens: int) -> Begun:
-    """Read `batch` densely, with `tokens` more to come; a policy that `reads_layer` chooses what is
-    fed.
+    """Read `batch` as dense prompts, with `tokens` more to come.
+
+    A policy that `reads_layer` filters the prompts first.
     """
     fed = condensed(engine, batch)
     longest = int(fed.length.max())
@@ -42,18 +41,14 @@ def begin(engine, batch: Batch, tokens: int) -> Begun:
 
 
 def room(engine, tokens: int) -> int | None:
-    """For how many more tokens sets that grow by each of them have room until they grow again;
-    None: there are none.
-    """
+    """Free slots to reserve for `tokens` new tokens, a multiple of ROOM; None if no set grows."""
     if not any(layer.policy.appends for layer in engine.layers):
         return None
     return -(-max(tokens, 1) // ROOM) * ROOM
 
 
 def condensed(engine, batch: Batch) -> Batch:
-    """The prompts as they are fed: all of their tokens, or those that an early layer of the model
-    chooses.
-    """
+    """The prompts that are read: all of their tokens, or those that an early layer chooses."""
     layer = engine.policy.reads_layer(int(batch.length.max()))
     if layer is None:
         return batch
@@ -69,11 +64,11 @@ def condensed(engine, batch: Batch) -> Batch:
 
 
 def score(engine, batch: Batch, last: np.ndarray, progress: bool):
-    """The last tokens of `batch`, last [B] of each, after all others as a dense prompt; equal
-    prompts are read once.
+    """Score the last tokens of `batch`, last [B] of each, after the others as a dense prompt.
 
-    Returns log-probabilities and hits [B, max(last)], three sums [L] over the tokens that were
-    decoded (see `step.Scored`), and the bytes of K and V and of all else at the end.
+    Equal prompts are read once. Returns log-probabilities and hits [B, max(last)], three sums [L]
+    over the tokens that were decoded (see `step.Scored`), and the bytes of K and V and of all else
+    at the end.
     """
     heads = [
         tuple(row[: n - k].tolist())
@@ -118,7 +113,7 @@ def score(engine, batch: Batch, last: np.ndarray, progress: bool):
 
 
 def _spread(engine, kv, of: np.ndarray, S: int, room: int):
-    """States of one sequence for each of `of`, a copy of that sequence of `kv`."""
+    """States of len(of) sequences; sequence i is a copy of sequence of[i] of `kv`."""
     new = engine.init(len(of), S, room)
     if engine.codec.frozen_after:
         new = tuple(engine._freeze(state, S) for state in new)

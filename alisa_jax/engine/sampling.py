@@ -3,18 +3,18 @@
 With x the logits of one sequence, T the temperature and g independent standard Gumbel numbers, the
 token is
 
-    argmax over the kept v of  x_v / T + g_v,      which is v with probability  exp(x_v / T) / sum
-                                                   over the kept
+    argmax over the kept v of  x_v / T + g_v
 
-(Gumbel-max). What is kept: after the temperature, the `top_k` most probable tokens, and of these
-the fewest most probable ones whose share of the probability of the `top_k` reaches `top_p`
-(Holtzman et al., arXiv 1904.09751, section 3.1); equal tokens are taken lowest id first. The order
-is that of Hugging Face's processors.
+which is v with probability exp(x_v / T) / (the sum of these over the kept): Gumbel-max. What is
+kept: after the temperature, the `top_k` most probable tokens, and of these the fewest most probable
+ones whose share of the probability of the `top_k` reaches `top_p` (Holtzman et al., arXiv
+1904.09751, section 3.1); equal tokens are taken lowest id first. The order is that of Hugging
+Face's processors.
 
 Token number j of a sequence draws its noise from `fold_in(key of the sequence, j)`, one number per
-vocabulary entry: it depends on neither the neighbours in the batch, nor the size of the chunks and
-buckets that steps run in. All arithmetic is float32. A logit that is NaN counts as -inf and one of
-+inf as the largest finite number; where no logit is left, the token is 0.
+vocabulary entry: it depends neither on the neighbours in the batch nor on the size of the chunks
+and buckets that steps run in. All arithmetic is float32. A logit that is NaN counts as -inf and one
+of +inf as the largest finite number; where no logit is left, the token is 0.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ SMALLEST = float(np.finfo(np.float32).tiny)  # a temperature below it is no norm
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. The default is greedy: the token of the best logit, ties to the lowest
-    id.
+    """How a token is chosen; the default is greedy: the best logit, ties to the lowest id.
 
     Raises ValueError, in one sentence, for a value outside the range given below.
     """
@@ -95,12 +94,11 @@ class Draw(NamedTuple):
 
 
 def sequence_keys(seed, indices: Sequence[int]) -> jax.Array:
-    """Keys [len(indices)] of the sequences `indices` of a run with `seed`: a whole number or one
-    typed key.
+    """Keys [len(indices)] of the sequences `indices` of a run with `seed`.
 
-    `Engine.generate(prompts, seed=s)` uses `sequence_keys(s, range(B))`; with
-    `key=sequence_keys(s, [i])` prompt i alone gets what it got there. Raises ValueError for what is
-    neither.
+    seed: a whole number or one typed key. `Engine.generate(prompts, seed=s)` uses
+    `sequence_keys(s, range(B))`; with `key=sequence_keys(s, [i])` prompt i alone gets the tokens
+    that it got there. Raises ValueError for any other seed.
     """
     if _is_key(seed) and seed.ndim == 0:
         key = _checked(seed)
@@ -115,9 +113,7 @@ def sequence_keys(seed, indices: Sequence[int]) -> jax.Array:
 
 
 def batch_keys(B: int, seed: int, key: jax.Array | None) -> jax.Array:
-    """The keys [B] that `seed`, or `key` [] or [B] where it is not None, stand for; raises
-    ValueError for others.
-    """
+    """Keys [B] of `seed`, or of `key` [] or [B] if given. Raises ValueError for other keys."""
     if key is None:
         return sequence_keys(seed, range(B))
     if not _is_key(key) or key.shape not in ((), (B,)):
@@ -141,7 +137,7 @@ def _brief(value) -> str:
 
 
 def _checked(key: jax.Array) -> jax.Array:
-    """`key`, unless its generator gives other numbers in a batch than alone, as all but one do."""
+    """`key`, if its generator gives the same numbers in a batch as alone; only one does."""
     if str(jax.random.key_impl(key)) != GENERATOR:
         raise ValueError(
             f"keys must be of the generator {GENERATOR}; got {jax.random.key_impl(key)}"
@@ -165,13 +161,12 @@ class Forced(NamedTuple):
 def next_token(
     logits: jax.Array, draw: Draw | Forced | None, step
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Token [B] int32, margin [B] and log-probability [B] from logits [B, V]; `draw` None is
-    greedy.
+    """Token [B] int32, margin [B] and log-probability [B] from logits [B, V].
 
-    step: [] int32, steps since `draw` was made. margin: by how much the token won: its logit minus
-    the best of the others (below 0 where it is forced and another is better), or, when drawn, of x
-    / T + g over what is kept (inf where one is). log-probability: of the token under the model's
-    own distribution, in nats, whatever the sampling.
+    draw: None is greedy. step: [] int32, steps since `draw` was made. margin: by how much the token
+    won: its logit minus the best of the others (below 0 where it is forced and another is better),
+    or, when drawn, of x / T + g over what is kept (inf where one is). log-probability: of the token
+    under the model's own distribution, in nats, whatever the sampling.
     """
     logits = clean(logits)
     compared = logits
@@ -194,15 +189,13 @@ def clean(logits: jax.Array) -> jax.Array:
 
 
 def pick(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Best entry [B] int32 of scores [B, V] (ties to the lowest id) and its margin over the second
-    best [B].
-    """
+    """Best entry [B] int32 of scores [B, V], ties to the lowest id, and its margin [B]."""
     token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     return token, lead(scores, token)
 
 
 def lead(scores: jax.Array, token: jax.Array) -> jax.Array:
-    """What the entry `token` [B] of scores [B, V] has more than the best of the others [B]."""
+    """Entry `token` [B] of scores [B, V] minus the best of the others: [B]."""
     rest = jnp.where(
         jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) == token[:, None], -jnp.inf, scores
     )
@@ -210,11 +203,9 @@ def lead(scores: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def scores(logits: jax.Array, keys: jax.Array, settings: Settings) -> jax.Array:
-    """x / T + g [B, V] up to a constant per row, -inf for what is not kept; logits [B, V] clean,
-    keys [B].
-    """
+    """x / T + g [B, V] up to a constant per row, -inf for what is not kept; logits [B, V] clean."""
     V = logits.shape[-1]
-    # >= 0, so there is no -0
+    # at least 0, so there is no -0
     deficit = (jnp.max(logits, axis=-1, keepdims=True) - logits) / settings.temperature
     deficit = jnp.where(jnp.isnan(deficit), jnp.inf, deficit)
     filtered = (settings.top_k > 0) | (settings.top_p < 1)

@@ -22,9 +22,7 @@ from alisa_jax.kv.buckets import bucket
 
 
 def check(batch: Batch, last: Sequence[int]) -> np.ndarray:
-    """`last` as an array [B]; raises ValueError unless it has a number in 1 .. length - 1 for every
-    sequence.
-    """
+    """`last` as an array [B]. Raises ValueError unless every entry is in 1 .. length - 1."""
     found = np.asarray(last)
     if found.shape != batch.length.shape or found.dtype.kind not in "iu":
         raise ValueError(
@@ -41,12 +39,11 @@ def check(batch: Batch, last: Sequence[int]) -> np.ndarray:
 
 
 def contexts(batch: Batch, last: np.ndarray, least: int) -> tuple[Batch, np.ndarray] | None:
-    """What the sequences share, and which of it [B] each goes on from; None where nothing is to be
-    gained.
+    """The distinct contexts, and which of them [B] each sequence continues; None if none is shared.
 
-    A sequence decodes all its tokens but the last one. Those before the ones that are wanted,
-    length - last - 1 tokens, are its context. least: tokens that every context needs, those that
-    the codec keeps raw.
+    A sequence decodes all its tokens but the last one. Its context is the length - last - 1 tokens
+    before the ones that are wanted. least: tokens that every context needs, those that the codec
+    keeps raw.
     """
     heads = [
         tuple(row[: n - k - 1].tolist())
@@ -58,14 +55,13 @@ def contexts(batch: Batch, last: np.ndarray, least: int) -> tuple[Batch, np.ndar
 
 
 def distinct(heads: Sequence[tuple[int, ...]]) -> tuple[Batch, np.ndarray]:
-    """Each of `heads` once, as a batch, and which of them [B] every one is."""
+    """Each of `heads` once, as a batch, and the index [B] of every one in it."""
     number = {head: i for i, head in enumerate(dict.fromkeys(heads))}
     return Batch.from_lists(number), np.array([number[head] for head in heads], np.int32)
 
 
 def score(engine, batch: Batch, last: np.ndarray, common: Batch, of: np.ndarray, progress: bool):
-    """Decode `common`, then the last tokens of `batch`, whose sequence i goes on from sequence
-    of[i] of `common`.
+    """Decode `common`, then the last tokens of `batch`; sequence i continues sequence of[i].
 
     Returns log-probabilities and hits [B, max(last)] of the last tokens, and three sums [L] over
     the tokens that were decoded (see `step.Scored`).
@@ -98,8 +94,9 @@ def score(engine, batch: Batch, last: np.ndarray, common: Batch, of: np.ndarray,
 
 
 class Feed:
-    """Teacher-forced steps over tokens, targets and `valid` (what is counted), all [B, T]; `out`
-    collects the results.
+    """Teacher-forced steps over tokens, targets and `valid` (what is counted), all [B, T].
+
+    `out` collects the results.
     """
 
     def __init__(self, engine, tokens, targets, valid):

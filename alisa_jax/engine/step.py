@@ -1,5 +1,4 @@
-"""The pure functions that an engine jits: prompt, decode chunks, scoring. No decision is taken
-here.
+"""The pure functions that an engine jits: prompt, decode chunks, scoring. They decide nothing.
 
 A chunk runs many decode steps inside one compiled loop; the number of steps is a traced number, so
 the last and shorter chunk needs no program of its own.
@@ -30,8 +29,7 @@ def init(
 ) -> KVState:
     """States of all layers for B sequences and a context bucket of S tokens.
 
-    room: for states that a prompt begins: how many tokens must find room in sets that grow by what
-    follows it.
+    room: given for states that begin with a prompt: free slots for what follows, in sets that grow.
     """
     c, states = decoder.config, []
     for policy, codec, route, impl, turning in layers:
@@ -45,9 +43,7 @@ def init(
 def prefill(
     decoder: Decoder, layers, params, tokens, length, room: int = 0
 ) -> tuple[jax.Array, KVState]:
-    """tokens [B, T], length [B] -> logits [B, V] of the last token of each prompt, and the states
-    (for the bucket of T).
-    """
+    """tokens [B, T], length [B] -> logits [B, V] of each last token, states for the bucket of T."""
     B, T = tokens.shape
     kv, x, at = list(init(decoder, layers, B, bucket(T), room)), *_embed(decoder, params, tokens)
 
@@ -64,10 +60,9 @@ def prefill(
 def filter_prompt(
     decoder: Decoder, policy, impl: str, params, tokens, length, layer: int
 ) -> jax.Array:
-    """Which tokens of prompts, tokens [B, S] and length [B], `policy` feeds by what it reads in
-    `layer`: [B, n] int32.
+    """Positions [B, n] int32 that `policy` keeps of prompts: tokens [B, S], length [B].
 
-    Of that layer only queries and keys are computed, of later ones nothing.
+    The policy reads queries and keys of `layer`; of later layers nothing is computed.
     """
     x, at = _embed(decoder, params, tokens)
     for earlier in range(layer):
@@ -82,8 +77,9 @@ def filter_prompt(
 def decode(
     decoder: Decoder, params, kv: KVState, token
 ) -> tuple[jax.Array, KVState, list[attention.Taps]]:
-    """One step: token [B] int32 -> logits [B, V], new states, taps of each layer. A layer may be in
-    parts.
+    """One step: token [B] int32 -> logits [B, V], new states, taps of each layer.
+
+    A layer may be in parts.
     """
     at = lengths(kv[0])[:, None]
     x = decoder.embed(params, token[:, None], at)
@@ -139,9 +135,8 @@ class Chunk(NamedTuple):
 
     tokens: jax.Array  # [B, CHUNK_STEPS] int32
     margins: jax.Array  # [B, CHUNK_STEPS] float32: see `sampling.next_token`
-    # [B, CHUNK_STEPS] float32, nats, of the tokens under the model's own distribution
-    logprobs: jax.Array
-    token: jax.Array  # [B] int32, to be fed next
+    logprobs: jax.Array  # [B, CHUNK_STEPS] float32: nats under the model's own distribution
+    token: jax.Array  # [B] int32, the input of the next step
     done: jax.Array  # [B] bool: a stop token has been produced
     steps: jax.Array  # [] int32, steps taken
 
@@ -154,10 +149,10 @@ def is_stop(token: jax.Array, eos: jax.Array) -> jax.Array:
 def generate_chunk(
     decoder: Decoder, params, kv: KVState, token, done, eos, n, draw=None
 ) -> tuple[Chunk, KVState]:
-    """Up to n <= CHUNK_STEPS steps from `token` [B]; ends early when every sequence is done, and
-    after a step that leaves rows pending.
+    """Up to n <= CHUNK_STEPS steps from `token` [B].
 
-    draw: a `sampling.Draw` or `Forced`, or None for greedy steps.
+    Ends early when every sequence is done, and after a step that leaves rows pending. draw: a
+    `sampling.Draw` or `Forced`, or None for greedy steps.
     """
     B = token.shape[0]
     empty = jnp.zeros((B, CHUNK_STEPS))
@@ -190,8 +185,7 @@ class Scored(NamedTuple):
 
     logprobs: jax.Array  # [B, CHUNK_STEPS] float32, nats
     correct: jax.Array  # [B, CHUNK_STEPS] bool: the greedy token is the target
-    # [L] float32: sum over steps and sequences of the share of the context that was attended
-    attended: jax.Array
+    attended: jax.Array  # [L] float32: attended share of the context, summed over all steps
     loads: jax.Array  # [L] int32: rows copied from the stores
     clipped: jax.Array  # [L] int32: elements of K and V that the codec clipped
 
@@ -199,8 +193,9 @@ class Scored(NamedTuple):
 def score_chunk(
     decoder: Decoder, params, kv: KVState, tokens, targets, valid, n
 ) -> tuple[Scored, KVState]:
-    """n <= CHUNK_STEPS steps: tokens, targets [B, CHUNK_STEPS] int32, valid [B, CHUNK_STEPS] bool
-    (what is counted).
+    """n <= CHUNK_STEPS teacher-forced steps.
+
+    tokens, targets [B, CHUNK_STEPS] int32; valid [B, CHUNK_STEPS] bool: what is counted.
     """
     L = len(kv)
     none = jnp.zeros((L,), jnp.int32)
@@ -232,9 +227,7 @@ def score_chunk(
 
 
 def judge(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """logits [..., V], target [...] -> log-probability of the target in nats, and whether it is the
-    greedy token.
-    """
+    """logits [..., V], target [...] -> nats of the target, and whether it is the greedy token."""
     chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
 
@@ -263,11 +256,9 @@ def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):
 def judge_all(
     decoder: Decoder, params, x: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`judge` of what the last layer gave: x [B, T, D], targets [B, T] int32, T a multiple of 32;
-    both results [B, T].
-    """
+    """`judge` [B, T] of the last layer's x [B, T, D] and targets [B, T] int32; T % 32 = 0."""
     B, T, D = x.shape
-    size = 32  # the logits of so many positions are held at once
+    size = 32  # positions whose logits are held at once
     blocks = jnp.moveaxis(x.reshape(B, T // size, size, D), 1, 0)
     wanted = jnp.moveaxis(targets.reshape(B, T // size, size), 1, 0)
     logprobs, correct = jax.lax.map(

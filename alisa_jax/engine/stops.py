@@ -1,5 +1,4 @@
-"""New text, token by token: which of it is final, where a stop string ends it, and what may be
-shown already.
+"""New text, token by token: what is final, what may be shown, and where a stop string ends it.
 
 The text of a token depends on its neighbours: a character may be spread over several tokens, and
 the first token of a text may lose its leading space. So the text of the new tokens is that of
@@ -45,9 +44,7 @@ class Completion:
         self.stopped = False  # a stop string is complete
 
     def push(self, token: int) -> bool:
-        """Take in one more token; True when it completes a stop string. Nothing may be pushed after
-        that.
-        """
+        """Take in one more token; True when it completes a stop string: push none after that."""
         searched = len(self._final)
         self._ids.append(token)
         text = self._rest()
@@ -90,9 +87,7 @@ class Completion:
 
 
 def behind(base: str, text: str) -> str:
-    """`text` without its beginning `base`, or without what the two share where `base` ends inside a
-    character.
-    """
+    """`text` behind `base`, or behind what both share where `base` ends inside a character."""
     shared = (
         len(base)
         if text.startswith(base)
@@ -108,9 +103,7 @@ def held(text: str, stop: str) -> int:
 
 
 def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """The stop strings as a tuple without repeats. Raises ValueError, in one sentence, for what
-    cannot be one.
-    """
+    """The stop strings as a tuple without repeats. Raises ValueError for what cannot be one."""
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for s in stops:
         if not isinstance(s, str) or not s:
@@ -124,12 +117,11 @@ def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def byte_runs(tokenizer) -> Callable[[int, bool], bool]:
-    """run(token, before): whether the tokens up to `token` end in a run of bytes, `before` saying
-    so of those before it.
+    """run(token, before): whether the tokens up to `token` end in a run of bytes.
 
-    Vocabularies with byte fallback (SentencePiece) have tokens such as <0x0A>. A run of them is
-    decoded as a whole, so the text of its first bytes is final only when the run has ended; special
-    tokens are no text and do not end it.
+    before: whether those before it do. Vocabularies with byte fallback (SentencePiece) have tokens
+    such as <0x0A>. A run of them is decoded as a whole, so the text of its first bytes is final
+    only when the run has ended; special tokens are no text and do not end it.
     """
     special = frozenset(
         i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special

@@ -238,8 +238,7 @@ class AlisaLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the greedy one.
 
-        requests: (texts or None, context ids, continuation ids). The choices of one context come
-        one after another.
+        requests: (texts or None, context ids, continuation ids), the choices of a context in a row.
         """
         sequences, longest = [], {}
         for texts, context, continuation in requests:
@@ -318,7 +317,7 @@ class AlisaLM(TemplateLM):
             total=len(requests), desc="Running generate_until requests", disable=disable_tqdm
         ) as bar:
             for asked, batch in batches:
-                # text alone may begin without its space
+                # a text that is decoded by itself may lose its leading space
                 stops = [text for text in asked.until if not text.startswith(" ")]
                 rows = self.serving.generate(
                     [prompts[i] for i in batch],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from alisa_jax.engine.engine import PROTOCOLS
 from alisa_jax.engine.sampling import Sampling
 
-# of a request to generate
+# settings of a request to generate
 ASKED = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")
 
 

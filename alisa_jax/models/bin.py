@@ -20,16 +20,13 @@ _ZIP = b"PK\x03\x04"
 
 
 def import_torch(where: str):
-    """The torch module. Raises CheckpointError, in one sentence, where it is not installed; `where`
-    has the weights.
-    """
+    """The torch module, for the weights of `where`. Raises CheckpointError if not installed."""
     try:
         import torch
     except ImportError as error:
         raise CheckpointError(
             f"{where} has its weights as pytorch_model.bin alone, which is read through torch; "
-            "install "
-            "'alisa-jax[torch]', or use a model with safetensors weights."
+            "install 'alisa-jax[torch]', or use a model with safetensors weights."
         ) from error
     return torch
 
@@ -48,8 +45,7 @@ class BinFile:
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{path} is damaged or needs more than weights to be read, which is refused "
-                "because it could run code; "
-                "use a model with safetensors weights."
+                "because it could run code; use a model with safetensors weights."
             ) from error
         except Exception as error:  # a damaged pickle fails in any way
             raise CheckpointError(

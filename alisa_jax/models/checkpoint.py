@@ -2,16 +2,15 @@
 
 | name | what is loaded |
 | --- | --- |
-| a folder | a Hugging Face folder: `config.json`, weights, where present `tokenizer.json`,
-`generation_config.json` |
-| owner/name, owner/name@revision | the same folder from the hub (`hub.py`), where no local folder
-has that name |
+| a folder | a Hugging Face folder |
+| owner/name, owner/name@revision | the same from the hub (`hub.py`), if there is no such folder |
 | bundled | the model that comes with this package |
 | random:NAME | a named shape (`shapes.py`) with random weights |
 
-Weights are safetensors or, without those, `.bin` files (`weights.py`), in one file or in shards.
-`save` writes a folder that `load` and transformers both read. Tensors are memory mapped and pass
-through host memory one at a time; q, k and v that lie in one tensor become three.
+A folder has `config.json`, weights and, where present, `tokenizer.json` and
+`generation_config.json`. Weights are safetensors or, without those, `.bin` files (`weights.py`), in
+one file or in shards. `save` writes a folder that `load` and transformers both read. Tensors are
+memory mapped and pass through host memory one at a time; q, k and v of one tensor become three.
 """
 
 from __future__ import annotations
@@ -66,15 +65,17 @@ class Model:
         return Calibration.load(path) if self.source and path.is_file() else None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, after the model's BOS id where it has one. Raises CheckpointError
-        without a tokenizer.
+        """Token ids of `text`, after the model's BOS id where it has one.
+
+        Raises CheckpointError without a tokenizer.
         """
         ids = self._tokenizer().encode(text, add_special_tokens=False).ids
         return ids if self.bos_id is None else [self.bos_id, *ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids, special tokens left out. Raises CheckpointError without a
-        tokenizer.
+        """Text of token ids, special tokens left out.
+
+        Raises CheckpointError without a tokenizer.
         """
         return self._tokenizer().decode(list(ids))
 
@@ -87,22 +88,19 @@ class Model:
 
 
 def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> Model:
-    """Load a model: a Hugging Face folder, a name of the hub, "bundled", or "random:NAME" with a
-    name of `SHAPES`.
+    """Load a model: a Hugging Face folder, a name of the hub, "bundled", or "random:NAME".
 
     Args:
-      name_or_path: the folder or the name; see the table above.
+      name_or_path: the folder or the name; see the table above. NAME is one of `SHAPES`.
       dtype: "float32", "float16" or "bfloat16" (or the NumPy type). None keeps the type that
-      `config.json`
-        states, or that of the token table where it states none; random weights are then float32,
-        and so is the bundled model, whose file is bfloat16 to be small.
+        `config.json` states, or that of the token table where it states none; random weights are
+        then float32, and so is the bundled model, whose file is bfloat16 to be small.
       seed: of random weights; not used otherwise.
 
     Raises:
-      CheckpointError: in one sentence, for an unknown name, a path that is no folder, a name of the
-      hub that
-        cannot be had, a missing or damaged file, an unsupported architecture or setting, and a
-        tensor missing or of a wrong shape or type.
+      CheckpointError: in one sentence, for an unknown name, a path that is no folder, a name of
+        the hub that cannot be had, a missing or damaged file, an unsupported architecture or
+        setting, and a tensor missing or of a wrong shape or type.
     """
     name = os.fspath(name_or_path)
     wanted = None if dtype is None else _dtype(dtype)
@@ -150,8 +148,7 @@ def save(
     bos_id: int | None = None,
     eos_ids: Iterable[int] = (),
 ) -> None:
-    """Write the folder of a model, with its weights in `dtype` and, if given, its tokenizer and
-    special ids.
+    """Write the folder of a model: weights in `dtype` and, if given, tokenizer and special ids.
 
     Every file appears whole or not at all, and `config.json` last, so a folder that has one is
     complete. Raises CheckpointError where the folder cannot be written or `params` do not have the
@@ -323,8 +320,7 @@ def _first(value: Any) -> int | None:
 def _whole(path: Path):
     """A path to write to, moved to `path` when the block ends well and removed when it does not.
 
-    The file gets the mode that a new file of the folder has; safetensors writes for the owner
-    alone.
+    The file gets the mode of any new file in the folder, where safetensors has the owner's alone.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:

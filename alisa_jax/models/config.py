@@ -62,10 +62,8 @@ class ModelConfig:
     mlp_bias: bool = False  # biases of the MLP projections
     rotary_frac: float = 1.0  # gpt_neox: share of a head's channels that are rotated
     parallel_residual: bool = False  # gpt_neox: attention and MLP both read the layer's input
-    # opt: False normalises after each half, and has no final norm (opt-350m)
-    norm_before: bool = True
-    # opt: width of the token table where it is projected to D; None: D itself
-    embed_dim: int | None = None
+    norm_before: bool = True  # opt: False has norms after each half and none at the end (opt-350m)
+    embed_dim: int | None = None  # opt: width of a token table that is projected to D; None: D
 
     def __post_init__(self):
         if self.arch not in ARCHITECTURES:
@@ -90,9 +88,8 @@ class ModelConfig:
         ):
             raise ValueError(
                 f"arch {self.arch} needs n_kv_heads = n_heads and n_heads * head_dim = d_model; "
-                "given are "
-                f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, head_dim={self.head_dim}, "
-                f"d_model={self.d_model}."
+                f"given are n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, "
+                f"head_dim={self.head_dim}, d_model={self.d_model}."
             )
         if self.arch == "opt" and self.rope_scaling is not None:
             raise ValueError("an opt model has learned positions; rope_scaling must be None.")
@@ -121,15 +118,12 @@ class ModelConfig:
         ):
             raise ValueError(
                 f"embed_dim is {self.embed_dim!r}; it must be a whole number of at least 1 other "
-                "than "
-                f"d_model={self.d_model}, or None for a table as wide as the model."
+                f"than d_model={self.d_model}, or None for a table as wide as the model."
             )
 
     @property
     def rotary_dims(self) -> int:
-        """Leading channels of each head that are rotated, in pairs (c, c + rotary_dims / 2); 0
-        without rotation.
-        """
+        """Leading channels of a head that are rotated, in pairs (c, c + rotary_dims / 2); or 0."""
         return 0 if self.arch == "opt" else int(self.head_dim * self.rotary_frac)
 
     @property

@@ -3,11 +3,10 @@
 A `Decoder` is a frozen dataclass of pure functions of (params, inputs); it holds a `ModelConfig`
 and no arrays. A step of any kind (training, prefill, decode) is the same three calls:
 
-    x = decoder.embed(params, tokens, positions)                                # [B, T, D]
+    x = decoder.embed(params, tokens, positions)                      # [B, T, D]
     for layer in range(decoder.config.n_layers):
-        x, aux = decoder.block(params, layer, x, positions, attend)             # attend owns the KV
-        cache
-    logits = decoder.unembed(params, x)                                         # [B, T, V] float32
+        x, aux = decoder.block(params, layer, x, positions, attend)   # attend owns the KV cache
+    logits = decoder.unembed(params, x)                               # [B, T, V] float32
 
 `params` is {"embed": dict, "blocks": [dict] * L, "unembed": dict} of arrays in one type; a layer's
 dict may live in any memory until its block is called. Layers are a list, not a stacked array, so
@@ -75,8 +74,7 @@ class Decoder:
         attend: Attend,
         rotate: bool = True,
     ) -> tuple[jax.Array, Any]:
-        """Layer `layer` -> (x [B, T, D], aux), where aux is what `attend` returned beside its
-        output.
+        """Layer `layer` -> (x [B, T, D], aux); aux is what `attend` returned beside its output.
 
         `attend(q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]) -> (out [B, T, N, H], aux)`. It is
         called once. q and k carry their positions (rotated, but for opt); with rotate=False they
@@ -103,9 +101,10 @@ class Decoder:
         return module.apply({"params": params["unembed"]}, x, self._table(params))
 
     def count_params(self, embedding: bool = True) -> int:
-        """Number of parameters; `embedding=False` leaves out token and position tables, their
-        projections and an
-        untied head."""
+        """Number of parameters.
+
+        embedding=False leaves out token and position tables, their projections and an untied head.
+        """
         c = self.config
         q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         norm = c.d_model if c.arch == "llama" else 2 * c.d_model
@@ -125,9 +124,7 @@ class Decoder:
 
     @property
     def rotary_angles(self) -> tuple[float, ...]:
-        """Radians that a position turns each pair (c, c + rotary_dims / 2) of key channels; ()
-        without rotation.
-        """
+        """Radians per position of each pair (c, c + rotary_dims / 2) of key channels; or ()."""
         c = self.config
         return (
             tuple(inverse_frequencies(c.rotary_dims, c.rope_theta, c.rope_scaling).tolist())
@@ -141,8 +138,7 @@ class Decoder:
         return 2 * c.n_layers * c.n_kv_heads * c.head_dim * element_bytes
 
     def flops_per_token(self, context_tokens: int) -> int:
-        """Floating-point operations of one token's forward pass when it attends `context_tokens`
-        positions.
+        """Operations of one token's forward pass when it attends `context_tokens` positions.
 
         A multiply-add is two. Matrix products only: 2 per weight of the blocks, of the head and of
         projections to and from narrower embeddings, and 4 L N H per attended position; norms,

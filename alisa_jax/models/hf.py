@@ -4,14 +4,14 @@
 | --- | --- |
 | llama | grouped-query attention, biases, rotary scaling default, linear or llama3 |
 | opt | norms before or after each half, with or without biases, projected embeddings (opt-350m) |
-| gpt_neox | parallel or sequential residuals, any even share of rotated channels, attention biases,
-the same scalings |
+| gpt_neox | parallel or sequential residuals, any even rotated share, attention biases, scalings |
 
-All of them with a tied or an untied head and the activations of `ACTIVATIONS`. Pure functions on
-dictionaries; files are read and written in `checkpoint.py`. Both spellings of the rotary settings
-are read: `rope_theta` at the top (`rotary_emb_base` and `rotary_pct` for gpt_neox) with an optional
-`rope_scaling`, and the newer `rope_parameters` (or `rope_scaling`) that holds them all. A setting
-that would change the arithmetic and is not implemented is refused, never ignored.
+All of them with a tied or an untied head and the activations of `ACTIVATIONS`; gpt_neox with the
+scalings of llama. Pure functions on dictionaries; files are read and written in `checkpoint.py`.
+Both spellings of the rotary settings are read: `rope_theta` at the top (`rotary_emb_base` and
+`rotary_pct` for gpt_neox) with an optional `rope_scaling`, and the newer `rope_parameters` (or
+`rope_scaling`) that holds them all. A setting that would change the arithmetic and is not
+implemented is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -41,16 +41,13 @@ ACTIVATIONS = types.MappingProxyType(
 
 
 class CheckpointError(ValueError):
-    """A model folder or model name that cannot be used; the message is one sentence
-    that says why.
-    """
+    """A model folder or name that cannot be used; the message says why in one sentence."""
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The `ModelConfig` of a parsed `config.json`.
 
-    Raises CheckpointError for an unsupported architecture or setting and for a missing or wrong
-    value.
+    Raises CheckpointError for an unsupported architecture or setting, a missing or a wrong value.
     """
     arch = raw.get("model_type")
     if arch not in ARCHITECTURES:
@@ -61,8 +58,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     if raw.get("quantization_config") is not None:
         raise CheckpointError(
             "the checkpoint is quantised (quantization_config is set); supported are plain "
-            "float32, float16 "
-            "and bfloat16 weights."
+            "float32, float16 and bfloat16 weights."
         )
     try:
         return _READERS[arch](raw)
@@ -120,8 +116,8 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     if c.attention_bias != c.mlp_bias or c.norm_eps != _OPT_NORM_EPS:
         raise CheckpointError(
             "an opt folder can only say attention_bias = mlp_bias and norm_eps = "
-            f"{_OPT_NORM_EPS}; given are "
-            f"attention_bias={c.attention_bias}, mlp_bias={c.mlp_bias}, norm_eps={c.norm_eps}."
+            f"{_OPT_NORM_EPS}; given are attention_bias={c.attention_bias}, "
+            f"mlp_bias={c.mlp_bias}, norm_eps={c.norm_eps}."
         )
     return raw | {
         "architectures": ["OPTForCausalLM"],
@@ -270,9 +266,7 @@ _READERS = types.MappingProxyType(
 def _rope_from_hf(
     raw: Mapping[str, Any], max_positions: int
 ) -> tuple[float, RopeScaling | None, float | None]:
-    """(theta, scaling, share of rotated channels where stated) from any spelling; `rope_parameters`
-    wins.
-    """
+    """(theta, scaling, rotated share where stated) of any spelling; `rope_parameters` wins."""
     rope = _or(raw, "rope_parameters", _or(raw, "rope_scaling", {}))
     if not isinstance(rope, Mapping):
         raise CheckpointError(f"the rotary settings are {rope!r}; they must be an object or null.")

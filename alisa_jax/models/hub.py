@@ -26,8 +26,7 @@ def locate(name: str) -> tuple[Path, str]:
 
     A path of this machine, there or not, is itself, and always wins; the model is called as its
     folder. A hub name is the folder of its files, downloaded where they are not in the cache, and
-    the model keeps the name. Raises CheckpointError, in one sentence, where a hub name cannot be
-    had.
+    the model keeps the name. Raises CheckpointError, in one sentence, if that is not possible.
     """
     path = Path(name)
     if path.exists() or not _NAME.fullmatch(name):
@@ -41,8 +40,7 @@ def _download(name: str) -> Path:
     except ImportError as error:
         raise CheckpointError(
             f"{name!r} is no folder here, and names of the hub need huggingface_hub; install "
-            "'alisa-jax[hub]', or give "
-            "a local Hugging Face folder."
+            "'alisa-jax[hub]', or give a local Hugging Face folder."
         ) from error
     repository, _, revision = name.partition("@")
 
@@ -62,8 +60,7 @@ def _download(name: str) -> Path:
             folder = fetch((*_FILES, *_BIN_FILES))
     except CheckpointError:
         raise
-    # the library and its network stacks raise types without a common base
-    except Exception as error:
+    except Exception as error:  # the errors of the library and its network have no common base
         raise CheckpointError(
             f"{name!r} is no folder here, and {_reason(error)}; give {ALLOWED}."
         ) from error
@@ -71,9 +68,7 @@ def _download(name: str) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    """Why a download failed, by the names of the library's errors, which have moved between its
-    modules.
-    """
+    """Why a download failed, by the names of errors: their modules differ between releases."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "GatedRepoError" in kinds:
         return "the hub gives it out to accounts with permission only"

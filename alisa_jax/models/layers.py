@@ -22,9 +22,7 @@ DType = Any
 
 
 def activation(name: str):
-    """The elementwise function called `name`: "silu", "relu", "gelu" (the exact one, with erf) or
-    "gelu_tanh".
-    """
+    """The elementwise function "silu", "relu", "gelu" (exact, with erf) or "gelu_tanh"."""
     return {
         "silu": jax.nn.silu,
         "relu": jax.nn.relu,
@@ -112,9 +110,7 @@ class Table(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits in float32: x [B, T, D] -> [B, T, V], through a matrix [V, D] of its own or the token
-    table.
-    """
+    """Float32 logits, x [B, T, D] -> [B, T, V], by the token table or its own matrix [V, D]."""
 
     vocab_size: int
     param_dtype: DType = jnp.float32

@@ -69,9 +69,7 @@ class Block(nn.Module):
 
 
 class Unembed(nn.Module):
-    """Final norm and head: x [B, T, D] -> logits [B, T, V] float32; `table`: the token table if
-    tied.
-    """
+    """Final norm and head: x [B, T, D] -> logits [B, T, V] float32; `table`: a tied token table."""
 
     config: ModelConfig
     param_dtype: DType = jnp.float32

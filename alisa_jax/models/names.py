@@ -1,5 +1,4 @@
-"""The names of tensors in Hugging Face folders, in the spelling that every version of transformers
-reads.
+"""The names of tensors in Hugging Face folders, as every version of transformers reads them.
 
 Most parameters are one tensor. The q, k and v of GPT-NeoX lie in one, head by head: its output axis
 is [N, 3, H], and `split` and `join` go between the two.
@@ -14,11 +13,10 @@ import numpy as np
 
 
 def tensor_name(arch: str, part: str, module: str, leaf: str, layer: int | None = None) -> str:
-    """Hugging Face name of one parameter; `part` is embed, blocks or unembed, `leaf` its name in
-    the module.
+    """Hugging Face name of one parameter.
 
-    Parameters that lie in one tensor have one name, and `modules` lists them in the order in which
-    they lie there.
+    part: embed, blocks or unembed. leaf: its name in the module. Parameters that lie in one tensor
+    have one name, and `modules` lists them in the order in which they lie there.
     """
     name = _NAMES[arch][part][module]
     if layer is not None:

@@ -1,11 +1,11 @@
 """The GPT-NeoX family (arXiv 2204.06745, section 2) and Pythia (arXiv 2304.01373, section 2.2).
 
     a = o(attend(rotate(q(n)), rotate(k(n)), v(n)))            n = LayerNorm(x)
-    x = x + a + down(act(up(m)))                               m = LayerNorm(x), of x + a with
-    sequential residuals
+    x = x + a + down(act(up(m)))                               m = LayerNorm(x)
 
-`rotate` turns the leading `rotary_dims` channels of each head and leaves the others as they are.
-Checkpoints hold q, k and v as one matrix; here they are three, as in the other families.
+With sequential residuals m is LayerNorm(x + a). `rotate` turns the leading `rotary_dims` channels
+of each head and leaves the others as they are. Checkpoints hold q, k and v as one matrix; here they
+are three, as in the other families.
 
 Three modules that hold parameters and nothing else. The block hands q, k and v to `attend` and
 knows nothing of caches; q is not scaled.
@@ -69,9 +69,7 @@ class Block(nn.Module):
 
 
 class Unembed(nn.Module):
-    """Final norm and head: x [B, T, D] -> logits [B, T, V] float32; `table`: the token table if
-    tied.
-    """
+    """Final norm and head: x [B, T, D] -> logits [B, T, V] float32; `table`: a tied token table."""
 
     config: ModelConfig
     param_dtype: DType = jnp.float32

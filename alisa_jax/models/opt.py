@@ -1,12 +1,12 @@
 """The OPT family (arXiv 2205.01068).
 
-    x = tokens[t] + positions[p + 2]                           opt-350m: project_in(tokens[t]) +
-    positions[p + 2]
+    x = tokens[t] + positions[p + 2]
     x = x + o(attend(q(n), k(n), v(n)))                        n = LayerNorm(x)
     x = x + down(act(up(n)))                                   n = LayerNorm(x)
 
-With `norm_before=False` (opt-350m) each half ends with its norm instead, x =
-LayerNorm(x + half(x)), and there is no final norm; with `embed_dim` the head reads project_out(x).
+opt-350m differs twice. With `norm_before=False` each half ends with its norm instead,
+x = LayerNorm(x + half(x)), and there is no final norm. With `embed_dim` x begins as
+project_in(tokens[t]) + positions[p + 2], and the head reads project_out(x).
 
 Three modules that hold parameters and nothing else. The block hands q, k and v to `attend` and
 knows nothing of caches; q is not scaled.
@@ -76,9 +76,7 @@ class Block(nn.Module):
 
 
 class Unembed(nn.Module):
-    """Final norm and head: x [B, T, D] -> logits [B, T, V] float32; `table`: the token table if
-    tied.
-    """
+    """Final norm and head: x [B, T, D] -> logits [B, T, V] float32; `table`: a tied token table."""
 
     config: ModelConfig
     param_dtype: DType = jnp.float32

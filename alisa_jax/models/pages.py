@@ -1,6 +1,4 @@
-"""Weights on large pages: a decode step reads them all, and each small page of a CPU costs an
-address to look up.
-"""
+"""Weights on large pages: a decode step reads them all, and a CPU looks up each small page."""
 
 from __future__ import annotations
 
@@ -14,12 +12,11 @@ _ALIGNED_BYTES = 64  # of an array that JAX takes as it lies
 
 
 def on_large_pages(params: Any) -> Any:
-    """The arrays of `params`, one behind the other in one block of memory, where the default device
-    is a CPU.
+    """`params` in one block of memory where the default device is a CPU.
 
     NumPy asks the system for large pages for a block of some MiB, and JAX keeps the arrays where
-    they are. On any other device `params` is returned as it is. While it runs both copies are
-    there.
+    they are, one behind the other. On any other device `params` is returned as it is. While this
+    runs both copies are there.
     """
     leaves, tree = jax.tree.flatten(params)
     if (

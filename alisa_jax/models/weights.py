@@ -1,11 +1,9 @@
 """The tensors of a model folder, by name, as they are stored.
 
-A folder holds them in one file or in shards with an index; safetensors wins where there is a `.bin`
-too:
+A folder holds them in one file or in shards with an index; safetensors wins over `.bin`:
 
     model.safetensors        or  model.safetensors.index.json and its shards
-    pytorch_model.bin        or  pytorch_model.bin.index.json and its shards, read through torch
-                                 (`bin.py`)
+    pytorch_model.bin        or  pytorch_model.bin.index.json and its shards, by torch (`bin.py`)
 
 Files are memory mapped where their format allows it, and a tensor is read when it is asked for.
 """
@@ -74,15 +72,12 @@ def open_weights(folder: Path, stack: contextlib.ExitStack) -> dict[str, WeightF
             return _open_shards(folder, index, stack)
     raise CheckpointError(
         f"{folder} has neither {WEIGHTS} nor {INDEX}, and no {BIN_WEIGHTS} or {BIN_INDEX}; other "
-        "weight formats are "
-        "not read."
+        "weight formats are not read."
     )
 
 
 def read_tensor(file: WeightFile, name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
-    """The tensor `name`. Raises CheckpointError where it has another shape or a type that is not
-    supported.
-    """
+    """The tensor `name`. Raises CheckpointError for another shape or an unsupported type."""
     stored, kind = file.describe(name)
     if stored != shape:
         raise CheckpointError(

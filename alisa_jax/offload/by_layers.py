@@ -1,9 +1,8 @@
-"""Placed runs of dense layers: what is off the device comes layer by layer at every step, `ahead`
-layers in flight.
+"""Placed runs of dense layers: each step streams what is off the device, layer by layer.
 
-A layer attends its ring, what is streamed from the host, and a prefix that is recomputed beside the
-step where tokens were deleted; the three are joined by `merge`. While nothing is off the device,
-many steps run inside one program.
+A layer attends its ring, what is streamed from the host, and, where tokens were deleted, a prefix
+that is recomputed beside the step; `merge` joins the three. `plan.ahead` layers are in flight.
+While nothing is off the device, many steps run inside one program.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from alisa_jax.placement.plan import PAGE_TOKENS, Plan, pages, stream_pages
 
 
 class LayerRun(PlacedRun):
-    """See above."""
+    """A placed run of layers that attend everything: host pages are streamed at every step."""
 
     layout_of_pages = "slots"
 
@@ -75,8 +74,9 @@ class LayerRun(PlacedRun):
         )
 
     def _stream(self, layer: int, ranges: dict[int, tuple[int, int]]):
-        """(leaves of each group, first position of each away sequence) of a layer's host rows;
-        ((), zeros) for nothing.
+        """A layer's host rows: leaves of each group, and the first position of each away sequence.
+
+        Returns ((), zeros) where nothing is streamed.
         """
         found = {
             g: ranges[members[0]] for g, members in enumerate(self.groups) if members[0] in ranges

@@ -19,9 +19,7 @@ from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Positions, Rows
 
 
 class Requests(NamedTuple):
-    """n tokens that slots of the away part are to hold, in the order of placed layer, sequence and
-    position.
-    """
+    """n tokens for slots of the away part, in the order of placed layer, sequence and position."""
 
     layer: np.ndarray  # [n] int32
     sequence: np.ndarray  # [n] int32, of the away part
@@ -33,9 +31,7 @@ class Requests(NamedTuple):
         return Requests(*(x[chosen] for x in self))
 
     def by_key(self, first: int) -> Positions:
-        """{(layer, sequence): positions}, sequences of the batch, of which `first` are before the
-        away part.
-        """
+        """{(layer, sequence): positions}; sequence 0 of the away part is `first` of the batch."""
         key = np.stack([self.layer, self.sequence], axis=1)
         cuts = np.flatnonzero((np.diff(key, axis=0) != 0).any(axis=1)) + 1
         runs = [run for run in np.split(self.pos, cuts) if len(run)]
@@ -60,10 +56,10 @@ def requests(pos: np.ndarray, slot: np.ndarray) -> Requests:
 
 
 def rounds(rows: Requests, pages: int, gather: bool) -> Iterable[Requests]:
-    """`rows` in pieces that staging has room for: `pages` pages of single rows, or the rows of
-    `pages` pages, each whole.
+    """`rows` in pieces that staging has room for.
 
-    A page that lay in two pieces would travel twice, and its plan says once.
+    A piece is `pages` pages of single rows, or, without `gather`, all rows of `pages` whole pages:
+    a page that lay in two pieces would travel twice, and its plan says once.
     """
     page = np.stack([rows.layer, rows.sequence, rows.pos // PAGE_TOKENS], axis=1)
     new = (np.diff(page, axis=0) != 0).any(axis=1)
@@ -80,7 +76,7 @@ NOTHING = Requests(*(np.zeros(0, np.int32) for _ in range(3)), np.zeros((0, 1), 
 
 
 class RowRun(PlacedRun):
-    """See above."""
+    """A placed run of layers that select: single rows are loaded or recomputed when wanted."""
 
     layout_of_pages = "tokens"
 
@@ -115,9 +111,7 @@ class RowRun(PlacedRun):
         self._take(self._columns(out, taken))
 
     def _step_behind(self, now: int) -> None:
-        """lag 1: rows that became pending at the last step come while this one runs, and count from
-        the next one on.
-        """
+        """lag 1: rows pending since the last step arrive during this one, for the next."""
         held = self._held() if self.controller.reads_wanted else None
         self.pending, before = NOTHING, self.waiting
         plan = self._ask(now, held)
@@ -200,7 +194,7 @@ class RowRun(PlacedRun):
         which = np.searchsorted(sequences, rows.sequence)
         place = _ranks(rows.layer * len(sequences) + which)
         away = self.setting.batch - self.whole
-        # few shapes
+        # rounded up, so that few shapes are compiled
         n, E = min(away, _round(len(sequences), 4)), max(16, _round(int(place.max()) + 1, 2))
         T = bucket(max(stops[b] for b in sequences.tolist()))
         tokens, length = np.zeros((n, T), np.int32), np.ones(n, np.int32)

@@ -1,5 +1,4 @@
-"""`Placed`: generation whose cache does not fit on the device, with a controller that says where
-each token lives.
+"""`Placed`: generation whose cache does not fit on the device, placed by a controller.
 
 One loop serves every controller. Before a step the controller gets a `View` and answers with a
 `Plan`; a run (`offload.run`) obeys it through the `Mover`, then steps until there is something to
@@ -29,11 +28,10 @@ from alisa_jax.placement.plan import Controller, Setting
 
 @dataclass(frozen=True)
 class PlacedResult:
-    """What `Placed.generate` returns. Bytes are of K, V and all else that a cache keeps: working
-    sets, statistics, staging.
+    """What `Placed.generate` returns.
 
-    A row is a token of one layer and sequence. tokens_per_s = batch * new tokens /
-    (prefill_s + decode_s).
+    Bytes are of K, V and all else that a cache keeps: working sets, statistics, staging. A row is a
+    token of one layer and sequence. tokens_per_s = batch * new tokens / (prefill_s + decode_s).
     """
 
     tokens: list[list[int]]  # new tokens of each prompt
@@ -55,7 +53,7 @@ class PlacedResult:
     groups: int  # runs that the batch was split into
     effective_batch: int  # sequences of the largest
     decisions: int  # times that the controller was asked
-    decide_s: float  # what this took, and looking ahead for the next move
+    decide_s: float  # seconds of these, and of looking ahead for the next move
     compiles: int
     notes: tuple[str, ...]
     host_reads: str  # "rows" | "pages" | "" where nothing is offloaded
@@ -99,18 +97,14 @@ class Placed:
         return other
 
     def setting(self, prompt_tokens: Sequence[int], new_tokens: int) -> Setting:
-        """The run in numbers; exact bytes, from shapes alone. Raises ValueError for what no
-        controller can run.
-        """
+        """The run in numbers, from shapes alone. Raises ValueError if no controller can run it."""
         gather = self.host is None or self.host.reads == "rows"
         config, layers = self.engine.model.decoder.config, self.engine.layers
         budgets = self.device_kv_bytes, self.host_kv_bytes
         return settings.setting_of(config, layers, prompt_tokens, new_tokens, *budgets, gather)
 
     def check(self, prompt_tokens: Sequence[int], new_tokens: int) -> Setting:
-        """The setting; raises ValueError, naming the smallest value that would do, for what cannot
-        be run.
-        """
+        """The setting. Raises ValueError, naming the least value that would do, if refused."""
         setting = self.setting(prompt_tokens, new_tokens)
         settings.check(self.controller, setting)
         return setting
@@ -124,19 +118,17 @@ class Placed:
         return self._run(prompts, max_new_tokens, None, progress)
 
     def score(self, sequences, prompt_tokens: int, progress: bool = False) -> PlacedResult:
-        """Log-probabilities of sequences, all of one length, from token `prompt_tokens` on, fed
-        token by token.
+        """Log-probabilities of the tokens from `prompt_tokens` on of sequences of one length.
 
-        The first `prompt_tokens` are a dense prompt. `PlacedResult.logprobs` has an entry for each
-        later token, `PlacedResult.tokens` repeats them. Raises ValueError as `generate` does, and
-        for sequences of different lengths.
+        The first `prompt_tokens` are a dense prompt, the others are fed one by one.
+        `PlacedResult.logprobs` has an entry for each later token, `PlacedResult.tokens` repeats
+        them. Raises ValueError as `generate` does, and for sequences of different lengths.
         """
         batch = self.engine.batch(sequences)
         if len(set(batch.length.tolist())) > 1 or not 1 <= prompt_tokens < batch.length[0]:
             raise ValueError(
                 f"score needs sequences of one length, longer than prompt_tokens={prompt_tokens}; "
-                "got lengths "
-                f"{batch.length.tolist()}"
+                f"got lengths {batch.length.tolist()}"
             )
         prompts = [row[:prompt_tokens].tolist() for row in batch.tokens]
         return self._run(

@@ -1,5 +1,4 @@
-"""The pure functions that placed runs jit: a prompt layer by layer, what obeys a plan, and dense
-layers one at a time.
+"""The pure functions that placed runs jit: prompts by layer, what obeys a plan, dense layers.
 
 `kv` is a tuple over layers of tuples over parts (`alisa_jax.attention.parts`); the away part, where
 there is one, is the last. `placed` names the layers whose tokens a controller places.
@@ -31,9 +30,7 @@ class Cut(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """What the away parts of the placed layers wait for; shapes as in `kv.pending.Pending` with a
-    layer axis in front.
-    """
+    """What the away parts of the placed layers wait for: `kv.pending.Pending` by layer."""
 
     pos: jax.Array  # [L, B, P, PENDING_ROWS] int32
     slot: jax.Array  # [L, B, P, PENDING_ROWS] int32
@@ -80,9 +77,7 @@ def prefill_layer(
 
 
 def steps(decoder: Decoder, placed: tuple[int, ...], params, kv, token, done, eos, n, draw):
-    """`step.generate_chunk` on layers in parts, with what is pending after it
-    (None: no part is away).
-    """
+    """`step.generate_chunk` on layers in parts, and what is pending then (None: no away part)."""
     out, kv = step.generate_chunk(decoder, params, kv, token, done, eos, n, draw)
     return out, kv, waiting(placed, kv)
 
@@ -114,8 +109,9 @@ def move_host(placed: tuple[int, ...], kv, host):
 
 
 def deliver(placed: tuple[int, ...], clear: bool, kv, leaves: Leaves, layer, sequence, pos, slot):
-    """`kv` with rows `leaves` [R, K, *] in slots [R, P] of `layer`, `sequence`, tokens `pos`, [R];
-    see `parts.deliver`.
+    """`kv` with rows `leaves` [R, K, *] delivered; see `parts.deliver`.
+
+    layer, sequence, pos: [R], whose rows they are. slot: [R, P], where they go.
     """
 
     def one(i, state):
@@ -185,12 +181,11 @@ def dense_layer(
     first,
     prefix,
 ):
-    """One layer of a decode step whose away part attends what its ring holds, `staged` and the
-    recomputed prefix.
+    """One layer of a decode step; its away part attends its ring, `staged` and `prefix`.
 
-    x [B, 1, D]; staged: leaves [n, K, T, *] of each group of sequences, `order` the places of the
-    away sequences among them, positions from `first` on; () for nothing; prefix: leaves of
-    positions from 0 on, or (). Returns (x, states).
+    x [B, 1, D]. staged: leaves [n, K, T, *] of each group of sequences, with positions from `first`
+    on; () for nothing. order: the places of the away sequences among them. prefix: recomputed
+    leaves of positions from 0 on, or (). Returns (x, states).
     """
     at = step.lengths(states)[:, None]
     pieces = []
@@ -247,9 +242,7 @@ def _away(placed: tuple[int, ...], kv, change):
 
 
 class Programs:
-    """The functions above, jitted for the model, policy and codec of `engine`; `Engine.compiles`
-    counts their traces.
-    """
+    """The functions above, jitted for `engine`; `Engine.compiles` counts their traces."""
 
     def __init__(self, engine, placed: tuple[int, ...]):
         decoder = engine.model.decoder

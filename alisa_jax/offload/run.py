@@ -1,6 +1,4 @@
-"""One placed run: obeys the plans of a controller step by step. What its two kinds, `selecting` and
-`streaming`, share.
-"""
+"""One placed run, which obeys a controller's plans: what `by_rows` and `by_layers` share."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Rows, Setting, Span
 
 
 class PlacedRun:
-    """What both kinds share: the prompt, the loop, and stores and drops. `placed` is the
-    `offload.engine.Placed`.
-    """
+    """The prompt, the loop, stores and drops of a run; `placed` is the `offload.engine.Placed`."""
 
     layout_of_pages = ""
 
@@ -66,7 +62,7 @@ class PlacedRun:
         self.eos = jnp.full((1,), -1, jnp.int32)
 
     def run(self, progress: Callable[[int], None]) -> None:
-        """The whole run; `progress` hears of new tokens of a sequence."""
+        """Run to the end; calls `progress(n)` after n new tokens of each sequence."""
         start = time.perf_counter()
         self._take(self.prefill())
         progress(1)
@@ -134,9 +130,7 @@ class PlacedRun:
         return self.programs.next_token(logits, self._draw(), jnp.int32(0))
 
     def decide(self, step_: int, wanted, entering) -> Plan:
-        """Ask the controller, carry out drops and what it stores of the ring, and move to its
-        spans.
-        """
+        """Ask the controller; carry out its drops and its stores of the ring; take on its spans."""
         setting = self.setting
         prompts, first = setting.prompt_tokens, step_ == 0
         lengths = (0,) * setting.batch if first else tuple(s + step_ - 1 for s in prompts)
@@ -198,9 +192,7 @@ class PlacedRun:
                 self.behind.append((sent, tree_bytes(leaves)))
 
     def _hold(self, size: int) -> None:
-        """`size` more device bytes; pages that are written behind are waited for where there would
-        be no room for them.
-        """
+        """Count `size` more device bytes; wait for pages written behind while there is no room."""
         meter = self.meter
         ready = lambda arrays: all(leaf.is_ready() for leaf in jax.tree.leaves(arrays))
         while self.behind and (

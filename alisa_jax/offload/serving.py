@@ -1,5 +1,4 @@
-"""One face for an engine whose cache is all on the device and for one under a controller:
-`Serving`.
+"""`Serving`: one face for an engine whose cache stays on the device and for a placed one.
 
 Callers bring batches of token ids and need not know where the cache lives. Under a controller the
 first tokens of a sequence to score are a dense prompt: one, or those that the codec calibrates on.
@@ -17,8 +16,7 @@ from alisa_jax.offload.engine import Placed
 
 
 class Serving:
-    """Scores and continues batches with `engine`, or with `placed`, its cache under a controller,
-    where that is given.
+    """Scores and continues batches with `engine`, or with `placed` where that is given.
 
     protocol: of scores, as of `Engine.score`; under a controller tokens are always decoded.
     """
@@ -42,15 +40,13 @@ class Serving:
     def score(
         self, sequences: Sequence[list[int]], last: Sequence[int]
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Log-probabilities, and whether each token is the greedy one, of the last `last[i]` tokens
-        of sequence i.
-        """
+        """Log-probabilities, and greedy hits, of the last `last[i]` tokens of each sequence i."""
         if self.placed is None:
             scores = self.engine.score(sequences, self.protocol, last=last)
             self.ran[scores.implementation] = scores.implementation_reason
             return list(zip(scores.logprobs, scores.correct, strict=True))
         self.ran[self.engine.implementation] = self.engine.implementation_reason
-        longest = max(map(len, sequences))  # what is added comes after all that is read
+        longest = max(map(len, sequences))  # padding comes after all that is read
         run = self.placed.score(
             [[*ids, *ids[-1:] * (longest - len(ids))] for ids in sequences], self.first
         )
@@ -77,8 +73,7 @@ class Serving:
     ) -> list[list[int]]:
         """New tokens of each prompt, before its first EOS; arguments as of `Engine.generate`.
 
-        Under a controller tokens are greedy and nothing stops: `sampling`, `key` and `stop` do not
-        count.
+        Under a controller tokens are greedy, and `sampling`, `key` and `stop` are ignored.
         """
         eos = self.engine.model.eos_ids
         self.ran[self.engine.implementation] = self.engine.implementation_reason

@@ -1,6 +1,4 @@
-"""What a placed run needs, from shapes alone: the `Setting` that controllers decide by, and what
-cannot be placed.
-"""
+"""What a placed run needs, from shapes alone: the `Setting`, and what cannot be placed."""
 
 from __future__ import annotations
 
@@ -28,8 +26,7 @@ def setting_of(
     host_kv_bytes: float = math.inf,
     gather: bool = True,
 ) -> Setting:
-    """The run in numbers. Bytes are those of the arrays that `parts.init` would make, found without
-    making them.
+    """The run in numbers; bytes are those of the arrays that `parts.init` would make.
 
     Layers that attend everything beside layers that select (`dense_layers=`) stay on the device
     whole and count as fixed. Raises ValueError for what no controller can run.
@@ -75,8 +72,8 @@ def check(controller: Controller, setting: Setting) -> None:
     ):
         raise ValueError(
             "a policy that refreshes attends every token at times, and placement brings single "
-            "rows to the policies that "
-            "select: give refresh_every=0, or a device budget that holds everything"
+            "rows to the policies that select: give refresh_every=0, or a device budget that "
+            "holds everything"
         )
 
 
@@ -96,8 +93,7 @@ def check_layers(layers: tuple[Layer, ...]) -> None:
         if not kind.codec.placed:
             raise ValueError(
                 "placement moves tokens by their rows, and the codec keeps some tokens beside "
-                "their rows: "
-                "give raw, int8 or int4"
+                "their rows: give raw, int8 or int4"
             )
         if kind.turning is not None:
             raise ValueError(

@@ -1,5 +1,4 @@
-"""Where does each stored token live at the next step: one controller, one file, one frozen
-dataclass.
+"""Where does each stored token live at the next step? One controller a file, a frozen dataclass.
 
 Nothing here imports jax or holds an array: a controller gets a `View` and returns a `Plan`. The
 same controllers are priced by `simulate` and obeyed by the part that moves real arrays.
@@ -60,7 +59,5 @@ __all__ = [
 
 
 def parse(text: str) -> Controller:
-    """The controller that `text` names, for example 'alisa(traffic=paper)'. Raises
-    `spec.SpecError`.
-    """
+    """The controller that `text` names, as in 'alisa(traffic=paper)'. Raises `spec.SpecError`."""
     return spec.parse(text, CONTROLLERS)

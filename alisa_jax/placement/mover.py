@@ -40,8 +40,7 @@ class HostReport(NamedTuple):
 def self_test() -> HostReport:
     """Send pages of every element type to the host and back, and compare bits.
 
-    Raises RuntimeError where there is no pinned host memory or a page does not come back as it
-    went.
+    Raises RuntimeError where there is no pinned host memory or a page comes back changed.
     """
     device = jax.devices()[0]
     kinds = tuple(sorted(memory.kind for memory in device.addressable_memories()))
@@ -68,9 +67,7 @@ def self_test() -> HostReport:
 
 
 class Meter:
-    """Live bytes on both sides, their peaks, and what travelled. Raises RuntimeError beyond a
-    budget.
-    """
+    """Live bytes on both sides, their peaks, and what travelled; RuntimeError beyond a budget."""
 
     def __init__(self, device_kv_bytes: float, host_kv_bytes: float):
         self.budgets = {"device": device_kv_bytes, "host": host_kv_bytes}
@@ -93,7 +90,7 @@ class Meter:
 class Mover:
     """The host pages of one run.
 
-    groups: sequences of the away part, counted from its first. layout: see above.
+    groups: sequences of the away part, counted from its first. layout: "tokens" or "slots".
     """
 
     def __init__(self, groups: Sequence[Sequence[int]], layout: str, reads: Reads, meter: Meter):
@@ -108,9 +105,7 @@ class Mover:
         self.staging = Staging()
 
     def store(self, pages: Iterable[tuple[int, int, int, Leaves]]) -> None:
-        """Send (layer, group, page, leaves) to the host, all in one transfer that is not waited
-        for.
-        """
+        """Send (layer, group, page, leaves) to the host, all in one transfer, without waiting."""
         pages = list(pages)
         sent = jax.device_put([leaves for *_, leaves in pages], _place(HOST_KIND))
         for (layer, group, page, _), leaves in zip(pages, sent, strict=True):
@@ -133,11 +128,10 @@ class Mover:
     def fetch(
         self, layer: np.ndarray, sequence: np.ndarray, pos: np.ndarray
     ) -> list[tuple[Leaves, np.ndarray]]:
-        """Rows of `layer`, `sequence`, `pos` [n] to the device, in one transfer that is not waited
-        for.
+        """Send rows of `layer`, `sequence`, `pos` [n] to the device, all in one transfer.
 
-        Returns pieces: leaves [R, K, *], and for each of their rows its index below n, or -1.
-        Layout "tokens" only.
+        The transfer is not waited for. Returns pieces: leaves [R, K, *], and for each of their rows
+        its index below n, or -1. Layout "tokens" only.
         """
         self.meter.loaded_rows += len(pos)
         homes = np.array([self.of[b] for b in range(len(self.of))])
@@ -157,11 +151,10 @@ class Mover:
 
     def stream(self, layer: int, group: int, first: int, stop: int, room: int) -> Leaves:
         """Pages first .. stop - 1 of a layer and group to the device, as leaves [n, K, T, *].
-        Layout "slots" only.
 
-        Read by `rows`, T is that of `room` pages, with zeros behind those that are asked for, and
-        the memory is written again for another stream after `release(layer)`. Read as `pages`, T is
-        theirs.
+        Layout "slots" only. Read by `rows`, T is that of `room` pages, with zeros behind those that
+        are asked for, and the memory is written again for another stream after `release(layer)`.
+        Read as `pages`, T is theirs.
         """
         keys = [(layer, group, page) for page in range(first, stop)]
         self.meter.loaded_rows += PAGE_TOKENS * len(keys) * len(self.groups[group])
@@ -215,9 +208,7 @@ class Mover:
 
 
 def powers(number: int) -> list[int]:
-    """`number` as a sum of falling powers of two: transfers of few shapes that carry nothing
-    superfluous.
-    """
+    """`number` as a sum of falling powers of two: transfers of few shapes, without padding."""
     return [1 << bit for bit in range(number.bit_length() - 1, -1, -1) if number >> bit & 1]
 
 

@@ -1,6 +1,4 @@
-"""From "where should it be" to the rows that a plan lists: what every offloading
-controller shares.
-"""
+"""From where tokens should be to the rows that a plan lists: what offloading controllers share."""
 
 from __future__ import annotations
 
@@ -44,10 +42,10 @@ def moves_between(view: View, spans: Sequence[Span]) -> tuple[tuple[Rows, ...], 
 def fetch(
     view: View, spans: Sequence[Span], wanted: Positions | None
 ) -> tuple[tuple[Rows, ...], tuple[Rows, ...]]:
-    """(load, recompute) of the `wanted` positions that are off the device; None: of all tokens, a
-    layer at a time.
+    """(load, recompute) of the `wanted` positions that are off the device.
 
-    A deleted token is recomputed by a prefill of the prefix that ends with it, through all layers.
+    None: of all tokens, a layer at a time. A deleted token is recomputed by a prefill of the prefix
+    that ends with it, through all layers.
     """
     if wanted is None:
         load = [((s.dropped, s.host, Tier.HOST, Tier.STAGING),) for s in spans]
@@ -87,8 +85,8 @@ def refuse_store(name: str, setting: Setting) -> None:
     if setting.evicts:
         raise ValueError(
             f"{name} keeps tokens on the host until they are wanted, and the policy evicts what "
-            "it does not keep: "
-            "give a policy that selects (dense, swa), or the controller resident or waves"
+            "it does not keep: give a policy that selects (dense, swa), or the controller "
+            "resident or waves"
         )
 
 
@@ -120,9 +118,10 @@ def host_bytes(setting: Setting, spans: Iterable[Span]) -> float:
 
 
 def device_bytes(setting: Setting, layout: Layout, ahead: int) -> float:
-    """Device bytes of a run, from its first step to its last: what is fixed, the store as it is
-    laid out, and staging where
-    a sequence is not kept whole."""
+    """Device bytes of a run, the same from its first step to its last.
+
+    They are what is fixed, the store as laid out, and staging for sequences that are not whole.
+    """
     stay, away = layout.whole, setting.batch - layout.whole
     rings = setting.layers * setting.page_bytes * away * layout.kept_pages
     staging = setting.staging_bytes(ahead, slice(stay, None))
@@ -130,9 +129,7 @@ def device_bytes(setting: Setting, layout: Layout, ahead: int) -> float:
 
 
 def largest(fits: Callable[[int], bool], stop: int) -> int:
-    """The largest number in 0 .. stop for which `fits` holds, 0 included, when it holds up to some
-    number.
-    """
+    """The largest n in 0 .. stop with `fits(n)`, where `fits` holds up to some n; 0 always fits."""
     low, high = 0, stop
     while low < high:
         middle = (low + high + 1) // 2
@@ -141,8 +138,9 @@ def largest(fits: Callable[[int], bool], stop: int) -> int:
 
 
 def _folded(by_sequence: Sequence[Iterable[tuple]]) -> tuple[Rows, ...]:
-    """(start, stop, source, target) of each sequence as rows without the empty ones; all alike: one
-    row for ALL.
+    """(start, stop, source, target) of each sequence as rows, without the empty ones.
+
+    Where all sequences are alike, one row stands for ALL.
     """
     given = list(map(tuple, by_sequence))
     kept = {ranges: tuple(one for one in ranges if one[0] < one[1]) for ranges in set(given)}

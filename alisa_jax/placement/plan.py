@@ -4,10 +4,8 @@ Tokens are numbered by position. Step 0 is the prefill, which writes the prompt;
 what is cached and writes one token more, so that s + j tokens are cached after it (s the prompt),
 and the last of n new tokens is made by step n - 1. Where the K and V of a token are:
 
-    DEVICE     rows of the store on the device, in pages of 16 tokens per layer and sequence: the
-               newest tokens
-    WORKING    slots of the working set, always on the device: copies of the rows that a selecting
-               policy wants
+    DEVICE     the newest tokens: rows of the store, in pages of 16 tokens per layer and sequence
+    WORKING    slots of the working set, on the device: copies of the rows that a policy selects
     STAGING    device memory that holds the rows of one layer until its attention is done
     HOST       immutable pages of 16 tokens per layer and sequence; only full pages go there
     NOWHERE    deleted, or not yet computed
@@ -35,7 +33,7 @@ PAGE_TOKENS = 16
 
 
 class Tier(enum.StrEnum):
-    """A place for rows; see above."""
+    """A place for rows, see the table above."""
 
     DEVICE = "device"
     WORKING = "working"
@@ -45,10 +43,9 @@ class Tier(enum.StrEnum):
 
 
 class Rows(NamedTuple):
-    """Positions start .. stop - 1 of (layer | ALL, sequence | ALL, head | ALL), from one tier to
-    another.
+    """Positions start .. stop - 1 of (layer | ALL, sequence | ALL, head | ALL), from tier to tier.
 
-    Positions that a shorter sequence of a ragged batch does not have are not meant.
+    Positions beyond a sequence's length are ignored.
     """
 
     start: int
@@ -84,9 +81,7 @@ class Plan:
 
 
 class Span(NamedTuple):
-    """Where a sequence's tokens are: [0, dropped) NOWHERE, [dropped, host) HOST, from host on
-    DEVICE.
-    """
+    """Where a sequence's tokens are: [0, dropped) NOWHERE, [dropped, host) HOST, then DEVICE."""
 
     dropped: int = 0
     host: int = 0
@@ -97,9 +92,8 @@ class Layout(NamedTuple):
 
     whole: the first `whole` sequences keep every token there, in room for the longest of them at
     its end. kept_pages: each other sequence keeps a ring of so many pages per layer, its newest
-    tokens; the row of a token is its position modulo 16 kept_pages, so that a token must have been
-    stored before the one that comes 16 kept_pages later is written. 0 where all are whole, and only
-    there.
+    tokens; 0 where all are whole, and only there. The row of a token is its position modulo
+    16 kept_pages, so a token must have been stored before the one 16 kept_pages later is written.
     """
 
     whole: int
@@ -163,15 +157,12 @@ class Setting:
 
     @property
     def fixed_bytes(self) -> float:
-        """Device bytes that do not depend on placement: working set, codec constants,
-        statistics.
-        """
+        """Device bytes that placement leaves alone: working set, codec constants, statistics."""
         slots = self.layers * self.slots * self.token_bytes
         return self.batch * (slots + self.sequence_bytes + self.stats_bytes)
 
     def store_bytes(self, tokens: Iterable[int]) -> float:
-        """The store's bytes for sequences of `tokens` tokens, all layers; 0 where nothing is
-        stored.
+        """Bytes of the store for sequences of `tokens` tokens, all layers; 0 where there is none.
 
         The array is rectangular: each sequence has the pages of the longest.
         """
@@ -188,13 +179,12 @@ class Setting:
         Dense: a layer of the final context and `ahead` more, and one more where streamed rows are
         laid out anew, because sequences are not equally long or there are many pages. Selecting: a
         page for each layer and sequence (more rows than that travel in rounds), and the prompt of
-        the layer in flight. Rectangular: as many pages for each sequence as the longest of them
-        has.
+        the layer in flight. Every sequence counts as many pages as the longest of them.
         """
         prompts = self.prompt_tokens[sequences]
         longest = max(prompts, default=0)
         if not self.selects:
-            # see `stream_pages`
+            # 64 pages: from there on `stream_pages` rounds up
             widened = len(set(prompts)) > 1 or pages(longest + self.new_tokens - 1) > 64
             return (
                 (ahead + 1 + widened)
@@ -217,8 +207,8 @@ Positions = Mapping[tuple[int, int], tuple[int, ...]]
 class View:
     """What a controller may know at a step.
 
-    lengths, new: tokens of each sequence that are cached, and that this step writes
-    (step 0: none, and the prompts). spans: where they are before the step. wanted: what this step
+    lengths: tokens of each sequence that are cached; at step 0 none. new: tokens that this step
+    writes; at step 0 the prompts. spans: where they are before the step. wanted: what this step
     attends besides its own token; None: everything. entering: of these, what the working set does
     not hold yet; empty at step 1, because the prefill seeds the set.
     """
@@ -252,9 +242,7 @@ class Controller:
         return False
 
     def check(self, setting: Setting) -> None:
-        """Raise ValueError, naming the smallest value that would do, when `setting`
-        cannot be run.
-        """
+        """Raise ValueError, naming the least value that would do, if `setting` cannot be run."""
         raise NotImplementedError
 
     def groups(self, setting: Setting) -> tuple[Setting, ...]:
@@ -283,9 +271,10 @@ def pages(tokens: int) -> int:
 
 
 def stream_pages(number: int, most: int) -> int:
-    """Room in pages for `number` streamed ones, at most `most`: rounded up by less than a 32nd
-    where there are many, so
-    that long runs meet few sizes."""
+    """Room in pages for `number` streamed ones, at most `most`.
+
+    Rounded up by less than a 32nd where there are many, so that long runs meet few sizes.
+    """
     step = 1 << max(0, number.bit_length() - 6)
     return min(most, -(-number // step) * step)
 
@@ -300,8 +289,7 @@ def views(setting: Setting):
 def moved_bytes(rows: Iterable[Rows], setting: Setting, lengths: tuple[int, ...]) -> float:
     """Bytes that `rows` are on the link, where sequences have `lengths` tokens.
 
-    Stores are whole pages. Loads are rows where the setting gathers, else each page that a row lies
-    in, once.
+    Stores are whole pages. Loads are rows where the setting gathers; else whole pages, each once.
     """
     if setting.gather:
         return setting.token_bytes * sum(

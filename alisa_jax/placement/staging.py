@@ -12,10 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-# bytes; a CPU device reads an array that begins so in place, where it would copy another
-ALIGNMENT = 64
-# that copy: K and V are as a rule two arrays, and NumPy copies without the interpreter's lock
-THREADS = 2
+ALIGNMENT = 64  # bytes; a CPU device reads an array so aligned in place, and copies any other
+THREADS = 2  # for K and V, as a rule two arrays, which NumPy copies without the interpreter's lock
 
 
 class Staging:
@@ -29,9 +27,7 @@ class Staging:
     def gather(
         self, key: Hashable, pages: Sequence[tuple[np.ndarray, ...]], T: int
     ) -> list[np.ndarray]:
-        """`pages` of leaves [n, K, t, *] one behind the other, as leaves [n, K, T, *] with zeros at
-        the end.
-        """
+        """Join `pages` of leaves [n, K, t, *] to leaves [n, K, T, *], with zeros at the end."""
         wholes = []
         for leaf in pages[0]:
             n, K, _, *rest = leaf.shape

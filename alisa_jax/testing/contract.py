@@ -42,7 +42,7 @@ class Report:
     rules: tuple[str, ...]  # of RULES, those that apply to the policy
     routes: tuple[str, ...]
     steps: int  # decoded queries, over all sequences, routes and starts
-    # their mean share of the tokens so far; 1.0: nothing was ever left out, and little was tested
+    # mean share of the past that they attend; 1.0: nothing was left out, and little was tested
     attended_frac: float
     seconds: float
 
@@ -114,9 +114,7 @@ def check_policy(
 
 
 def _refuse_first(rule, policy, where: str, run: Run, bad: np.ndarray, say) -> None:
-    """Refuse the policy for the earliest step of `bad` [B, steps]; say(b, i) tells what happened
-    there.
-    """
+    """Refuse the policy for the earliest step of `bad` [B, steps]; say(b, i): what happened."""
     if bad.any():
         i, b = np.argwhere(bad.T)[0].tolist()
         refuse(
@@ -137,9 +135,7 @@ def _queries(run: Run) -> np.ndarray:
 
 
 def _breaches(policy: Policy, run: Run, tokens: Stream):
-    """(rule, where it is broken [B, steps], what happened at (b, i)); a cause comes before what
-    follows from it.
-    """
+    """(rule, where it is broken [B, steps], what happened at (b, i)), causes first."""
     n, at = _queries(run), np.arange(run.slots.shape[-1])
     own = (at == n[..., None])[:, :, None]  # [B, steps, 1, T + 1]
     later = (at > n[..., None])[:, :, None]

@@ -1,6 +1,4 @@
-"""Streams of queries, keys and values, driven through one layer's decode step on any route of any
-policy.
-"""
+"""Streams of queries, keys and values, driven through one layer's decode step on any route."""
 
 from __future__ import annotations
 
@@ -19,8 +17,7 @@ from alisa_jax.kv.state import EMPTY
 from alisa_jax.policies import Policy
 
 CODEC = Raw("float32")
-# Dozens of programs are compiled for a few steps each: LLVM need not optimise them. XLA's own
-# passes all run.
+# Dozens of programs run for a few steps each: LLVM need not optimise. XLA's own passes all run.
 QUICK = MappingProxyType({"xla_backend_optimization_level": 0})
 
 # The stream of `Driver`: prime or unequal sizes, and runs that end with a full bucket.
@@ -43,9 +40,7 @@ class Stream(NamedTuple):
 
 
 def stream(seed: int, B: int, T: int, N: int, K: int, H: int) -> Stream:
-    """Random tokens whose attention is uneven and wanders: a key is heavy for a while, and at times
-    again.
-    """
+    """Random tokens of uneven attention: a key is heavy for a while, and at times again."""
     rng = np.random.default_rng(seed)
     themes = rng.normal(size=(B, 1, 1, H)) * np.sin(np.arange(T) / 5)[None, :, None, None]
     q = 1.5 * (rng.normal(size=(B, T, N, H)) + themes)
@@ -54,17 +49,14 @@ def stream(seed: int, B: int, T: int, N: int, K: int, H: int) -> Stream:
 
 
 class Run(NamedTuple):
-    """What a decoded stream attended and gave; step i of sequence b is the query at position
-    first[b] + i.
-    """
+    """What a decoded stream attended and gave; the query of step i stands at first[b] + i."""
 
     out: np.ndarray  # [B, steps, N, H]
     # [B, steps, P, T + 1] int8: slots that hold each attended position; the last: any beyond T
     slots: np.ndarray
     attended: np.ndarray  # [B, steps] as the taps count them
     loads: np.ndarray  # [B, steps]
-    # [B, steps]: empty slots before the query came, of the head with the fewest (1 off
-    # "working_set")
+    # [B, steps]: empty slots before the query, of the head with the fewest; 1 off "working_set"
     free: np.ndarray
     refreshed: np.ndarray  # [B, steps] bool: the policy asked for a dense step
     contexts: np.ndarray  # [steps], the context bucket
@@ -82,9 +74,7 @@ class Run(NamedTuple):
 
 
 def dense_over(tokens: Stream, n: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """Float64 attention of the queries at n [B, steps] over held [B, steps, P, T + 1]:
-    [B, steps, N, H].
-    """
+    """Float64 attention [B, steps, N, H] of queries n [B, steps] over held [B, steps, P, T + 1]."""
     q, k, v = tokens
     q = np.take_along_axis(q.astype(np.float64), n[:, :, None, None], axis=1)
     k = k.astype(np.float64)
@@ -98,10 +88,10 @@ def dense_over(tokens: Stream, n: np.ndarray, held: np.ndarray) -> np.ndarray:
 
 
 class Driver:
-    """Decodes streams under any policy; compiles every step once, and remembers the runs over its
-    own stream.
+    """Decodes streams under any policy and compiles every step once.
 
-    codec: resolved; one that waits for tokens (`frozen_after`) needs prompts of that many.
+    It remembers the runs over its own stream. codec: resolved; one that waits for tokens
+    (`frozen_after`) needs prompts of that many.
     """
 
     def __init__(self, seed: int = 23, codec: Codec = CODEC):
@@ -130,8 +120,9 @@ class Driver:
     def run(
         self, policy, route: str, tokens: Stream, buckets=(64,), prompt=None, padded: int = 0
     ) -> Run:
-        """Decode to the end of the last bucket, from nothing or after dense prompts of `prompt` [B]
-        tokens (padded).
+        """Decode to the end of the last bucket, from nothing or after dense prompts.
+
+        prompt: [B], tokens of each prompt. padded: the length that prompts are padded to.
         """
         with jax.default_matmul_precision("highest"):
             return self._run(policy, route, tokens, list(buckets), prompt, padded)

@@ -1,6 +1,4 @@
-"""Rules of the contract that need no stream: a policy as a value, the types of what it gives,
-numbers that are none.
-"""
+"""Rules of the contract that need no stream: a policy as a value, the types it gives, NaN."""
 
 from __future__ import annotations
 

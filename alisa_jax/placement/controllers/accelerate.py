@@ -1,5 +1,4 @@
-"""`accelerate()`: the whole cache on the host, streamed to the device layer by layer, as Hugging
-Face Accelerate does.
+"""`accelerate()`: the cache on the host, streamed layer by layer, as Hugging Face Accelerate does.
 
 The device keeps a page per layer and sequence that is not full yet. Nothing is fetched ahead. Where
 a policy selects, what it wants travels, at every step anew.

@@ -1,26 +1,22 @@
-"""`alisa(...)`: three-phase token-level scheduling, section IV of ALISA
-(ISCA 2024, arXiv 2403.17312, its Algorithm 2).
+"""`alisa(...)`: three-phase token-level scheduling (ALISA, section IV and Algorithm 2).
 
     Phase I     j < p1           everything on the device
     Phase II    p1 <= j < p2     the newest tokens on the device, the older ones on the host
-    Phase III   p2 <= j          the oldest tokens deleted, and recomputed from their ids when they
-                                 are wanted
+    Phase III   p2 <= j          the oldest tokens deleted, and recomputed from their ids if wanted
 
     alpha    share of the tokens that is off the device from p1 on. auto: as little as the device
-             budget allows, so that
-             as many of the most recent tokens as possible stay.
-    beta     share of the tokens that is deleted from p2 on. auto: as little as the host budget
-             allows.
+             budget allows, so that as many of the most recent tokens as possible stay.
+    beta     share of the tokens that is deleted from p2 on. auto: the least for the host budget.
     p1, p2   output steps. auto: the first step at which the device, or the host, cannot hold what
              it would have to.
-    traffic  delta: rows that newly enter the selection travel, once. paper: every selected row that
-             is off the device
-             travels at every step, as in Equation 4 (at most round(r (s + j)) rows).
+    traffic  delta: rows that newly enter the selection travel, once. paper: every selected row
+             that is off the device travels at every step, as in Equation 4 (at most
+             round(r (s + j)) rows).
     lag      1: choices are a step old, and loads hide behind the step.
 
-Shares are of the tokens of each sequence, in whole pages. Only prompt tokens are deleted, because a
-prefill gives exactly what the first prefill gave for them alone: a plan that would delete generated
-tokens is clamped, and its notes say so.
+ALISA: ISCA 2024, arXiv 2403.17312. Shares are of the tokens of each sequence, in whole pages. Only
+prompt tokens are deleted, because a prefill gives exactly what the first prefill gave for them
+alone: a plan that would delete generated tokens is clamped, and its notes say so.
 
 A run whose tokens all fit keeps them, unless p1 says otherwise. Any other run reserves its staging
 from the first step on, because tokens cannot leave through room that is not there; what is left is
@@ -97,8 +93,7 @@ class Alisa(Controller):
         if self.recompute and setting.refreshes:
             raise ValueError(
                 "a policy that refreshes attends every token, so deleted ones would all be "
-                "recomputed: "
-                "give recompute=false, or refresh_every=0"
+                "recomputed: give recompute=false, or refresh_every=0"
             )
         least = least_device_bytes(setting)
         everything = device_bytes(setting, Layout(setting.batch, 0), 0)
@@ -112,18 +107,15 @@ class Alisa(Controller):
             )
             raise ValueError(
                 f"p1 must be at most {first} here, the first step after which a sequence has more "
-                "than the "
-                f"{PAGE_TOKENS * _pages_kept(setting)} tokens that the device budget leaves it "
-                f"room for{instead}; "
-                f"got {self.p1}"
+                f"than the {PAGE_TOKENS * _pages_kept(setting)} tokens that the device budget "
+                f"leaves it room for{instead}; got {self.p1}"
             )
         if self.alpha != "auto":
             least = self._least_alpha(setting)
             if self.alpha < least:
                 raise ValueError(
                     f"alpha must be at least {math.ceil(least * 1e6) / 1e6} here, so that the "
-                    "rest fits the device "
-                    f"budget; got {self.alpha}"
+                    f"rest fits the device budget; got {self.alpha}"
                 )
         name = "alisa, which deletes prompt tokens at most," if self.recompute else "alisa"
         need = setting.host_kv_bytes
@@ -209,9 +201,7 @@ class Alisa(Controller):
         )
 
     def _least_alpha(self, setting: Setting) -> float:
-        """The smallest share that leaves the device no more than its budget at every step of every
-        sequence.
-        """
+        """The least alpha under which no sequence exceeds the device budget at any step."""
         if not self._leaves(setting):
             return 0.0
         keep = _pages_kept(setting)
@@ -231,9 +221,7 @@ class Alisa(Controller):
         return need
 
     def _steps_that_matter(self, setting: Setting) -> tuple[int, ...]:
-        """Steps at which the host may hold most: the last, and from the last before deletions
-        begin.
-        """
+        """Steps at which the host may hold most: the last, and from the one before p2 on."""
         last = setting.new_tokens - 1
         if self.p2 == "auto":
             return (last,)
@@ -245,9 +233,7 @@ _CLAMPED = "step {}: the plan would delete generated tokens; it is clamped to th
 
 
 def least_device_bytes(setting: Setting) -> float:
-    """The smallest device budget under which `alisa` can offload: one page per layer and sequence
-    beside what is fixed.
-    """
+    """The least device budget for offloading: a page per layer and sequence, and what is fixed."""
     return device_bytes(setting, Layout(0, 1), _ahead(setting))
 
 
@@ -263,9 +249,7 @@ def _pages_kept(setting: Setting) -> int:
 
 
 def _phase_one(setting: Setting) -> int:
-    """The first step after which a sequence has more pages than are kept; new_tokens where none
-    ever has.
-    """
+    """The first step after which a sequence has more pages than are kept, else new_tokens."""
     return min(
         setting.new_tokens,
         max(0, PAGE_TOKENS * _pages_kept(setting) + 1 - max(setting.prompt_tokens)),

@@ -1,5 +1,4 @@
-"""`flexgen(cache_device_frac=)`: a static split by whole sequences, with the next layer's cache in
-flight.
+"""`flexgen(cache_device_frac=)`: a static split by whole sequences, the next layer in flight.
 
 FlexGen (Sheng et al., ICML 2023, arXiv 2303.06865) fixes before the run which share of the cache is
 on the device; its code rounds the share to whole sequences. The others' cache is copied to the
@@ -27,9 +26,7 @@ from alisa_jax.placement.plan import Controller, Layout, Plan, Span
 
 @dataclass(frozen=True)
 class FlexGen(Controller):
-    """cache_device_frac: share of the sequences on the device, rounded down; auto: as
-    many as fit.
-    """
+    """cache_device_frac: share of the sequences on the device, rounded down; auto: all that fit."""
 
     cache_device_frac: float | Literal["auto"] = "auto"
 
@@ -44,13 +41,10 @@ class FlexGen(Controller):
         return True
 
     def device_sequences(self, setting) -> int:
-        """How many sequences, the first ones, stay on the device; 0 where the budget holds no
-        split.
-        """
+        """How many sequences, the first ones, stay on the device; 0 where no split fits."""
         if self.cache_device_frac != "auto":
             return int(setting.batch * self.cache_device_frac + 1e-9)
-        # Not bisected: with more of them on the device, a run may need less, because the longest is
-        # not staged.
+        # Not bisected: with more on the device a run may need less, as the longest is not staged.
         fits = lambda stay: _need(setting, stay) <= setting.device_kv_bytes
         return next(filter(fits, range(setting.batch, -1, -1)), 0)
 

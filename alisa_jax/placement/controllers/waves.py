@@ -1,5 +1,4 @@
-"""`waves()`: the device alone, with as many sequences at a time as it holds; the next wave starts
-when one is done.
+"""`waves()`: the device alone, as many sequences at a time as it holds, one wave after the other.
 
 This is what a user without offloading does, and what offloading has to beat.
 """

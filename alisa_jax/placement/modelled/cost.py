@@ -1,17 +1,12 @@
-"""What a step costs: bytes, operations and seconds, from numbers alone. Every time here is
-modelled.
+"""What a step costs in bytes, operations and seconds, from numbers alone; every time is modelled.
 
 The paper's equations (section IV-B, with theta^c and theta^g tokens going to and coming from the
 CPU at step j):
 
-    T^m_j = 4 b l h (theta^c_j + theta^g_j) / B          p1 <= j < n
-                                                           (3)
-    theta^c_j = alpha (s + j),   0 <= theta^g_j <= round((s + j) r)
-                                     (4)
-    minimise  sum_{j <= p2} T^c_j + sum_{j >= p1} T^m_j + sum_{j >= p2} T^r_j
-                  (5)
-    subject to  0 <= p1 < p2 <= n,  0 < alpha < 1,  0 < beta < 1
-                                                        (6)
+    T^m_j = 4 b l h (theta^c_j + theta^g_j) / B          p1 <= j < n                     (3)
+    theta^c_j = alpha (s + j),   0 <= theta^g_j <= round((s + j) r)                      (4)
+    minimise  sum_{j <= p2} T^c_j + sum_{j >= p1} T^m_j + sum_{j >= p2} T^r_j            (5)
+    subject to  0 <= p1 < p2 <= n,  0 < alpha < 1,  0 < beta < 1                         (6)
 
 `paper_traffic_s` and `paper_objective_s` are these lines as they are printed. The other functions
 price plans as this project carries them out: a row travels once (a store sends the increment only),
@@ -59,9 +54,11 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model as numbers: `weight_flops` of one token outside attention, `attention_flops` of one
-    attended position over
-    all layers (2 a multiply-add), and sizes."""
+    """A model as numbers.
+
+    weight_flops: of one token outside attention. attention_flops: of one attended position over all
+    layers. A multiply-add is 2.
+    """
 
     weight_bytes: float
     weight_flops: float
@@ -74,9 +71,11 @@ class Shape:
     element_bytes: int = 2
 
     def activation_bytes(self, batch: int, prompt_tokens: int) -> float:
-        """Peak bytes of a prefill's layer: the residual stream twice, q, k, v and output, the MLP's
-        hidden rows twice,
-        and the last logits in float32. A model of ours; what a compiler keeps may differ."""
+        """Peak bytes of a prefill's layer, by a model of ours; what a compiler keeps may differ.
+
+        The residual stream twice, q, k, v and output, the MLP's hidden rows twice, and the last
+        logits in float32.
+        """
         rows = batch * prompt_tokens * (6 * self.d_model + 2 * self.d_ff) * self.element_bytes
         return rows + F32 * batch * self.vocab_size
 
@@ -123,9 +122,7 @@ class Cost:
         )
 
     def decode_s(self, batch: int, attended_tokens: float) -> float:
-        """One decode step; `attended_tokens`: summed over the sequences, averaged over
-        the layers.
-        """
+        """One decode step; `attended_tokens`: sum over the sequences, mean over the layers."""
         if self.step_s is not None:
             return self.step_s[0] + self.step_s[1] * batch
         weights = max(
@@ -138,9 +135,7 @@ class Cost:
         )
 
     def prefill_s(self, lengths: Sequence[float], times: int = 1) -> float:
-        """A dense causal pass over `times` sequences of each of these lengths; also the
-        recomputation of such prefixes.
-        """
+        """A dense causal pass over `times` sequences of each of these lengths."""
         if not any(lengths):
             return 0.0
         ops = sum(
@@ -184,9 +179,7 @@ class Cost:
 
 
 def attended_tokens(view: View) -> float:
-    """Tokens that a decode step attends, its own included: summed over the sequences, averaged over
-    the layers.
-    """
+    """Tokens that a decode step attends, its own too: sum over sequences, mean over layers."""
     if view.wanted is None:
         return float(sum(view.lengths) + len(view.lengths))
     layers, batch = view.setting.layers, view.setting.batch
@@ -209,15 +202,17 @@ def _prefixes(plan: Plan, batch: int) -> list[int]:
 
 
 def statistics_bytes(window_rows: int, context_tokens: int, layers: int, heads: int = 1) -> float:
-    """SWA's statistics of one sequence over S tokens: a float32 ring of W + 2 rows, sums as pairs,
-    an int32 index.
+    """Bytes of SWA's statistics of one sequence over S tokens.
+
+    They are a float32 ring of W + 2 rows, sums as pairs, and an int32 index.
     """
     return layers * heads * context_tokens * F32 * (window_rows + 2 + 2 + 1)
 
 
 def kv_bytes(setting: Setting) -> float:
-    """The dense cache at the end of the run, without page rounding: 4 b l h (s + n - 1) for 16-bit
-    elements.
+    """The dense cache at the end of the run, without page rounding.
+
+    4 b l h (s + n - 1) for 16-bit elements.
     """
     return setting.layers * setting.token_bytes * sum(setting.final_tokens)
 
@@ -225,9 +220,10 @@ def kv_bytes(setting: Setting) -> float:
 def paper_traffic_s(
     kv_position_bytes: float, alpha: float, r: float, tokens: int, bytes_per_s: float
 ) -> float:
-    """Equations 3 and 4 as printed, with theta^g at its bound: a step at which `tokens` = s + j; 4
-    b l h is
-    `kv_position_bytes`."""
+    """Equations 3 and 4 as printed, theta^g at its bound, at the step with `tokens` = s + j.
+
+    kv_position_bytes: 4 b l h.
+    """
     return kv_position_bytes * (alpha * tokens + int(tokens * r + 0.5)) / bytes_per_s
 
 

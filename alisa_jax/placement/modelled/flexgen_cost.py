@@ -1,13 +1,12 @@
-"""FlexGen's published cost model: seconds of a static policy of weights, cache and activations on
-GPU, CPU and disk.
+"""FlexGen's published cost model: seconds of a static policy on GPU, CPU and disk.
 
 Sheng et al., ICML 2023 (arXiv 2303.06865), section 4.3, as the released
 `experimental/cost_model.py` has it, which deviates from the paper's text in how a step's terms
 overlap. Per layer, for a block of b = gpu_batch * gpu_batches sequences, prompt s, n new tokens,
 widths h1 and h2 (MLP), W = 8 h1^2 + 4 h1 h2 bytes of weights:
 
-    T_pre = max(ctog + dtoc, gtoc + ctod, compute)          T_gen = ctog +
-    max(gtoc, dtoc, ctod, compute)
+    T_pre = max(ctog + dtoc, gtoc + ctod, compute)
+    T_gen = ctog + max(gtoc, dtoc, ctod, compute)
     tokens per second = b n / (l T_pre + l (n - 1) T_gen)
 
 Its constants were fitted to one machine in one regime: the T4's do not price a policy that keeps
@@ -25,9 +24,7 @@ GIB, TERA = 2.0**30, 1e12
 
 @dataclass(frozen=True)
 class FlexGenRates:
-    """Fitted rates: GiB per second on each path, 10^12 operations per second of each kind of
-    product.
-    """
+    """Fitted rates: GiB/s on each path, 10^12 operations per second of each kind of product."""
 
     cpu_to_gpu: float
     gpu_to_cpu_cache: float
@@ -44,8 +41,10 @@ class FlexGenRates:
 
 @dataclass(frozen=True)
 class FlexGenPolicy:
-    """`percent`: weights, cache and activations on GPU and CPU, six numbers in FlexGen's order; the
-    rest is on disk.
+    """What lies where, and the batch.
+
+    percent: weights, cache and activations on GPU and CPU, six numbers in FlexGen's order; the rest
+    is on disk.
     """
 
     percent: tuple[float, float, float, float, float, float]

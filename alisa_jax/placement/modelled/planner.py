@@ -1,13 +1,12 @@
-"""Before the run: which p1, p2, alpha and beta minimise the modelled time
-(ALISA, section IV-B, Equations 3 to 6).
+"""Before the run: the p1, p2, alpha and beta that minimise the modelled time.
 
-A `Problem` is the paper's optimisation in numbers, at the granularity of tokens. At step j there
-are t = s + j tokens, of which alpha t are off the device from p1 on, and the first beta t of these
-are deleted from p2 on (never more than the prompt). A query wants k = r t / 2 recent tokens and k
-others, spread evenly over the older ones. The time is
+A `Problem` is the optimisation of ALISA (section IV-B, Equations 3 to 6) in numbers, at the
+granularity of tokens. At step j there are t = s + j tokens, of which alpha t are off the device
+from p1 on, and the first beta t of these are deleted from p2 on (never more than the prompt). A
+query wants k = r t / 2 recent tokens and k others, spread evenly over the older ones. The time is
 
-    sum_j T^c_j + sum_{p1 <= j} (stored tokens / to host + fetched tokens / to device) + sum_{p2 <=
-    j} T^r_j
+    sum_j T^c_j + sum_{p1 <= j} (stored tokens / to host + fetched tokens / to device)
+                + sum_{p2 <= j} T^r_j
 
 and the budgets are constraints: where no point of the grid meets them, the one that misses by the
 least is given, and `excess_tokens` says by how much.
@@ -33,8 +32,9 @@ from alisa_jax.placement.plan import PAGE_TOKENS, Setting
 
 
 class Phases(NamedTuple):
-    """A point of the search: steps, shares, modelled seconds, and tokens by which budgets are
-    exceeded (0: it fits).
+    """A point of the search: steps, shares and modelled seconds.
+
+    excess_tokens: tokens by which budgets are exceeded; 0: it fits.
     """
 
     p1: int
@@ -47,17 +47,18 @@ class Phases(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """prompt s and new n tokens; r the kept fraction; budgets in tokens per sequence beside what is
-    fixed.
+    """The optimisation of one run, in numbers.
 
-    compute_s(t): seconds of a step with t tokens. recompute_s(m): of recomputing the first m tokens
-    of all sequences. load_token_s, store_token_s: seconds of one token of all layers and sequences
-    on the link. traffic: "delta" fetches `entering` tokens a step, "paper" all that are wanted and
-    off the device. rebuild: "prefix" recomputes the whole deleted prefix when one of its tokens is
-    wanted (exact), "wanted" prices the wanted tokens alone (what the paper's times suggest).
-    layers: a prefix is needed when any of them wants it. staging_tokens: what of the device budget
-    is reserved for rows on their way, from the first step on, wherever p1 < n. page_tokens: budgets
-    hold whole pages, and what leaves the device are full ones.
+    prompt_tokens: s. new_tokens: n. r: the kept fraction. device_tokens, host_tokens: budgets in
+    tokens per sequence, beside what is fixed. compute_s(t): seconds of a step with t tokens.
+    recompute_s(m): of recomputing the first m tokens of all sequences. load_token_s, store_token_s:
+    seconds of one token of all layers and sequences on the link. traffic: "delta" fetches
+    `entering` tokens a step, "paper" all that are wanted and off the device. rebuild: "prefix"
+    recomputes the whole deleted prefix when one of its tokens is wanted (exact), "wanted" prices
+    the wanted tokens alone (what the paper's times suggest). layers: a prefix is needed when any of
+    them wants it. staging_tokens: what of the device budget is reserved for rows on their way, from
+    the first step on, wherever p1 < n. page_tokens: budgets hold whole pages, and what leaves the
+    device are full ones.
     """
 
     prompt_tokens: int
@@ -91,9 +92,7 @@ def problem(
     entering: float = 0.2,
     **more,
 ) -> Problem:
-    """The search of a run: `setting` with the longest prompt for every sequence, priced
-    by `cost`.
-    """
+    """The search of a run, priced by `cost`; every sequence has the longest prompt of `setting`."""
     prompt = max(setting.prompt_tokens)
     batch = setting.batch
     r = 1.0 - kv_sparsity
@@ -121,9 +120,7 @@ def problem(
 
 
 class _Tables:
-    """Times and excesses of phases II and III at each step, for shares alpha and beta; cumulative
-    over steps.
-    """
+    """Seconds and excess tokens of each step in phases I, II and III, and their running sums."""
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -138,9 +135,7 @@ class _Tables:
         self.prefills: dict[float, float] = {}
 
     def one(self, staging: float) -> tuple[np.ndarray, np.ndarray]:
-        """Phase I: nothing moves. (seconds, excess) of each step, with `staging` tokens
-        reserved.
-        """
+        """Phase I, nothing moves: (seconds, excess) of each step; `staging` tokens are reserved."""
         return self.compute, self._over(0.0, staging)
 
     def two(self, alpha: float) -> tuple[np.ndarray, np.ndarray]:
@@ -193,8 +188,9 @@ class _Tables:
         return self.dynamic * reach + np.maximum(below - self.older, 0.0)
 
     def sums(self, alpha: float, beta: float | None) -> tuple[np.ndarray, np.ndarray]:
-        """(seconds, excess) of phase II (beta None) or III, summed over the steps before each:
-        [n + 1].
+        """(seconds, excess) of phase II (beta None) or III, [n + 1].
+
+        Entry i sums the steps before step i.
         """
         key = (alpha, beta)
         if key not in self.memo:
@@ -203,8 +199,9 @@ class _Tables:
         return self.memo[key]
 
     def grid(self, p1, p2, alpha: float, beta: float) -> tuple[np.ndarray, np.ndarray]:
-        """(excess, seconds) at steps `p1` and `p2`, which broadcast; infinite excess where Equation
-        6 excludes them.
+        """(excess, seconds) at steps `p1` and `p2`, which broadcast.
+
+        The excess is infinite where Equation 6 excludes the steps.
         """
         n = self.problem.new_tokens
         one = self._phase_one()
@@ -221,8 +218,9 @@ class _Tables:
         return np.where((p1 < p2) | (np.minimum(p1, p2) == n), over, np.inf), time + bulk
 
     def _phase_one(self) -> tuple[np.ndarray, np.ndarray]:
-        """(seconds, excess) of phase I, summed over the steps before each p1; nothing is staged
-        where p1 = n.
+        """(seconds, excess) of phase I, [n + 1].
+
+        Entry i sums the steps before p1 = i; nothing is staged where p1 = n.
         """
         if "one" not in self.memo:
             seconds, over = self.one(self.problem.staging_tokens)
@@ -256,8 +254,9 @@ def search(problem: Problem) -> Phases:
 
 
 def exhaustive(problem: Problem) -> Phases:
-    """The best point of the whole grid: every p1 < p2 <= n (and p1 = n: all stays) and every pair
-    of shares.
+    """The best point of the whole grid: every p1 < p2 <= n and every pair of shares.
+
+    p1 = p2 = n is a point as well: all stays.
     """
     tables = _Tables(problem)
     steps = np.arange(problem.new_tokens + 1)

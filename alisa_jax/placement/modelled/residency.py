@@ -1,9 +1,8 @@
-"""Where every row is, as boolean masks: the strict reader of plans that the simulator and the tests
-check budgets with.
+"""Where every row is, as boolean masks: the strict reader of plans that checks budgets.
 
-Independent of the arithmetic of controllers and cost model: a plan is obeyed row by row, and an
-impossible move, a token that is not there when it is attended, or a budget overrun raises
-PlanError.
+The simulator and the tests use it. It is independent of the arithmetic of controllers and cost
+model: a plan is obeyed row by row, and an impossible move, a token that is not there when it is
+attended, or a budget overrun raises PlanError.
 """
 
 from __future__ import annotations
@@ -39,8 +38,9 @@ class Moved(NamedTuple):
 
 
 class Residency:
-    """The rows of one run. Masks are [L, B, S]: layers, sequences, positions
-    (L = 1 stands for layers that are alike).
+    """The rows of one run, as masks [L, B, S]: layers, sequences, positions.
+
+    L = 1 stands for layers that are alike.
     """
 
     def __init__(self, setting: Setting, layout: Layout, layers: int | None = None):
@@ -142,8 +142,8 @@ class Residency:
             layer, sequence, position = np.argwhere(lost)[0].tolist()
             raise PlanError(
                 f"step {view.step}: position {position} of layer {layer} and sequence "
-                f"{sequence + whole} is overwritten on "
-                f"the device before it was stored: the ring has {ring} rows"
+                f"{sequence + whole} is overwritten on the device before it was stored: the ring "
+                f"has {ring} rows"
             )
 
     def _mask(self, row: Rows, there: np.ndarray) -> np.ndarray:

@@ -1,9 +1,7 @@
-"""Runs a controller step by step with its plans priced instead of carried out. Every number it
-gives is modelled.
+"""Runs a controller step by step and prices its plans; every number it gives is modelled.
 
 What is wanted comes from a trace: a recorded one, or `swa_trace`, which selects as SWA does on
-trained models: the last k tokens, k others spread over the rest, and a few of them changing at each
-step.
+trained models: the last k tokens, k others spread over the rest, and a few new ones at each step.
 """
 
 from __future__ import annotations
@@ -23,11 +21,8 @@ from alisa_jax.placement.plan import ALL, Controller, Positions, Setting, Span, 
 # (step, lengths) to what is wanted; None: everything
 Trace = Callable[[int, tuple[int, ...]], Positions | None]
 
-ENTERING_TOKENS = (
-    # per step, layer and sequence; 0.16 - 0.19 at 80 % sparsity, 0.24 - 0.28 at 60 %, on trained
-    # models
-    0.2
-)
+# per step, layer and sequence; trained models: 0.16 - 0.19 at 80 % sparsity, 0.24 - 0.28 at 60 %
+ENTERING_TOKENS = 0.2
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 # phases of layers; multiples of a square root fall into step with those of _GOLDEN
 _APART = math.e - 2.0
@@ -36,10 +31,12 @@ _OWN_PHASES = 64
 
 @dataclass(frozen=True)
 class Simulated:
-    """A modelled run. `p1`, `p2`: the first steps that keep something off the device, and delete
-    something; new_tokens where none does. Peaks are of the cache alone; the device's is that of the
-    layout, the same at every step.
-    off_device_frac, deleted_frac: shares of the tokens at the end."""
+    """A modelled run.
+
+    p1, p2: the first steps that keep something off the device, and delete something; new_tokens
+    where none does. Peaks are of the cache alone; the device's is that of the layout, the same at
+    every step. off_device_frac, deleted_frac: shares of the tokens at the end.
+    """
 
     new_tokens: int
     batch: int
@@ -77,8 +74,7 @@ def simulate(
     """Price every step of `setting` under `controller`.
 
     strict: carry out every plan on masks with this many layers (1 where all layers are alike) and
-    check what `Residency` checks: slow, for tests. Raises ValueError where `controller` refuses the
-    setting.
+    check what `Residency` checks: slow, for tests. Raises ValueError if `controller` refuses it.
     """
     controller.check(setting)
     runs = [_run(controller, part, cost, trace, strict) for part in controller.groups(setting)]
