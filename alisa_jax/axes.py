@@ -9,8 +9,7 @@
     P  heads that select: 1 when all heads share a selection, K when each has its own
 
 A comment such as ``k: jax.Array,  # [B, K, M, H]`` states a shape; `check` enforces it at public
-                                   entry
-points. Shapes are static under ``jax.jit``, so a check costs nothing in a compiled step.
+entry points. Shapes are static under ``jax.jit``, so a check costs nothing in a compiled step.
 """
 
 from collections.abc import Mapping
@@ -27,13 +26,11 @@ def check(
     """Compare the shape of `array` with `spec` and return the size of every letter seen so far.
 
     Args:
-      spec: axes separated by spaces, each a letter of the alphabet or a plain integer: ``"B K M
-      H"``,
-        ``"B 1 W S"``. The empty string stands for a scalar.
+      spec: axes separated by spaces, each a letter of the alphabet or a plain integer, such as
+        ``"B K M H"`` or ``"B 1 W S"``. The empty string stands for a scalar.
       array: anything with a ``shape``: a NumPy or JAX array, a tracer, a ``jax.ShapeDtypeStruct``.
       sizes: letters whose size is known already, usually what an earlier call returned; equal
-      letters must
-        agree.
+        letters must agree.
       name: what the error calls the array.
 
     Returns:
@@ -41,8 +38,7 @@ def check(
 
     Raises:
       ValueError: the array has no shape, another rank or another size than `spec` says, or `spec`
-      itself
-        holds something that is neither a letter of the alphabet nor an integer.
+        itself holds something that is neither a letter of the alphabet nor an integer.
     """
     axes = spec.split()
     for axis in axes:
@@ -69,8 +65,7 @@ def check(
 
 
 def adopted(array, other, rows, which, axis: int = 0):
-    """`array` with those of its sequences that `which` [B] bool names replaced by the sequences
-    `rows` [B] of `other`.
+    """`array` with its sequences `which` [B] bool replaced by the sequences `rows` [B] of `other`.
 
     Sequences are counted along `axis`; all other sizes of the two arrays are equal.
     """

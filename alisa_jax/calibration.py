@@ -1,15 +1,13 @@
-"""What a model's queries, keys and values are like over a corpus: the statistics that some methods
-choose channels by.
+"""Statistics of a model's queries, keys and values, by which some methods choose channels.
 
-Double Sparsity ranks the channels of a head by the means of |q|, |k| or |q k|
-(arXiv 2408.07092, Section 3); SKVQ puts channels of a like range together
-(arXiv 2405.06219, Section 3). Both do so once, offline, from a few numbers of each channel, which
-are made by
+Double Sparsity (arXiv 2408.07092, Section 3) ranks the channels of a head by the means of |q|, |k|
+or |q k|. SKVQ (arXiv 2405.06219, Section 3) puts channels of like ranges together. Both do so once,
+offline, from a few numbers per channel. The command
 
     python -m eval.calibrate --model=MODEL --text=FILE --out=calibration.json
 
-and kept as JSON, beside a model's weights for instance. The file is one object: `format`, `model`,
-`data`, `n_tokens`, and the arrays below as nested lists.
+computes them. They are kept as JSON, for instance beside a model's weights. The file is one object:
+`format`, `model`, `data`, `n_tokens`, and the arrays below as nested lists.
 """
 
 from __future__ import annotations
@@ -29,12 +27,10 @@ OF_QUERY_HEADS = ("q_abs", "qk_abs")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Calibration:
-    """Statistics of every channel of every head over `n_tokens` tokens; float32 arrays, which
-    nobody may write to.
+    """Statistics of every channel of every head over `n_tokens` tokens: read-only float32 arrays.
 
-    q and k are as the projections gave them, before their rotation, but for `qk_abs`. Raises
-    ValueError, in one sentence, for arrays that do not fit together or hold what no statistics can
-    be.
+    q and k are taken before their rotation, but for `qk_abs`. Raises ValueError, in one sentence,
+    for arrays that do not fit together or hold impossible statistics.
     """
 
     k_min: np.ndarray  # [L, K, H]
@@ -43,14 +39,11 @@ class Calibration:
     v_max: np.ndarray  # [L, K, H]
     q_abs: np.ndarray  # [L, N, H] mean of |q|
     k_abs: np.ndarray  # [L, K, H] mean of |k|
-    qk_abs: (
-        np.ndarray
-        # [L, N, H] mean of |q k| of a token with itself, after the rotation; query head n with its
-        # kv head
-    )
+    # [L, N, H] mean of |q k| of a token with itself, after the rotation, per query head
+    qk_abs: np.ndarray
     n_tokens: int
     model: str
-    data: str = ""  # what the tokens were
+    data: str = ""  # the text that the tokens came from
 
     def __post_init__(self):
         for name in (*OF_KV_HEADS, *OF_QUERY_HEADS):
@@ -58,11 +51,8 @@ class Calibration:
         for name in ("model", "data"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} is a text; got {getattr(self, name)!r}")
-        if (
-            isinstance(self.n_tokens, bool)
-            or not isinstance(self.n_tokens, int)
-            or self.n_tokens < 1
-        ):
+        whole = isinstance(self.n_tokens, int) and not isinstance(self.n_tokens, bool)
+        if not whole or self.n_tokens < 1:
             raise ValueError(f"n_tokens is a whole number of at least 1; got {self.n_tokens!r}")
         for names in (OF_KV_HEADS, OF_QUERY_HEADS):
             for name in names:
@@ -71,12 +61,12 @@ class Calibration:
                         f"{name} has shape {mine}, and {names[0]} has {first}; they have the same "
                         "channels"
                     )
-        (L, N, H), (layers, K, channels) = self.q_abs.shape, self.k_abs.shape
+        L, N, H = self.q_abs.shape
+        layers, K, channels = self.k_abs.shape
         if (L, H) != (layers, channels) or N % K:
             raise ValueError(
                 f"q_abs has shape {(L, N, H)} and k_abs {(layers, K, channels)}; layers and "
-                "channels are the same, and the"
-                " query heads a multiple of the kv heads"
+                "channels are the same, and the query heads a multiple of the kv heads"
             )
         for name in ("q_abs", "k_abs", "qk_abs"):
             if (getattr(self, name) < 0).any():
@@ -93,9 +83,7 @@ class Calibration:
         return (*self.q_abs.shape[:2], *self.k_abs.shape[1:])
 
     def check(self, config) -> None:
-        """Raise ValueError unless these can be the statistics of a model with the numbers of
-        `config`, a `ModelConfig`.
-        """
+        """Raise ValueError unless the sizes are those of a model with `config`, a `ModelConfig`."""
         wanted = config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim
         if self.sizes != wanted:
             raise ValueError(
@@ -104,10 +92,10 @@ class Calibration:
             )
 
     def save(self, path: str | os.PathLike, digits: int = 9) -> None:
-        """Write the file in one step, numbers with so many significant digits; 9 give every float32
-        back as it was.
+        """Write the file in one step, numbers with `digits` significant digits.
 
-        Raises ValueError, in one sentence, where it cannot be written.
+        9 digits give every float32 back exactly. Raises ValueError, in one sentence, if the file
+        cannot be written.
         """
         path = Path(path)
         part = path.with_name(path.name + ".part")
@@ -144,8 +132,9 @@ class Calibration:
 
     @staticmethod
     def load(path: str | os.PathLike) -> Calibration:
-        """Read a file that `save` wrote. Raises ValueError, in one sentence, for what is no such
-        file.
+        """Read a file that `save` wrote.
+
+        Raises ValueError, in one sentence, for anything else.
         """
         try:
             found = json.loads(Path(path).read_bytes().decode("utf-8"))

@@ -1,20 +1,17 @@
 """Records: every number the project reports is one line of JSON, and a file of them can be resumed.
 
-A record is a flat dict. Four kinds of fields stand beside each other:
+A record is a flat dict with four kinds of fields:
 
 * the **cell**, what was computed: model, data, policy, codec, placement, protocol, context, seed,
-...;
+  ...;
 * the **values**, with the unit in the key: ``token_perplexity``, ``kv_bytes_per_token``,
-``decode_s``,
-  ``n``, ``stderr``, ... What did not fit in memory is the text ``"OOM"``; a cell without a record
-  is printed as ``-``;
-* how it was got: ``basis`` is ``"measured"`` or ``"modelled"``, ``wall_s`` in seconds,
-``implementation``
-  (what really ran), ``warmup``, ``repeats``, ...;
+  ``decode_s``, ``n``, ``stderr``, ... If something did not fit in memory, the value is the text
+  ``"OOM"``; a cell without a record is printed as ``-``;
+* the **method**: ``basis`` is ``"measured"`` or ``"modelled"``, ``wall_s`` in seconds,
+  ``implementation`` (what really ran), ``warmup``, ``repeats``, ...;
 * the **environment**: git commit, versions, device (see `environment`).
 
-JSON has no infinite number and no NaN: they are written as the texts ``"inf"``, ``"-inf"`` and
-``"nan"``.
+JSON has no infinity and no NaN: they are the texts ``"inf"``, ``"-inf"`` and ``"nan"``.
 """
 
 import importlib.metadata
@@ -33,13 +30,12 @@ import numpy as np
 
 
 def environment() -> dict[str, Any]:
-    """Where a number was computed.
+    """The environment of a number.
 
     Returns:
-      ``git_commit`` (None outside a checkout of this project), ``git_dirty``
-      (a Python file differs from that commit; None without one), versions ``python``, ``jax``,
-      ``jaxlib``, ``flax``, the default device's ``platform`` and ``device_kind``, and
-      ``cpu_count``.
+      ``git_commit`` (None outside a checkout of this project), ``git_dirty`` (a Python file differs
+      from that commit; None without one), versions ``python``, ``jax``, ``jaxlib``, ``flax``, the
+      default device's ``platform`` and ``device_kind``, and ``cpu_count``.
     """
     here = Path(__file__)
     ours = _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None
@@ -64,15 +60,14 @@ def make_record(
     wall_s: float | None = None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """Join a cell, its values and where they come from to one flat record of plain JSON types.
+    """Join a cell, its values and its method to one flat record of plain JSON types.
 
     Args:
       cell: the fields that identify the result; `Results.find` looks for them.
       values: the results, with units in the keys.
       measured: False for a number that a cost model gave.
-      wall_s: seconds that the cell took, compilation included; None where nothing ran.
-      **extra: whatever else tells how the number was got, for instance
-      ``implementation="working_set"``.
+      wall_s: seconds that the cell took, compilation included; None if nothing ran.
+      **extra: further fields of the method, for instance ``implementation="working_set"``.
 
     Raises:
       ValueError: a field stands in two of the groups, or there is no value.
@@ -136,8 +131,7 @@ class Results:
     def find(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
         """The newest record that holds every field of `cell` with an equal value, or None.
 
-        `cell` must hold all that identifies a result: a field that it leaves out may have any
-        value.
+        `cell` must hold all that identifies a result: a field that it lacks may have any value.
         """
         wanted = {key: _plain(value, key) for key, value in cell.items()}
         missing = object()
@@ -174,8 +168,9 @@ class Results:
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """All records of a file, oldest first; a half-written last line is left out with a warning, not
-    removed.
+    """All records of a file, oldest first.
+
+    A half-written last line is left out with a warning, and not removed.
 
     Raises:
       OSError: the file cannot be read.
@@ -212,7 +207,7 @@ def _decode(content: bytes, path: str | os.PathLike) -> tuple[list[dict[str, Any
 
 
 def _plain(value: Any, key: str) -> Any:
-    """`value` as JSON would give it back."""
+    """`value` as JSON returns it."""
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         value = np.asarray(value).tolist()
     if value is None or isinstance(value, (bool, int, str)):

@@ -1,10 +1,9 @@
-"""Specs: a line of text such as ``swa(kv_sparsity=0.8,window=16)`` that is a frozen dataclass, and
-back.
+"""Specs: a line of text such as ``swa(kv_sparsity=0.8,window=16)`` to a frozen dataclass, and back.
 
     spec  = name [ "(" [ key "=" value { "," key "=" value } [","] ] ")" ]
     value = bare word | 'quoted text' | "quoted text"
 
-Inside quotes a backslash takes the next character as it is. The annotation of the dataclass field
+Inside quotes a backslash takes the next character literally. The annotation of the dataclass field
 decides how a bare word is read: of the types that the field allows the first that fits wins, in the
 order none, bool, int, float, str. Quoted text is always a str. So ``window: int | str`` reads
 ``16`` as an integer and ``2k`` as text. Which values make sense is the dataclass's own business:
@@ -37,9 +36,7 @@ _CALLED = types.MappingProxyType(
 
 
 class SpecError(ValueError):
-    """A spec that cannot be read or printed. The message is one sentence that starts
-    with the spec.
-    """
+    """A spec that cannot be read or printed; the message is one sentence, which starts with it."""
 
 
 def parse(text: str, registry: Mapping[str, type]) -> Any:
@@ -50,13 +47,11 @@ def parse(text: str, registry: Mapping[str, type]) -> Any:
       registry: from name to frozen dataclass.
 
     Returns:
-      An instance of the dataclass that `registry` lists under the name, fields coerced to their
-      annotations.
+      An instance of the dataclass under that name in `registry`, fields coerced to annotations.
 
     Raises:
       SpecError: a syntax error, an unknown name or key (the known ones are listed), a key given
-      twice or
-        missing, a value of the wrong type, or a value that the dataclass refuses.
+        twice or missing, a value of the wrong type, or a value that the dataclass refuses.
     """
     if not isinstance(text, str):
         raise SpecError(f"a spec is text such as {_example(registry)!r}, got {text!r}")
@@ -88,15 +83,13 @@ def parse(text: str, registry: Mapping[str, type]) -> Any:
 
 
 def to_text(obj: Any, registry: Mapping[str, type]) -> str:
-    """Print a spec: the name and, in the order of the fields, those that differ from their
-    defaults.
+    """Print a spec: the name and, in the order of the fields, those that are not at their default.
 
-    ``parse(to_text(obj, registry), registry) == obj`` wherever the fields hold what their
-    annotations say.
+    ``parse(to_text(obj, registry), registry) == obj`` if the fields have their annotated types.
 
     Raises:
       SpecError: the class of `obj` is not in `registry`, or a field holds something that a spec
-      cannot say.
+        cannot say.
     """
     name = next((name for name, cls in registry.items() if cls is type(obj)), None)
     if name is None:
@@ -170,10 +163,9 @@ def _split(text: str) -> tuple[str, list[tuple[str, tuple[str, bool]]]]:
             _, key = take(("word",), "key=value")
             take(("=",), f"key=value, that is '=' after {key}")
             kind, value = take(("word", "quoted"), f"a value for {key}")
-            plain = (
-                re.sub(r"\\(.)", r"\1", value[1:-1], flags=re.DOTALL) if kind == "quoted" else value
-            )
-            pairs.append((key, (plain, kind == "quoted")))
+            quoted = kind == "quoted"
+            plain = re.sub(r"\\(.)", r"\1", value[1:-1], flags=re.DOTALL) if quoted else value
+            pairs.append((key, (plain, quoted)))
             if tokens[-1][0] != ")":
                 take((",",), f"',' or ')' after {key}={value}")
         tokens.pop()

@@ -1,6 +1,4 @@
-"""Attention of new tokens over what is stored: a layer, what computes it, how sets change, the
-reference, maps.
-"""
+"""Attention of one layer: decode, prefill, compute, exchange, the masked reference, maps."""
 
 from alisa_jax.attention.layer import (
     ROUTES,

@@ -1,16 +1,15 @@
-"""Attention over tokens that are at hand, by XLA or by the kernels of `pallas_kernels`, with equal
-results.
+"""Attention over given tokens, by XLA or by the kernels of `pallas_kernels`, with equal results.
 
-Four questions that the layers above ask; each takes `impl`, "xla", "pallas" or "interpret", which
-an engine has chosen once (`choose`) for all of its layers:
+Four functions for the layers above. Each takes `impl`, "xla", "pallas" or "interpret", which an
+engine chooses once for all of its layers (`choose`):
 
-    slots      one query per head against head-major rows, a working set        packed_decode
-    rows       one query per head against rows of a store, by index             sparse_decode
-    store      one query per head against all rows of a store                   sparse_decode
-    prompt     prompts, and what their last queries, or all, paid to each token flash_prefill
+    slots      one query per head over head-major rows: a working set            packed_decode
+    by_index   one query per head over rows of a store, by index                 sparse_decode
+    store      one query per head over all rows of a store                       sparse_decode
+    prompt     prompts, and the mass that their last or all queries paid         flash_prefill
 
-Shapes: q [B, K, G, H], in a prompt [B, T, N, H], unscaled. Logits, softmax statistics and mass are
-float32.
+Shapes: q [B, K, G, H], in a prompt [B, T, N, H], unscaled. Logits, softmax statistics and mass:
+all float32.
 """
 
 from __future__ import annotations
@@ -32,15 +31,14 @@ from pallas_kernels.backend import Choice
 from pallas_kernels.partial import Partial, merge
 
 IMPLS = backend.IMPLS
-_PAGE_TOKENS = 32  # of a store that XLA attends at once
+_PAGE_TOKENS = 32  # rows of a store that XLA attends at once
 
 
 def choose(impl: str, codec: Codec, dtype, head_dim: int, xla_only: str | None = None) -> Choice:
-    """What `impl` ("auto" too) means for a model that computes in `dtype`, on the device at hand,
-    and why.
+    """Resolve `impl` ("auto" included) on this device for a model of type `dtype`, and say why.
 
-    xla_only: why no kernel can run, where that is known. Raises ValueError, in one sentence, for an
-    unknown name and where a named implementation cannot run.
+    xla_only: the reason why no kernel can run, if one is known. Raises ValueError, in one sentence,
+    for an unknown name and for a named implementation that cannot run.
     """
     if xla_only is not None:
         return backend.choose(impl, xla_only)
@@ -67,10 +65,11 @@ def slots(
 ) -> tuple[Partial, jax.Array]:
     """Dense attention over head-major packed rows with a bias per slot.
 
-    q [B, K, G, H]; k, v packed [B, K, M, H]; bias [B, P, M] float32. turn: where k is to be turned
-    first, for XLA alone. Returns Partial(out [B, K, G, H], lse [B, K, G]) and the mass
-    [B, heads, M]: softmax weights summed over the query heads of each group; heads is P unless it
-    is given, and for XLA alone may be N = K G.
+    q [B, K, G, H]; k, v packed [B, K, M, H]; bias [B, P, M] float32. turn: rotates k first (XLA
+    only). heads: defaults to P; XLA also takes N = K G.
+
+    Returns Partial(out [B, K, G, H], lse [B, K, G]) and the mass [B, heads, M]: softmax weights
+    summed over the query heads of each group.
     """
     if impl == "xla":
         return _slots(codec, q, k, v, bias, turn, heads)
@@ -88,9 +87,7 @@ def slots(
 def by_index(
     codec: Codec, q, k, v, pos, bias, impl: str = "xla", turn: Turn | None = None
 ) -> tuple[Partial, jax.Array]:
-    """As `slots`, over the rows `pos` [B, P, M] (-1: none) of token-major packed k and v
-    [B, S, K, H].
-    """
+    """As `slots`, over rows `pos` [B, P, M] (-1: none) of token-major k and v [B, S, K, H]."""
     if impl == "xla":
         return _slots(
             codec,
@@ -112,9 +109,7 @@ def by_index(
 def store(
     codec: Codec, q, k, v, bias, impl: str = "xla", turn: Turn | None = None
 ) -> tuple[Partial, jax.Array]:
-    """As `slots`, over all rows of token-major packed k and v [B, S, K, H] under `bias`
-    [B, P, S].
-    """
+    """As `slots`, over all rows of token-major k and v [B, S, K, H]; bias [B, P, S]."""
     if impl != "xla":
         at = jax.lax.broadcasted_iota(jnp.int32, bias.shape, 2)
         return by_index(codec, q, k, v, at, bias, impl)
@@ -149,12 +144,17 @@ def store(
 def prompt(
     q, k, v, length, heads: int, seed: str = "none", W: int | None = None, impl: str = "xla"
 ):
-    """Dense causal attention over prompts, and what a policy is seeded from.
+    """Dense causal attention over prompts, and the mass that seeds a policy.
 
-    q [B, T, N, H], k and v [B, T, K, H], length [B]. seed: "none"; "rows": the attention
-    [B, P, W, T] of the last W queries below `length`, the last row is the last query's and rows
-    before the first query are zero; "sum": of all queries [B, P, T]. Mass is float32, summed over
-    the query heads of each of P = `heads` groups. Returns out [B, T, N, H] and the mass or None.
+    q [B, T, N, H], k and v [B, T, K, H], length [B]. The mass is float32, summed over the query
+    heads of each of P = `heads` groups; `seed` selects its form:
+
+        "none"   None
+        "rows"   [B, P, W, T], of the last W queries below `length`; the last query's row comes
+                 last, and rows before the first query are zero
+        "sum"    [B, P, T], summed over all queries
+
+    Returns out [B, T, N, H] and the mass.
     """
     piece = flash_prefill.flash_prefill(q, k, v, length, impl=impl)
     out = piece.out.astype(q.dtype)
@@ -165,7 +165,7 @@ def prompt(
 
 
 def causal(q, k, v, length, impl: str = "xla") -> jax.Array:
-    """Dense causal attention over prompts, as in `prompt`, and nothing kept: out [B, T, N, H]."""
+    """Dense causal attention over prompts, as in `prompt`: out [B, T, N, H] alone."""
     return prompt(q, k, v, length, 1, impl=impl)[0]
 
 
@@ -188,7 +188,7 @@ def _logits(codec, q, k, turn):
 
 
 def _rows(content: Content):
-    """What the kernels take for one of K and V."""
+    """The operand of the kernels for one of K and V."""
     if content.axis is None:
         return content.codes
     kind = int8_decode.PerToken if content.axis == "token" else int8_decode.PerChannel

@@ -1,8 +1,7 @@
-"""The set for the next query: policies change working sets, and rows that they ask for are copied
-from the store.
+"""The exchange: policies change working sets, and requested rows are copied from the store.
 
-One layer by itself (`exchange_layer`), or all layers that go about it alike in one go at the end of
-a step (`exchange_layers`).
+`exchange_layer` serves one layer. `exchange_layers` serves all layers with the same `joint` key at
+once, at the end of a step.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ from alisa_jax.policies.base import column
 
 
 def exchange_layer(policy, codec, store, stats, ws: WorkingSet, length, S, after):
-    """Let the policy change the working set and copy in the rows it asks for, until it asks for no
-    more.
+    """Let the policy change the working set and copy in the rows that it requests, until it stops.
 
     Returns statistics, working set, store and loads [B]. Rows that a `Ring` does not hold become
-    pending there; where it can note no more of them the exchange breaks off, to be called again.
+    pending there; once no more of them fit, the exchange stops and must be called again.
 
-    The loop overwrites slots, so it must come after the last read of them. XLA copies the values
-    whole unless it can prove that; the loop's first condition therefore reads the attention output
-    `after` (true unless all of it is NaN).
+    The loop overwrites slots, so it must run after their last read. XLA copies the values whole
+    unless it can prove that order; the loop's first condition therefore reads the attention output
+    `after` (it is true unless all of the output is NaN).
     """
     ring = isinstance(store, Ring)
 
@@ -56,7 +54,7 @@ def exchange_layer(policy, codec, store, stats, ws: WorkingSet, length, S, after
 
 
 def joint(state: LayerState) -> Hashable | None:
-    """Layers of the same value can exchange together; None: this one exchanges by itself."""
+    """Grouping key: layers with equal keys are exchanged in one batch; None means alone."""
     key = state.policy.joint()
     if key is None or state.route != "working_set" or type(state.store) is not Store:
         return None
@@ -66,11 +64,10 @@ def joint(state: LayerState) -> Hashable | None:
 def exchange_layers(
     states: Sequence[LayerState], after: Sequence[jax.Array]
 ) -> tuple[list[LayerState], list[jax.Array]]:
-    """`exchange_layer` of layers of the same `joint`, after all of them have attended: one loop and
-    one set of operations for all.
+    """`exchange_layer` for layers with the same `joint` key: one loop, after all have attended.
 
-    Returns the states and loads [B] of each; after: what each layer's attention gave, see
-    `exchange_layer`.
+    Returns the states and the loads [B] of each layer. after: the attention output of each layer,
+    see `exchange_layer`.
     """
     policies, codec = [state.policy for state in states], states[0].codec
     length, S = states[0].length, states[0].context

@@ -2,19 +2,17 @@
 
 One decode step of one layer, on each of the three routes that give equal results:
 
-    working_set   append -> attend the working set -> observe -> exchange
-                  (the set for the next step)
+    working_set   append -> attend the working set -> observe -> exchange (the next step's set)
     indexed       append -> select -> read those rows of the store -> attend -> observe
-    masked        append -> attend every token under the boolean mask of `select` -> observe: the
-                  reference
+    masked        append -> attend all tokens under the mask of `select` -> observe: the reference
 
-A prompt is attended densely (`prefill`); the policy is seeded from its last rows. `reference.score`
-runs a whole text in one pass.
+A prompt is attended densely (`prefill`), and its last rows seed the policy. `reference.score` runs
+a whole text in one pass.
 
 Shapes: q [B, N, H] or [B, T, N, H], unscaled; query head i reads kv head i // G, G = N / K. Logits,
-softmax statistics and attention mass are float32. Queries and keys come rotated; where `turning` is
-a `Rotation` they come as they were projected, keys are stored so, and both are turned here to the
-places that the policy gives them.
+softmax statistics and attention mass are float32. Queries and keys come rotated. If `turning` is a
+`Rotation`, they come as projected: keys are stored so, and both are rotated here to the places that
+the policy gives them.
 """
 
 from __future__ import annotations
@@ -37,20 +35,17 @@ ROUTES = ("working_set", "indexed", "masked")
 
 
 class Taps(NamedTuple):
-    """What a decode step looked at, for analysis; unused leaves cost nothing under jit."""
+    """What a decode step attended, for analysis; unused leaves cost nothing under jit."""
 
-    # [B, P, M] float32: attention paid to each slot, summed over the heads that share it
-    mass: jax.Array
+    mass: jax.Array  # [B, P, M] float32: attention paid to each slot, summed over its heads
     pos: jax.Array  # [B, P, M] int32: the token in each slot, -1 where none was attended
     attended: jax.Array  # [B] float32: attended tokens, itself included, mean over selection heads
     loads: jax.Array  # [B] int32: rows copied from the store for the next step
-    clipped: jax.Array  # [B] int32: elements of the new K and V that the codec had to clip
+    clipped: jax.Array  # [B] int32: elements of the new K and V that the codec clipped
 
 
 def check(policy: Policy, codec, route: str, context: int, n_heads: int, n_kv_heads: int) -> None:
-    """Refuse in one sentence what cannot run together, before anything is loaded. Raises
-    ValueError.
-    """
+    """Raise ValueError, in one sentence and before any work, for parts that cannot run together."""
     if route not in ROUTES:
         raise ValueError(f"route must be auto or one of {', '.join(ROUTES)}; got {route!r}")
     if route not in policy.routes:
@@ -75,7 +70,7 @@ def dims_of(policy: Policy, route: str, B: int, N: int, K: int, S: int, H: int =
 
 
 def prompt_dims(dims: Dims, policy: Policy, route: str, room: int) -> Dims:
-    """`dims` of a state that a prompt begins, and that `room` tokens can follow until it grows."""
+    """`dims` of a state that starts with a prompt and has room for `room` further tokens."""
     if route != "working_set" or not policy.appends:
         return dims
     return dims._replace(M=min(dims.M, policy.prompt_capacity(dims.S) + room))
@@ -90,8 +85,10 @@ def init(
     impl: str = "xla",
     turning: Rotation | None = None,
 ) -> LayerState:
-    """The state of a layer that has seen nothing; impl: what attends, see `attend`; turning: see
-    above.
+    """The state of a layer that has seen no token.
+
+    impl: the implementation of attention (`compute.choose`). turning: the rotation of keys that are
+    stored before it.
     """
     B, _, K, S, M, _ = dims = dims._replace(H=H)
     P = policy.selection_heads(K)
@@ -103,8 +100,9 @@ def init(
 
 
 def grow(state: LayerState, S: int, room: int | None = None) -> LayerState:
-    """The same state for a context of S tokens; room: how many may come at most, where a set grows
-    by each (None: to S).
+    """The same state for a context of S tokens.
+
+    room: the most tokens that may follow, where a set grows by each of them; None: up to S.
     """
     M = state.policy.capacity(S) if state.route == "working_set" else S
     if state.policy.appends and state.route == "working_set":
@@ -118,9 +116,7 @@ def grow(state: LayerState, S: int, room: int | None = None) -> LayerState:
 
 
 def freeze(state: LayerState) -> LayerState:
-    """The same state with all tokens encoded, for a codec that has now seen the `frozen_after`
-    tokens it waits for.
-    """
+    """The same state with all tokens encoded, once the codec has seen its `frozen_after` tokens."""
 
     def frozen(home):
         return None if home is None else home.freeze(state.codec)
@@ -131,10 +127,10 @@ def freeze(state: LayerState) -> LayerState:
 def decode(
     state: LayerState, q: jax.Array, k: jax.Array, v: jax.Array, exchange: bool = True
 ) -> tuple[jax.Array, LayerState, Taps]:
-    """One new token per sequence: q [B, N, H], k and v [B, K, H]. Returns out [B, N, H] in q's
-    dtype.
+    """One new token per sequence: q [B, N, H], k and v [B, K, H] -> out [B, N, H] in q's dtype.
 
-    exchange: False leaves the set of a state with a `joint` as it is, for `exchange_layers`.
+    exchange: False keeps the set of a state with a `joint` key, for `exchange_layers`. Returns out,
+    state and taps.
     """
     if not exchange and joint(state) is None:
         raise ValueError(f"{state.policy} on the route {state.route} exchanges layer by layer")
@@ -161,12 +157,12 @@ def decode(
 
 
 def _wide(at, x):
-    """at [B] for each head of x [B, heads, H]: [B, heads]."""
+    """`at` [B] repeated for each head of x [B, heads, H]: [B, heads]."""
     return jnp.broadcast_to(at[:, None], x.shape[:2])
 
 
 def turn_of(policy: Policy, turning: Rotation | None, pos, length) -> Turn | None:
-    """How keys of the tokens `pos` are to be turned for the query at `length`."""
+    """The rotation of the keys of tokens `pos` for the query at `length`."""
     return None if turning is None else Turn(policy.places(pos, length), turning)
 
 
@@ -208,8 +204,9 @@ def _decode_working_set(state: LayerState, q, k, v, exchange: bool = True):
 
 
 def _refreshed(state: LayerState, store: Store, q, which, piece: Partial):
-    """Replace `piece` by dense attention over the store where `which` [B]; also the dense row
-    [B, P, S].
+    """Replace `piece` by dense attention over the store for the sequences `which` [B].
+
+    Also returns the dense row of attention [B, P, S].
     """
     length = state.length
     S = state.context
@@ -275,10 +272,9 @@ def _decode_masked(state: LayerState, q, k, v):
 
 
 def masked_row(policy: Policy, stats, pos, bias, q, attend_all, length):
-    """One query of the reference: slot = position, every token's K and V at hand, the selection as
-    a mask.
+    """One query of the reference: slot = position, and the selection is a mask.
 
-    pos [B, P, S]: -1 for tokens that are still to come or that an evicting policy has dropped; bias
+    pos [B, P, S]: -1 for tokens that are still to come or that an evicting policy dropped. bias
     [B, P, S]: of the tokens that an evicting policy keeps. `attend_all(bias, pos)` attends every
     token under a bias. Returns the piece, statistics, pos, bias and taps.
     """
@@ -307,7 +303,7 @@ def _observe_row(policy: Policy, stats, row, pos, length):
 
 
 def _kept(policy: Policy, stats, length, S: int, q):
-    """[B, P, S] bool: what the query at `length` attends, itself included."""
+    """[B, P, S] bool: the tokens that the query at `length` attends, itself included."""
     keep = policy.select(stats, length, S, q if policy.needs_query else None)
     which = policy.refresh(length)
     if which is not None:

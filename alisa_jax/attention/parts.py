@@ -1,13 +1,13 @@
-"""Layers whose tokens are not all on the device: what a step, a prompt and a delivery do to them.
+"""Layers whose tokens are not all on the device: their decode steps, prompts and deliveries.
 
 A batch is cut into parts of neighbouring sequences: `whole` ones keep all tokens, the others
-(`away`) a ring of the newest. A layer is then a tuple of `LayerState`s, one per part, and only the
-kind of an away one is special:
+(`away`) a ring of the newest. A layer is then a tuple of `LayerState`s, one per part. Only the away
+ones are special:
 
-    the policy selects      a working set as ever, whose store is a `Ring`; rows that are not in it
-                            become pending
-    the policy is dense     a working set of C slots that is itself the ring; the others are
-                            streamed and joined by `merge`
+    the policy selects    the usual working set, with a `Ring` as its store; rows that the ring does
+                          not hold become pending
+    the policy is dense   a working set of C slots that is itself the ring; older rows are streamed,
+                          and joined by `merge`
 
 All functions are pure. Shapes: q [B, N, H], k and v [B, K, H], in a prompt with T behind B.
 """
@@ -31,8 +31,9 @@ Leaves = tuple[jax.Array, ...]  # of K, then of V
 
 
 class Part(NamedTuple):
-    """Sequences first .. stop - 1 with a context of `context` tokens; ring_tokens 0: all of them on
-    the device.
+    """Sequences first .. stop - 1 with a context of `context` tokens.
+
+    ring_tokens: rows of the ring; 0 keeps all tokens on the device.
     """
 
     first: int
@@ -42,24 +43,22 @@ class Part(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """How one layer keeps its past (`engine.step.Layer`)."""
+    """How one layer keeps its past (also `engine.step.Layer`)."""
 
     policy: Any
     codec: Any
     route: str
-    impl: str = "xla"  # see `attend`
-    turning: Any = None  # see `attention`
+    impl: str = "xla"  # see `compute`
+    turning: Any = None  # see `layer`
 
     @property
     def layout(self) -> str:
-        """Of pages: rows of tokens where single rows are wanted, as attention reads them where all
-        are.
-        """
+        """Layout of pages: "tokens" to read single rows, else "slots", as attention reads them."""
         return "tokens" if self.policy.selects else "slots"
 
 
 def init(kind: Kind, part: Part, N: int, K: int, H: int) -> LayerState:
-    """The state of one part of a layer that has seen nothing."""
+    """The state of one part of a layer that has seen no token."""
     policy, codec, route, impl, _ = kind
     B = part.stop - part.first
     S = part.context
@@ -74,8 +73,9 @@ def init(kind: Kind, part: Part, N: int, K: int, H: int) -> LayerState:
 
 
 def decode(parts: Parts, q, k, v) -> tuple[jax.Array, Parts, tuple]:
-    """One new token per sequence; everything it attends is on the device. Returns out [B, N, H],
-    parts, taps of each.
+    """One new token per sequence, with everything that it attends on the device.
+
+    Returns out [B, N, H], the parts, and the taps of each part.
     """
     done = [
         attention.decode(state, *mine)
@@ -89,21 +89,19 @@ def decode(parts: Parts, q, k, v) -> tuple[jax.Array, Parts, tuple]:
 
 
 class Streamed(NamedTuple):
-    """K and V of an away part that are brought for one step: leaves [B, K, T, *] of T positions
-    from `first` on.
-    """
+    """K and V of an away part, brought for one step: T positions from `first` on."""
 
-    leaves: Leaves
+    leaves: Leaves  # [B, K, T, *]
     first: jax.Array  # [B] int32
 
 
 def decode_streamed(
     parts: Parts, q, k, v, host, dropped, pieces: tuple[Streamed, ...]
 ) -> tuple[jax.Array, Parts]:
-    """As `decode`, for a dense layer whose last part is away: its ring holds positions from `host`
-    [B] on, the pieces those
-    below; a position counts in the piece that has it: below `dropped` [B] in those that begin at 0,
-    else in the others.
+    """As `decode`, for a dense layer whose last part is away.
+
+    pieces[0], streamed, covers positions [dropped, host); further pieces, recomputed, cover
+    [0, dropped); the ring covers the rest. host, dropped [B].
     """
     *whole, away = parts
     *mine, last = _cut(parts, q, k, v)
@@ -137,7 +135,7 @@ def decode_streamed(
 def prefill(
     kind: Kind, layout: tuple[Part, ...], q, k, v, length, host
 ) -> tuple[jax.Array, Parts, Any]:
-    """A prompt; what lies below `host` [B] does not stay on the device.
+    """Read a prompt; rows below `host` [B] do not stay on the device.
 
     Returns out [B, T, N, H], the parts, and the rows of the last part, away or not, as a `Store` of
     T tokens.
@@ -181,7 +179,7 @@ def _ringed(kind: Kind, state: LayerState, kept, length, host, C: int) -> LayerS
 def prompt_page(
     kind: Kind, kept, sequences: tuple[int, ...], page: int, page_tokens: int
 ) -> Leaves:
-    """A page of the rows that `prefill` returned, for some sequences of the part."""
+    """One page of the rows that `prefill` returned, for some sequences of the part."""
     found = []
     for leaf in (*kind.codec.leaves(kept.k), *kind.codec.leaves(kept.v)):
         some = leaf[:, page * page_tokens : (page + 1) * page_tokens]
@@ -191,7 +189,7 @@ def prompt_page(
 
 
 def ring_page(state: LayerState, sequences: jax.Array, page: jax.Array, page_tokens: int) -> Leaves:
-    """A page that is in the ring of an away part, for `sequences` [n]."""
+    """One page from the ring of an away part, for `sequences` [n]."""
     home, axis = (state.store, 1) if state.policy.selects else (state.ws, 2)
     leaves = (*state.codec.leaves(home.k), *state.codec.leaves(home.v))
     start = jnp.mod(page * page_tokens, leaves[0].shape[axis])
@@ -204,10 +202,10 @@ def moved(state: LayerState, host: jax.Array) -> LayerState:
 
 
 def deliver(state: LayerState, leaves: Leaves, sequence, pos, slot, clear: bool) -> LayerState:
-    """Rows `leaves` [R, K, *] of tokens `pos` [R] of `sequence` [R] (-1: none) into slots [R, P] of
-    an away part.
+    """Write rows `leaves` [R, K, *] of tokens `pos` [R] into slots [R, P] of an away part.
 
-    A slot that no longer waits for its token stays as it is. clear: nothing is pending any more.
+    sequence [R]: -1 for none. A slot that no longer waits for its token stays as it is. clear:
+    nothing is pending any more.
     """
     ws, P = state.ws, state.ws.pos.shape[1]
     b = jnp.clip(sequence, 0, ws.pos.shape[0] - 1)[:, None]
@@ -224,8 +222,9 @@ def deliver(state: LayerState, leaves: Leaves, sequence, pos, slot, clear: bool)
 
 
 def encoded(state: LayerState, k, v, sequences, pos) -> Leaves:
-    """Rows of recomputed tokens: k, v [n, T, K, H] of `sequences` [n] at `pos` [n, E], as leaves
-    [n * E, K, *].
+    """Encode recomputed tokens: leaves [n * E, K, *].
+
+    k, v [n, T, K, H] of `sequences` [n]; pos [n, E]: the positions to encode.
     """
     b = jnp.arange(k.shape[0], dtype=jnp.int32)[:, None]
     found = []
@@ -237,7 +236,7 @@ def encoded(state: LayerState, k, v, sequences, pos) -> Leaves:
 
 
 def resume(state: LayerState) -> LayerState:
-    """Go on with an exchange that broke off, when what was pending has been delivered."""
+    """Continue an exchange that stopped, once its pending rows are delivered."""
     stats, ws, store, _ = exchange.exchange_layer(
         state.policy,
         state.codec,

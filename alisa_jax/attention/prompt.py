@@ -1,6 +1,4 @@
-"""A prompt: dense causal attention over a batch of prompts, and the state that a policy keeps of
-them.
-"""
+"""Prefill: dense causal attention over a batch of prompts, and the layer state that they leave."""
 
 from __future__ import annotations
 
@@ -15,12 +13,11 @@ from alisa_jax.policies.base import Dims, column, positions
 
 
 def prefill(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState]:
-    """Dense causal attention over a batch of prompts; `state` is empty and `length` [B] tells how
-    much of T is prompt.
+    """Dense causal attention over a batch of prompts, from an empty `state`.
 
-    q [B, T, N, H], k and v [B, T, K, H], T <= context; prompts are aligned at position 0 and padded
-    behind. Returns out [B, T, N, H] (padding rows hold nothing of use) and the state after the
-    prompts.
+    q [B, T, N, H], k and v [B, T, K, H], T <= context. Prompts start at position 0, and tokens from
+    `length` [B] on are padding. Returns out [B, T, N, H] (rows of padding hold garbage) and the
+    state after the prompts.
     """
     out, state, rows = prefill_rows(state, q, k, v, length)
     store = None if state.store is None else rows.grow(state.codec, state.context)
@@ -28,8 +25,9 @@ def prefill(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState]:
 
 
 def prefill_rows(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerState, Store]:
-    """As `prefill`, with what a store of T tokens would hold beside the state, whose own store is
-    as it was.
+    """As `prefill`, but also returns the rows, as a `Store` of T tokens.
+
+    The store of the returned state is unchanged.
     """
     policy = state.policy
     codec = state.codec
@@ -71,7 +69,7 @@ def prefill_rows(state: LayerState, q, k, v, length) -> tuple[jax.Array, LayerSt
 
 
 def turned_prompt(x, turning: Rotation | None):
-    """x [B, T, *, H] of positions 0 .. T - 1 as attention is to see it."""
+    """x [B, T, *, H] at positions 0 .. T - 1, rotated if `turning` asks for it."""
     if turning is None:
         return x
     at = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :, None]

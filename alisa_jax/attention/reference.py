@@ -1,8 +1,7 @@
-"""A whole text in one pass as if it were decoded token by token: row i under the selection that its
-earlier rows lead to.
+"""A whole text in one pass, row i under the selection that its own earlier rows lead to.
 
-This is the reference that decoding is compared with, and what the protocol `prefill_mask` runs: all
-keys and values are at hand, stored as the codec stores them, and each row of attention is masked.
+This is the reference for decoding, and the protocol `prefill_mask`: all keys and values are at
+hand, stored as the codec stores them, and each row of attention is masked.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from alisa_jax.policies.base import Policy
 
 
 def attended(taps) -> jax.Array:
-    """[B] float32: the tokens that a row attended."""
+    """[B] float32: the number of tokens that a row attended."""
     return taps.attended
 
 
@@ -26,12 +25,13 @@ def score(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Whole texts in one pass, row i under the mask that decoding token by token would have had.
 
-    q [B, T, N, H], k and v [B, T, K, H]. Returns out [B, T, N, H]; what `look` takes from the taps
-    of each row, [B, T, ...], here the number of attended tokens, float32; and the number of
-    elements of K and V that the codec clipped [B, T] int32.
+    q [B, T, N, H], k and v [B, T, K, H]. Returns
 
-    Rows do not depend on each other where every one attends all tokens as they are: those are
-    computed together.
+        out [B, T, N, H]
+        `look(taps)` of each row, [B, T, ...]; by default the number of attended tokens, float32
+        the number of elements of K and V that the codec clipped, [B, T] int32
+
+    If every row attends all tokens as they are, rows are independent and computed together.
     """
     B, T, N, H = q.shape
     K, raw_tokens = k.shape[2], codec.frozen_after
@@ -53,7 +53,7 @@ def score(
         seen = jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.float32)[None], (B, T))
         out = compute.causal(q, keys, values, jnp.full((B,), T, jnp.int32))
         return out, seen, jnp.zeros((B, T), jnp.int32)
-    # what the first rows attend
+    # the first rows attend raw tokens
     held = [x.astype(codec.raw.dtype) for x in raw] if raw_tokens else None
     by_step = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 0)
 

@@ -29,7 +29,8 @@ CODECS = MappingProxyType({"raw": Raw, "int8": Int8, "int4": Int4, "skvq": Skvq}
 
 
 def parse(text: str) -> Asked:
-    """What `text` names, for example 'raw' or 'int8(axis=token)', yet to be resolved. Raises
-    `spec.SpecError`.
+    """The spec that `text` names, for example 'raw' or 'int8(axis=token)', still to be resolved.
+
+    Raises `spec.SpecError`.
     """
     return spec.parse(text, CODECS)

@@ -1,15 +1,14 @@
-"""What a codec is: how one token's K or V is stored, and how attention reads it without unpacking
-it.
+"""The contract of a codec: how one token's K or V is stored, and how attention reads it.
 
-A codec turns arrays [..., H] into a packed pytree and is used in two layouts (see `rows.py`):
-"slots" is head-major [B, K, M, H], "tokens" is token-major [B, S, K, H]. Two kinds of move are kept
-apart: `write` and `fill` encode new values; `take` and `put` move what is already encoded, bit for
-bit, so that exchanging tokens never encodes twice. `logits` and `mix` are the two products of
-attention, where the scales of a quantised codec are folded in.
+A codec packs arrays [..., H] into a pytree, in two layouts (`kv/rows.py`): "slots" is head-major
+[B, K, M, H], "tokens" is token-major [B, S, K, H]. Two kinds of move are kept apart: `write_slot`,
+`write_token` and `fill` encode new values; `take` and `copy_in` move codes, bit for bit, so an
+exchange never encodes a token twice. `logits` and `mix` are the two products of attention, into
+which a quantised codec folds its scales.
 
-A codec may have to see some tokens before it can encode (`frozen_after` > 0). A sequence then
-begins in packed form that holds raw values; when it has `frozen_after` tokens, `freeze` encodes
-them, once, and from there on all are codes. Methods take either form.
+Some codecs must see tokens before they can encode (`frozen_after` > 0). A sequence then begins in a
+packed form that holds raw values. Once it has `frozen_after` tokens, `freeze` encodes them, and
+from there on all tokens are codes. Methods take either form.
 """
 
 from __future__ import annotations
@@ -42,50 +41,43 @@ TOKEN_AXIS = {"slots": 2, "tokens": 1}.__getitem__
 
 
 class Content(NamedTuple):
-    """Packed rows as arrays that a kernel reads: values, or codes c of values
-    (c - zero) * scale.
-    """
+    """Packed rows as arrays that a kernel reads: values, or codes c of (c - zero) * scale."""
 
-    # what each scale and zero point belongs to, beside the kv head; None: values
-    axis: Literal["token", "channel"] | None
+    axis: Literal["token", "channel"] | None  # has a scale each; None: values
     codes: jax.Array  # the shape of the packed rows
-    # without the channels ("token") or without the tokens ("channel")
-    scale: jax.Array | None = None
+    scale: jax.Array | None = None  # "token": without the channels; "channel": without the tokens
     zero: jax.Array | None = None  # the shape of scale
 
 
 class Asked:
-    """What a user names in a spec: a frozen dataclass that `resolve(dtype, rotation)` turns into
-    the codec of a model, where
-    `dtype` is the type that the model computes in. A codec that needs to know neither is its own
-    spec.
+    """The spec of a codec: a frozen dataclass whose `resolve` gives the codec of a model.
+
+    `resolve(dtype, rotation)` takes the type in which the model computes. A codec that needs
+    neither is its own spec.
     """
 
-    # keys are to come before their rotation; `turned_logits` turns them
-    raw_keys: ClassVar[bool] = False
-    calibrates: ClassVar[bool] = False  # `resolve` also takes calibration= and config=, the model's
+    raw_keys: ClassVar[bool] = False  # stores keys before their rotation (`turned_logits`)
+    calibrates: ClassVar[bool] = False  # `resolve` also takes calibration= and config=
 
 
 class Codec(Asked):
     """Base of all codecs: frozen dataclasses of pure methods."""
 
-    # the row of a token is all there is of it, and may be moved by itself
-    placed: ClassVar[bool] = True
+    placed: ClassVar[bool] = True  # a token is one row, which may be moved by itself
 
     def for_layer(self, layer: int) -> Codec:
         """The codec of layer `layer`, counted from 0."""
         return self
 
     def refuses(self, policy, route: str) -> str | None:
-        """Why this codec cannot serve `policy` on `route`, in one sentence; None: it can."""
+        """Why this codec cannot serve `policy` on `route`, in one sentence; None if it can."""
         return None
 
     @property
     def frozen_after(self) -> int:
-        """Tokens of a sequence that are kept raw before `freeze` encodes them; 0: every token is
-        encoded as it comes.
+        """Tokens of a sequence that stay raw until `freeze`; 0: each is encoded as it comes.
 
-        Where it is not 0, the field `raw` is the codec of those tokens.
+        If it is not 0, the field `raw` is the codec of those tokens.
         """
         return 0
 
@@ -94,15 +86,11 @@ class Codec(Asked):
         raise NotImplementedError
 
     def sequence_bytes(self, K: int, H: int) -> float:
-        """Bytes of K and V that each sequence has in one layer and one home, however many tokens it
-        holds.
-        """
+        """Bytes of K and V per sequence in one layer and one home, whatever its length."""
         return 0.0
 
     def empty(self, shape: tuple[int, ...], layout: Layout, side: Side) -> Packed:
-        """Packed zeros for `shape`, which is [B, K, M, H] for "slots" and [B, S, K, H] for
-        "tokens".
-        """
+        """Packed zeros of `shape`: [B, K, M, H] for "slots", [B, S, K, H] for "tokens"."""
         raise NotImplementedError
 
     def grow(self, packed: Packed, size: int, layout: Layout) -> Packed:
@@ -110,19 +98,18 @@ class Codec(Asked):
         raise NotImplementedError
 
     def fill(self, packed: Packed, x: jax.Array, layout: Layout) -> Packed:
-        """Encode a whole prompt of `frozen_after` tokens or more; `x` has the layout and shape of
-        the empty `packed`.
+        """Encode a whole prompt of at least `frozen_after` tokens.
+
+        `x` has the layout and shape of the empty `packed`.
         """
         raise NotImplementedError
 
     def upto(self, packed: Packed, x: jax.Array, length: jax.Array, layout: Layout) -> Packed:
-        """`packed`, which `fill` made of x, as it is when only the first `length` [B] tokens of x
-        have come.
-        """
+        """`packed`, filled from x, as it is after only the first `length` [B] tokens of x."""
         return packed
 
     def freeze(self, packed: Packed, layout: Layout) -> Packed:
-        """Encode what has been kept raw until now."""
+        """Encode the tokens that are still raw."""
         return packed
 
     def write_slot(self, packed: Packed, x: jax.Array, slot: jax.Array) -> Packed:
@@ -138,7 +125,7 @@ class Codec(Asked):
         raise NotImplementedError
 
     def copy_in(self, packed: Packed, codes: Packed, slot: jax.Array) -> Packed:
-        """Head-major `codes` of E tokens copied into `slot` [B, P, E] of a head-major array."""
+        """Copy head-major `codes` of E tokens into `slot` [B, P, E] of a head-major array."""
         raise NotImplementedError
 
     def slice_tokens(self, packed: Packed, start: jax.Array, size: int) -> Packed:
@@ -146,37 +133,31 @@ class Codec(Asked):
         raise NotImplementedError
 
     def leaves(self, packed: Packed) -> tuple[jax.Array, ...]:
-        """The arrays of `packed` that have a token axis: what the row of a token is made of."""
+        """The arrays of `packed` that have a token axis: together, the rows of tokens."""
         raise NotImplementedError
 
     def rebuild(self, packed: Packed, leaves: tuple[jax.Array, ...]) -> Packed:
-        """`packed` with other rows, as `leaves` has them; what a sequence has as a whole stays."""
+        """`packed` with the rows `leaves`; what belongs to a whole sequence stays."""
         raise NotImplementedError
 
     def encode(self, packed: Packed, x: jax.Array, layout: Layout) -> tuple[jax.Array, ...]:
-        """Leaves of the rows that tokens `x`, in `layout`, would have in `packed`, in which nothing
-        is raw any more.
-        """
+        """Leaves of the rows of tokens `x`, in `layout`, for a `packed` without raw rows."""
         raise NotImplementedError
 
     def content(self, packed: Packed) -> Content | None:
-        """The arrays of `packed` for kernels; None: this codec is read by XLA alone."""
+        """The arrays of `packed` for kernels; None: only XLA reads this codec."""
         return None
 
     def logits(self, q: jax.Array, k: Packed) -> jax.Array:
-        """`q` [B, K, G, H] against head-major keys: [B, K, G, M] float32. The caller has scaled
-        `q`.
-        """
+        """`q` [B, K, G, H], scaled, against head-major keys: [B, K, G, M] float32."""
         raise NotImplementedError
 
     def values(self, packed: Packed) -> jax.Array:
-        """What head-major `packed` stands for: [B, K, M, H] float32."""
+        """The values of head-major `packed`: [B, K, M, H] float32."""
         raise NotImplementedError
 
     def turned_logits(self, q: jax.Array, k: Packed, turn: Turn) -> jax.Array:
-        """As `logits`, against keys that were stored before their rotation: each slot is turned to
-        its place.
-        """
+        """As `logits`, against keys stored before their rotation, each rotated to its place."""
         places = jnp.broadcast_to(turn.places, (*q.shape[:2], turn.places.shape[2]))
         keys = turned(self.values(k), places, turn.rotation)
         return products.logits(q.astype(jnp.float32), keys)
@@ -186,7 +167,5 @@ class Codec(Asked):
         raise NotImplementedError
 
     def clipped(self, packed: Packed, x: jax.Array) -> jax.Array:
-        """How many elements of each token of `x` [B, K, *, H] the codes of `packed` cannot reach:
-        [B, *] int32.
-        """
+        """Elements of each token of `x` [B, K, *, H] beyond the codes of `packed`: [B, *] int32."""
         return jnp.zeros((x.shape[0], *x.shape[2:-1]), jnp.int32)

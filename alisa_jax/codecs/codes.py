@@ -1,13 +1,12 @@
-"""Codes: rounding to int8, and products of codes with float queries and weights without a float
-copy of all codes.
+"""Codes: rounding to int8, and products of codes with floats that make no float copy of all codes.
 
     logits   z_m = sum_h q_h c_mh          mix   o_h = sum_m p_m c_mh
 
-A GPU compiler turns the conversion into a part of the product. XLA:CPU does not: it would write the
-whole array out as float32 and read it back, which costs more memory and time than a cache that was
-never quantised. There the products go tile by tile. A tile of floats (at most 4 MiB) stays in the
-cache that the cores share, and is large enough for XLA to give each core a part of it; a loop as
-such runs on one core.
+A GPU compiler fuses the conversion into the product. XLA:CPU does not: it would write the whole
+array out as float32 and read it back, which costs more memory and time than a cache that was never
+quantised. So on a CPU the products go tile by tile. A tile of floats (at most 4 MiB) stays in the
+cache that the cores share, and is large enough for XLA to give each core a part of it; the loop
+over tiles runs on one core.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from alisa_jax.ops import products
 LEVELS = 255.0  # steps between the least and the greatest code, -128 and 127
 TINY = 2.0**-100  # the smallest step: that of a group of zeros
 LARGE_TILE, SMALL_TILE = 2**20, 2**16  # elements
-SHARE = 32  # of all elements, one in so many is in a tile, within the bounds above
+SHARE = 32  # a tile has one in so many of all elements, within the bounds above
 
 
 def nearest(x: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
-    """The whole number that stands for `x`, float32, wherever it lies."""
+    """The whole number nearest to x / scale + zero, float32, not clamped."""
     return jnp.round(x / scale + zero)
 
 
@@ -42,8 +41,9 @@ def encode(x: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
 
 
 def logits(q: jax.Array, codes: jax.Array, share: int = SHARE) -> jax.Array:
-    """q [B, K, G, H] float32, codes [B, K, M, H] int8 -> [B, K, G, M] float32; a larger `share`
-    makes smaller tiles.
+    """q [B, K, G, H] float32, codes [B, K, M, H] int8 -> [B, K, G, M] float32.
+
+    A larger `share` makes smaller tiles.
     """
     return logits_of(q, (codes,), _plain, share=share)
 
@@ -62,9 +62,9 @@ def logits_of(
 ) -> jax.Array:
     """As `logits`, of arrays [B, K, M, *] for which `values(*rows)` is [B, K, M, H] float32.
 
-    `values` is asked of tiles: arrays [heads, tokens, *] of one sequence; with `whole_tokens` a
-    tile has all heads of its tokens. The first array has all of B, K and M; in others an axis may
-    be 1 instead, where sequences, heads or tokens share what it holds, and is 1 in their tiles.
+    `values` is called on tiles: arrays [heads, tokens, *] of one sequence; with `whole_tokens` a
+    tile has all heads of its tokens. The first array has all of B, K and M. In others an axis may
+    be 1, if sequences, heads or tokens share the content, and is 1 in their tiles.
     """
     by_tiles = functools.partial(
         _logits_by_tiles, values=values, whole_tokens=whole_tokens, share=share
@@ -104,13 +104,13 @@ def _mix(p, rows, values):
 
 
 def _tiling(B, K, M, H, whole_tokens: bool = False, share: int = SHARE) -> tuple[int, int, int]:
-    """Heads in a tile, tokens in a tile, tiles along the tokens, which overlap by less than a token
-    each.
+    """Heads in a tile, tokens in a tile, tiles along the tokens.
 
-    A tile has all tokens of two heads or more or, with `whole_tokens` and where two heads have too
-    many, all heads of some tokens. It is a small part of everything, so that the floats, of which
-    there are several where `values` takes several operations, need less memory than the codes: a
-    caller that knows of one alone can make `share` as small as 8.
+    A tile has all tokens of two or more heads. With `whole_tokens`, or if two heads have too many
+    tokens, it has all heads of some tokens. Neighbouring tiles overlap by less than a token each.
+
+    A tile is a small share of the whole, so that its float copies, one per operation of `values`,
+    need less memory than the codes. A caller with a single copy can make `share` as small as 8.
     """
     elements = max(SMALL_TILE, min(LARGE_TILE, B * K * M * H // share))
     heads = max(n for n in range(1, K + 1) if K % n == 0 and (n == 1 or n * M * H <= elements))
@@ -121,9 +121,7 @@ def _tiling(B, K, M, H, whole_tokens: bool = False, share: int = SHARE) -> tuple
 
 
 def _tile(rows, b, k, first, heads, tokens, values):
-    """The tile of `rows` that begins at sequence b, head k and token `first`, float32
-    [heads, tokens, H].
-    """
+    """The tile of `rows` at sequence b, head k and token `first`: float32 [heads, tokens, H]."""
 
     def cut(x):
         at = [start if n > 1 else 0 for n, start in zip(x.shape, (b, k, first))]
@@ -134,10 +132,9 @@ def _tile(rows, b, k, first, heads, tokens, values):
 
 
 def _by_tiles(rows, whole_tokens, share, H: int, made: jax.Array, body: Callable) -> jax.Array:
-    """`made = body(made, (b, k), t, first, heads, tokens)` for every tile, t counting those along
-    the tokens.
+    """`made = body(made, (b, k), t, first, heads, tokens)` for every tile, t along the tokens.
 
-    Loops over one index each, so that no tile needs a division.
+    Each loop has one index, so no tile needs a division.
     """
     B, K, M, _ = rows[0].shape
     heads, tokens, across = _tiling(B, K, M, H, whole_tokens, share)

@@ -1,13 +1,14 @@
-"""`int4(group=64)`: asymmetric 4-bit codes, packed two to a byte, a range for every token, kv head
-and group of channels.
+"""`int4(group=64)`: asymmetric 4-bit codes, two to a byte, one range per token, kv head and group.
 
-    x ~ scale (code - zero)     scale = (max - min) / 15     zero = round(-min / scale)     code =
-                                round(x / scale + zero)
+    x ~ scale (code - zero)
+    scale = (max - min) / 15
+    zero  = round(-min / scale)
+    code  = round(x / scale + zero)
 
-FlexGen compresses its cache so (arXiv 2303.06865, Section 5: 4 bits, groups of 64 along the
-channels); there a group keeps its minimum and its scale in 16 bits each. Here the range is extended
-to hold 0, so the zero point is a code; the scale is bfloat16, rounded up. A kv head of H channels
-and n = ceil(H / group) groups takes ceil(H / 2) + 3 n bytes, for K and for V.
+FlexGen compresses its cache this way (arXiv 2303.06865, Section 5: 4 bits, groups of 64 along the
+channels); there a group stores its minimum and its scale in 16 bits each. Here the range is
+extended to include 0, so the zero point is a code; the scale is bfloat16, rounded up. A kv head of
+H channels and n = ceil(H / group) groups takes ceil(H / 2) + 3 n bytes, for K and for V.
 
 Channel c shares its byte with channel c + ceil(H / 2), in the upper half. Attention decodes tile by
 tile (`codecs/codes.py`).
@@ -31,9 +32,7 @@ LEVELS = 15.0
 
 @dataclass(frozen=True)
 class Int4(Asked):
-    """What is asked for; `resolve` gives the codec of a model. group: channels of a head that share
-    a range.
-    """
+    """The spec; `resolve` gives the codec of a model. group: channels that share a range."""
 
     group: int = 64
 
@@ -69,7 +68,7 @@ class GroupInt4(TokenWise):
     def codes_of(self, x) -> GroupCodes:
         x = self.raw.rounded(x)
         H = x.shape[-1]
-        # what is added is 0, as every range holds
+        # padded by 0, which every range includes
         grouped = _padded(x, self.group).reshape(*x.shape[:-1], -1, self.group)
         low = jnp.minimum(grouped.min(-1), jnp.float32(0.0))
         high = jnp.maximum(grouped.max(-1), jnp.float32(0.0))
@@ -95,17 +94,15 @@ class GroupInt4(TokenWise):
 
         def values(codes, scale, zero):
             both = jnp.concatenate([codes & 15, codes >> 4], axis=-1)[..., :H].astype(jnp.float32)
-            return (both - self._wide(zero.astype(jnp.float32), H)) * self._wide(
-                scale.astype(jnp.float32), H
-            )
+            shifted = both - self._wide(zero.astype(jnp.float32), H)
+            return shifted * self._wide(scale.astype(jnp.float32), H)
 
         return values
 
     def _wide(self, x, H: int):
         """x [..., n] for each of the H channels of its groups."""
-        return jnp.repeat(x, self.group, axis=-1, total_repeat_length=x.shape[-1] * self.group)[
-            ..., :H
-        ]
+        size = x.shape[-1] * self.group
+        return jnp.repeat(x, self.group, axis=-1, total_repeat_length=size)[..., :H]
 
 
 def _padded(x: jax.Array, size: int) -> jax.Array:

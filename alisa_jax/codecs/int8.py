@@ -1,25 +1,26 @@
-"""`int8(axis="channel" | "token")`: asymmetric 8-bit codes, after ALISA
-(arXiv 2403.17312, its Equation 7).
+"""`int8(axis="channel" | "token")`: asymmetric 8-bit codes, after ALISA.
 
-    x ~ scale (code - zero)     scale = (max - min) / 255     zero = round(-min / scale)     code =
-                                round(x / scale + zero)
+Equation 7 of arXiv 2403.17312, with the factor `min` that its zero point is printed without:
 
-The paper prints a zero point without its factor `min`; this is the corrected one. Codes are shifted
-by 128 into int8 and clamped. The error is at most half a step wherever min <= x <= max.
+    x ~ scale (code - zero)
+    scale = (max - min) / 255
+    zero  = round(-min / scale)
+    code  = round(x / scale + zero)
 
-    axis       range of                                                    bytes of K and V per kv
-               head of H channels
-    channel    one channel of one kv head and sequence (the paper)         2 H a token and 16 H a
-               sequence
-    token      one token in one kv head                                    2 (H + 3) a token
+Codes are shifted by 128 into int8 and clamped. The error is at most half a step wherever
+min <= x <= max.
 
-`kv/int8_channel.py` and `kv/int8_token.py` are the two codecs. In attention nothing is decoded.
-With c the codes, s the scales and z the zero points,
+    axis       one range per                              bytes of K and V per kv head
+    channel    channel, kv head and sequence (paper)      2 H per token, 16 H per sequence
+    token      token and kv head                          2 (H + 3) per token
 
-    channel    q.k = (q s).c - sum_h q_h s_h z_h            sum_m p_m v_m = s
-               (sum_m p_m c_m - z sum_m p_m)
-    token      q.k = s_m (q.c - z_m sum_h q_h)              sum_m p_m v_m = sum_m (p_m s_m) c_m -
-               sum_m p_m s_m z_m
+`codecs/int8_channel.py` and `codecs/int8_token.py` are the two codecs. Attention decodes nothing.
+With codes c, scales s and zero points z,
+
+    channel    q.k           = (q s).c - sum_h q_h s_h z_h
+               sum_m p_m v_m = s (sum_m p_m c_m - z sum_m p_m)
+    token      q.k           = s_m (q.c - z_m sum_h q_h)
+               sum_m p_m v_m = sum_m (p_m s_m) c_m - sum_m p_m s_m z_m
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ from alisa_jax.codecs.int8_channel import ChannelInt8
 from alisa_jax.codecs.int8_token import TokenInt8
 from alisa_jax.codecs.raw import Raw
 
-CALIBRATION_TOKENS, HEADROOM = 64, 1.0
+CALIBRATION_TOKENS = 64
+HEADROOM = 1.0
 
 
 @dataclass(frozen=True)
 class Int8(Asked):
-    """What is asked for; `resolve` gives the codec of a model. The other fields belong to
-    axis="channel".
+    """The spec; `resolve` gives the codec of a model. The other fields belong to axis="channel".
 
-    calibration_tokens: the first tokens of a sequence, which stay raw and give the range
-    (default 64). headroom: the range is widened by this share of itself, for what later tokens do
-    (default 1: one bit of the eight). key_range: "rotary" (default) takes the range that rotated
-    keys of the calibration tokens have at any position of the context, "minmax" the range that they
-    happen to have where they are, as the paper's formula says.
+    calibration_tokens: the first tokens of a sequence, which stay raw and give the range (default
+    64). headroom: widens the range by this share of itself, for later tokens (default 1: one bit of
+    the eight). key_range: "rotary" (default) is the range that rotated keys of the calibration
+    tokens have over all positions of the context; "minmax" is their range at their own positions,
+    as in the paper's formula.
     """
 
     axis: Literal["channel", "token"] = "channel"
@@ -70,12 +71,12 @@ class Int8(Asked):
             raise ValueError(f"key_range must be rotary or minmax; got {self.key_range!r}")
 
     def resolve(self, dtype, rotation: Rotation = NO_ROTATION) -> Codec:
-        """The codec for a model that computes in `dtype` and turns its keys by `rotation`."""
+        """The codec for a model that computes in `dtype` and rotates its keys by `rotation`."""
         raw = Raw().resolve(dtype)
         if self.axis == "token":
             return TokenInt8(raw)
         tokens = CALIBRATION_TOKENS if self.calibration_tokens is None else self.calibration_tokens
         headroom = HEADROOM if self.headroom is None else self.headroom
-        return ChannelInt8(
-            raw, tokens, headroom, NO_ROTATION if self.key_range == "minmax" else rotation
-        )
+        if self.key_range == "minmax":
+            rotation = NO_ROTATION
+        return ChannelInt8(raw, tokens, headroom, rotation)

@@ -1,14 +1,16 @@
-"""int8 with one scale and zero point per channel of each kv head and sequence, frozen after the
-first tokens.
+"""int8 with one scale and zero point per channel, kv head and sequence, frozen after some tokens.
 
-A sequence begins raw and notes the range that each channel fills; after `frozen_after` tokens the
-range is widened by `headroom`, everything is encoded, and later values outside the range are
-clipped (`clipped` counts them). Equations: `kv/int8.py`.
+A sequence begins raw and records the range of each channel. After `frozen_after` tokens the range
+is widened by `headroom`, everything is encoded, and later values outside the range are clipped
+(`clipped` counts them). Equations: `codecs/int8.py`.
 
-Keys carry their position: a pair of channels r (cos u, sin u) at one position is r
-(cos(u + w), sin(u + w)) at another, w the pair's angle times the distance. Slow pairs hardly turn
-while the first tokens come, and turn far over a context, so the range that the first tokens happen
-to fill says little. Each of them is therefore counted over the whole arc that its pair would sweep
+Keys carry their position. A pair of channels is
+
+    r (cos u, sin u)              at one position
+    r (cos(u + w), sin(u + w))    at another, where w is the pair's angle times the distance
+
+Slow pairs hardly turn over the first tokens, and turn far over a context, so the range of the first
+tokens says little. Each of them is therefore counted over the whole arc that its pair would sweep
 if the token stood anywhere in the context.
 """
 
@@ -42,7 +44,7 @@ class ChannelCodes:
 
 @flax.struct.dataclass
 class Calibrating:
-    """Raw tokens and the range that they have filled so far; low > high where there was none."""
+    """Raw tokens and the range that they have filled so far; low > high if there are none."""
 
     values: jax.Array  # [B, K, M, H] or [B, S, K, H]
     low: jax.Array  # [B, K, H] float32
@@ -52,9 +54,7 @@ class Calibrating:
 
 @dataclass(frozen=True)
 class ChannelInt8(Codec):
-    """See above; `raw` is the codec of the first `calibration_tokens` tokens, and the type to which
-    values are rounded.
-    """
+    """See above. raw: the codec of the first tokens, and the type to which values are rounded."""
 
     raw: Raw
     calibration_tokens: int
@@ -85,13 +85,11 @@ class ChannelInt8(Codec):
         axis, first = TOKEN_AXIS(layout), self.calibration_tokens
         if x.shape[axis] < first:
             raise ValueError(f"the range is frozen after {first} tokens; got {x.shape[axis]}")
-        low, high = self._extent(
-            self.raw.rounded(jax.lax.slice_in_dim(x, 0, first, axis=axis)), packed.rotates
-        )
+        seen = self.raw.rounded(jax.lax.slice_in_dim(x, 0, first, axis=axis))
+        low, high = self._extent(seen, packed.rotates)
         values = self.raw.fill(packed.values, x, layout)
-        return self.freeze(
-            packed.replace(values=values, low=low.min(axis), high=high.max(axis)), layout
-        )
+        packed = packed.replace(values=values, low=low.min(axis), high=high.max(axis))
+        return self.freeze(packed, layout)
 
     def freeze(self, packed, layout):
         if isinstance(packed, ChannelCodes):
@@ -113,7 +111,7 @@ class ChannelInt8(Codec):
         return _moved(packed, lambda x: rows.take_tokens(x, pos))
 
     def copy_in(self, packed, codes, slot):
-        """Ranges travel with the rows: the result has those of `codes`."""
+        """As the base says; ranges travel with the rows: the result has those of `codes`."""
         if isinstance(packed, Calibrating):
             return codes.replace(values=rows.put_slots(packed.values, codes.values, slot))
         return codes.replace(codes=rows.put_slots(packed.codes, codes.codes, slot))
@@ -140,17 +138,15 @@ class ChannelInt8(Codec):
     def values(self, packed):
         if isinstance(packed, Calibrating):
             return self.raw.values(packed.values)
-        return (packed.codes.astype(jnp.float32) - packed.zero[:, :, None]) * packed.scale[
-            :, :, None
-        ]
+        shifted = packed.codes.astype(jnp.float32) - packed.zero[:, :, None]
+        return shifted * packed.scale[:, :, None]
 
     def logits(self, q, k):
         if isinstance(k, Calibrating):
             return self.raw.logits(q, k.values)
         folded = q.astype(jnp.float32) * k.scale[:, :, None]
-        return products.logits(folded, k.codes, _SHARE) - jnp.sum(
-            folded * k.zero[:, :, None], axis=-1, keepdims=True
-        )
+        z = products.logits(folded, k.codes, _SHARE)
+        return z - jnp.sum(folded * k.zero[:, :, None], axis=-1, keepdims=True)
 
     def mix(self, p, v):
         if isinstance(v, Calibrating):
@@ -169,7 +165,7 @@ class ChannelInt8(Codec):
         return jnp.sum(code != products.clamp(code), axis=(1, -1), dtype=jnp.int32)
 
     def _written(self, packed, x, put):
-        """One new token x [B, K, H]; `put(old, new)` writes arrays [B, K, H] at its place."""
+        """Write one token x [B, K, H]; `put(old, new)` writes arrays [B, K, H] at its place."""
         if isinstance(packed, ChannelCodes):
             new = products.encode(self.raw.rounded(x), packed.scale, packed.zero)
             return packed.replace(codes=put(packed.codes, new))
@@ -180,8 +176,9 @@ class ChannelInt8(Codec):
         )
 
     def _extent(self, x, rotates: bool):
-        """The range [low, high] of each channel of x [..., H]: x itself, or what its pair would
-        sweep over the context.
+        """The range [low, high] of each channel of x [..., H].
+
+        It is x itself or, if x `rotates`, all that its pair would sweep over the context.
         """
         half = len(self.rotation.angles) if rotates else 0
         a = x[..., :half]
@@ -215,9 +212,7 @@ def _arc(length, start, end):
 
 
 def _affine(low, high, headroom: float):
-    """Scale and zero point, float32, of ranges [low, high] widened by `headroom`; those that hold
-    nothing count as 0.
-    """
+    """Scale and zero point, float32, of [low, high] widened by `headroom`; empty ranges are 0."""
     least = jnp.where(low > high, jnp.float32(0.0), low)
     greatest = jnp.where(low > high, jnp.float32(0.0), high)
     more = (greatest - least) * (headroom / 2)
@@ -231,7 +226,7 @@ def _affine(low, high, headroom: float):
 
 
 def _moved(packed, move):
-    """`move` applied to the array that has a token axis."""
+    """Apply `move` to the array that has a token axis."""
     if isinstance(packed, Calibrating):
         return packed.replace(values=move(packed.values))
     return packed.replace(codes=move(packed.codes))

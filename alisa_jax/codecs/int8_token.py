@@ -1,7 +1,7 @@
-"""int8 with one scale and zero point per token and kv head: nothing to calibrate, nothing clipped.
+"""int8 with one scale and zero point per token and kv head: no calibration, no clipping.
 
-The range of a token is that of its H channels, extended to hold 0, so that the zero point fits in 8
-bits. The scale is bfloat16, rounded up. Equations: `kv/int8.py`.
+The range of a token covers its H channels and 0, so that the zero point fits in 8 bits. The scale
+is bfloat16, rounded up. Equations: `codecs/int8.py`.
 """
 
 from __future__ import annotations
@@ -63,6 +63,5 @@ class TokenInt8(TokenWise):
         scale = (step * (1 + 2.0**-8)).astype(jnp.bfloat16)  # this step or the next above it
         wide = scale.astype(jnp.float32)
         zero = products.clamp(jnp.round(-low / wide) - 128)
-        return TokenCodes(
-            products.encode(x, wide[..., None], zero[..., None]), scale, zero.astype(jnp.int8)
-        )
+        codes = products.encode(x, wide[..., None], zero[..., None])
+        return TokenCodes(codes, scale, zero.astype(jnp.int8))

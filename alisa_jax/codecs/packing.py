@@ -1,14 +1,14 @@
-"""Small codes in bytes: n codes of b bits take n b / 8 bytes, and codes of three levels lie five to
-a byte.
+"""Small codes in bytes: n codes of b bits take n b / 8 bytes, five codes of three levels take one.
 
-    bits      1   2   3     4   5     6     7        8   16      1.5
-    fields    1   2   2+1   4   4+1   4+2   4+2+1    8   8+8     five digits to base 3, 243 of the
-                                                         256 values of a byte
+    bits      1   2   3     4   5     6     7       8   16
+    fields    1   2   2+1   4   4+1   4+2   4+2+1   8   8+8
 
 A width that does not divide 8 is cut into fields that do, low bits first. Within a field of w bits
 m = ceil(n w / 8) bytes hold the codes: code c lies in byte c mod m, shifted by w (c // m), so that
-unpacking is shifts of whole arrays. "1.5 bits" are three levels, log2 3 = 1.585 bits of
-information; a byte for five of them is 1.6.
+unpacking is shifts of whole arrays.
+
+"1.5 bits" are three levels, log2 3 = 1.585 bits of information. Five digits to base 3 take 243 of
+the 256 values of a byte, which is 1.6 bits each.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ def packed_bytes(bits: float, n: int) -> int:
 def pack(codes: jax.Array, bits: float) -> jax.Array:
     """codes [..., n] uint16, each 0 .. Q -> [..., packed_bytes(bits, n)] uint8."""
     if bits == TERNARY:
-        return _sum([digit * 3**i for i, digit in enumerate(_cut(codes, _DIGITS))]).astype(
-            jnp.uint8
-        )
+        digits = enumerate(_cut(codes, _DIGITS))
+        return _sum([digit * 3**i for i, digit in digits]).astype(jnp.uint8)
     fields, low = [], 0
     for width in _FIELDS[bits]:
         field = (codes >> low) & (2**width - 1)
@@ -55,9 +54,8 @@ def pack(codes: jax.Array, bits: float) -> jax.Array:
 def unpack(packed: jax.Array, bits: float, n: int) -> jax.Array:
     """The n codes of `packed` [..., packed_bytes(bits, n)] uint8: [..., n] float32."""
     if bits == TERNARY:
-        return jnp.concatenate([packed // 3**i % 3 for i in range(_DIGITS)], axis=-1)[
-            ..., :n
-        ].astype(jnp.float32)
+        digits = [packed // 3**i % 3 for i in range(_DIGITS)]
+        return jnp.concatenate(digits, axis=-1)[..., :n].astype(jnp.float32)
     parts = []
     first = 0
     low = 0
@@ -73,7 +71,7 @@ def unpack(packed: jax.Array, bits: float, n: int) -> jax.Array:
 
 
 def _cut(codes: jax.Array, parts: int) -> list[jax.Array]:
-    """codes [..., n] with zeros behind them as `parts` arrays [..., ceil(n / parts)]."""
+    """codes [..., n], padded with zeros, as `parts` arrays [..., ceil(n / parts)]."""
     padded = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % parts)])
     return jnp.split(padded, parts, axis=-1)
 

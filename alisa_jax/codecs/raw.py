@@ -1,4 +1,4 @@
-"""`raw(dtype=)`: K and V as they are."""
+"""`raw(dtype=)`: K and V without quantisation."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ _DTYPES = ("model", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Raw(Codec):
-    """K and V in `dtype` ("model": the dtype in which the model produced them); packed is one
-    array.
-    """
+    """K and V in `dtype` ("model": that of the model); packed is one array."""
 
     dtype: str = "model"
 
@@ -31,7 +29,7 @@ class Raw(Codec):
         return Raw(jnp.dtype(dtype).name) if self.dtype == "model" else self
 
     def rounded(self, x: jax.Array) -> jax.Array:
-        """`x` as it is after being stored, float32."""
+        """`x` rounded to the stored type, as float32."""
         return x.astype(jnp.dtype(self.dtype)).astype(jnp.float32)
 
     def token_bytes(self, K: int, H: int) -> float:

@@ -1,20 +1,19 @@
-"""The first and the last tokens of a sequence as they came, beside a cache that holds every token
-as codes.
+"""The first and the last tokens of a sequence, raw, beside a cache of every token as codes.
 
 R = sinks + window rows hold the tokens at the positions
 
     row r < sinks     position r
-    the others        a ring: position p lies in row sinks + (p - sinks) mod window until window
+    other rows        a ring: position p lies in row sinks + (p - sinks) mod window until window
                       tokens later
 
-so which position a row holds follows from the number of tokens that have come, `count`, and nothing
-ever shifts. A token enters its row when its codes are written, and leaves it by being overwritten:
-nothing is encoded a second time.
+So the number of tokens that have come, `count`, says which position a row holds, and nothing ever
+shifts. A token enters its row when its codes are written, and leaves it by being overwritten:
+nothing is encoded twice.
 
 In a store a row of codes is a position. In a working set it is a slot, and tokens move and go:
-there `slot` says of each of the R rows in which slot its token lies, -1 for none. A slot that is
-written anew is no longer that of the token before. Both homes of a layer see every token in turn,
-so their counts are equal when tokens are copied from one to the other.
+there `slot` holds, for each of the R rows, the slot of its token, or -1. A slot that is written
+again no longer belongs to the earlier token. Both homes of a layer see every token in turn, so
+their counts are equal when tokens are copied from one to the other.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from alisa_jax.ops import writes
 
 
 class Reach(NamedTuple):
-    """How many tokens are kept as they came."""
+    """How many tokens are kept raw."""
 
     sinks: int
     window: int
@@ -41,14 +40,12 @@ class Reach(NamedTuple):
         return self.sinks + self.window
 
     def row(self, pos: jax.Array) -> jax.Array:
-        """The row of the token at `pos` [...] when it comes; R: it has none."""
+        """The row of the token at `pos` [...] when it comes; R if it has none."""
         late = self.sinks + jnp.mod(pos - self.sinks, self.window) if self.window else self.rows
         return jnp.where(pos < self.sinks, pos, late)
 
     def positions(self, count: jax.Array) -> jax.Array:
-        """[B, R] int32: the position that each row holds when `count` [B] tokens have come, -1 for
-        none.
-        """
+        """[B, R] int32: the position in each row after `count` [B] tokens, -1 for none."""
         first = jax.lax.broadcasted_iota(jnp.int32, (count.shape[0], self.sinks), 1)
         first = jnp.where(first < count[:, None], first, -1)
         if not self.window:
@@ -57,15 +54,13 @@ class Reach(NamedTuple):
         return jnp.concatenate([first, jnp.where(last >= 0, last + self.sinks, -1)], axis=1)
 
     def holds(self, pos: jax.Array, count: jax.Array) -> jax.Array:
-        """Whether the tokens at `pos` are among those kept as they came, of `count` of the same
-        rank.
-        """
+        """Whether the tokens at `pos` are kept raw after `count` tokens, of the same rank."""
         return (pos >= 0) & (pos < count) & ((pos < self.sinks) | (pos >= count - self.window))
 
 
 @flax.struct.dataclass
 class Recent:
-    """See above; slot is None in a store."""
+    """The raw rows, see above; slot is None in a store."""
 
     x: jax.Array  # [B, K, R, H] in the type of the model
     slot: jax.Array | None  # [B, K, R] int32
@@ -74,26 +69,27 @@ class Recent:
 
     @staticmethod
     def empty(reach: Reach, B: int, K: int, H: int, dtype, layout: str) -> Recent:
-        """Nothing has come."""
+        """The rows before any token."""
         slot = jnp.full((B, K, reach.rows), -1, jnp.int32) if layout == "slots" else None
         return Recent(
             jnp.zeros((B, K, reach.rows, H), dtype), slot, jnp.zeros((B,), jnp.int32), reach
         )
 
     def after(self, x: jax.Array, count: jax.Array, layout: str) -> Recent:
-        """What is kept of the first `count` [B] tokens of x, in `layout`, when slot = position."""
+        """The rows after the first `count` [B] tokens of x, in `layout`, with slot = position."""
         at = self.reach.positions(count)
         take = rows.take_slots if layout == "slots" else rows.take_tokens
         slot = jnp.broadcast_to(at[:, None], self.x.shape[:3]) if layout == "slots" else None
         return self.replace(x=take(x, at[:, None]).astype(self.x.dtype), slot=slot, count=count)
 
     def append(self, x: jax.Array, slot: jax.Array | None, M: int) -> Recent:
-        """With the next token, x [B, K, H]; it lies in `slot` [B, P] of M, or in none where that is
-        out of range.
+        """Add the next token, x [B, K, H], which lies in `slot` [B, P] of M.
+
+        A slot out of range means that the token lies in none.
         """
         row = self.reach.row(self.count)
         b = jax.lax.broadcasted_iota(jnp.int32, row.shape, 0)
-        # R is out of range: dropped
+        # row R is out of range, and dropped
         held = writes.put(self.x, (b, slice(None), row), x.astype(self.x.dtype))
         if slot is not None:
             slot = jnp.where((slot >= 0) & (slot < M), slot, -1)[:, :, None]
@@ -102,9 +98,7 @@ class Recent:
         return self.replace(x=held, slot=slot, count=self.count + 1)
 
     def taken(self, pos: jax.Array) -> Recent:
-        """Of a store: the same rows for the tokens `pos` [B, P, E] when they lie in
-        slots 0 .. E-1.
-        """
+        """Rows of a store for its tokens `pos` [B, P, E] when they lie in slots 0 .. E-1."""
         B, K, R, _ = self.x.shape
         b = jax.lax.broadcasted_iota(jnp.int32, pos.shape, 0)
         p = jax.lax.broadcasted_iota(jnp.int32, pos.shape, 1)
@@ -114,17 +108,13 @@ class Recent:
         return self.replace(slot=jnp.broadcast_to(slot, (B, K, R)))
 
     def sliced(self, start: jax.Array, size: int) -> Recent:
-        """Of a store: the same rows for the tokens start .. start+size-1 when they lie in slots 0
-        .. size-1.
-        """
+        """As `taken`, for tokens start .. start+size-1 and slots 0 .. size-1."""
         at = self.reach.positions(self.count)
         slot = jnp.where((at >= start) & (at < start + size), at - start, -1)
         return self.replace(slot=jnp.broadcast_to(slot[:, None], self.x.shape[:3]))
 
     def copy_in(self, other: Recent, slot: jax.Array, M: int) -> Recent:
-        """With the tokens of `other`, which lie in its slots 0 .. E-1, in `slot` [B, P, E] of M
-        instead.
-        """
+        """Move the tokens in slots 0 .. E-1 of `other` into `slot` [B, P, E] of M."""
         B, P, E = slot.shape
         slot = jnp.where((slot >= 0) & (slot < M), slot, M)
         b = jax.lax.broadcasted_iota(jnp.int32, slot.shape, 0)

@@ -1,6 +1,4 @@
-"""What codecs share that encode every token by itself: its arrays lie at the same place and move
-together.
-"""
+"""Base of codecs that encode each token by itself: its arrays lie and move together."""
 
 from __future__ import annotations
 
@@ -12,9 +10,7 @@ from alisa_jax.kv import rows
 
 
 class TokenWise(Codec):
-    """A codec that says what a token's K or V is encoded to; the packed form is a dataclass of
-    arrays [B, *, *, ...].
-    """
+    """A codec that defines `codes_of`; packed is a dataclass of arrays [B, *, *, ...]."""
 
     def codes_of(self, x: jax.Array) -> Packed:
         """The packed form of x [..., H]: arrays [..., *]."""

@@ -1,1 +1,1 @@
-"""What is stored of the past: codecs, the store, the working set and the state of one layer."""
+"""Where tokens lie: layer state, store, ring of the newest rows, pending rows, context buckets."""

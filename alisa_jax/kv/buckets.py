@@ -13,9 +13,7 @@ GROWTH = 1.25
 
 
 def next_bucket(size: int) -> int:
-    """The bucket after `size` tokens: 1.25 times, rounded up to a multiple of 32, at
-    least 32 more.
-    """
+    """The bucket after `size` tokens: 1.25 times as many, a multiple of 32, at least 32 more."""
     return max(-(-int(size * GROWTH) // STEP_TOKENS) * STEP_TOKENS, size + STEP_TOKENS)
 
 
@@ -30,20 +28,19 @@ def bucket(tokens: int) -> int:
 
 
 def stages(tokens: int) -> list[int]:
-    """Buckets of a run from nothing to `tokens` tokens, all of which is known before: of a quarter,
-    a half and all of them.
+    """Context sizes for scoring a text of known length: a quarter, a half, and all of it.
 
-    Attention reads the slots of a bucket, also those that are still empty. Below 1,024 tokens that
-    is little beside the programs that would be compiled for it, and there is one.
+    Attention reads all slots of a bucket, empty ones too. Below 1,024 tokens that costs less than
+    compiling more programs, and there is one bucket.
     """
     return [bucket(-(-tokens // part)) for part in ((4, 2, 1) if tokens >= 1024 else (1,))]
 
 
 def prompt_bucket(tokens: int) -> int:
-    """To how many tokens a prompt of `tokens` is padded: to a power of two at most an eighth of its
-    bucket, at least 32.
+    """The number of tokens to which a prompt of `tokens` is padded.
 
-    Never more than the bucket, whose state the padded prompt leaves:
+    It is a multiple of a power of two that is at most an eighth of the bucket, and at least 32. It
+    never exceeds the bucket, whose state the padded prompt leaves:
     `bucket(prompt_bucket(n)) == bucket(n)`.
     """
     size = bucket(tokens)

@@ -1,4 +1,4 @@
-"""Rows that slots of a working set wait for: what a policy asks for and a `Ring` does not hold."""
+"""Rows that slots of a working set wait for: a policy requests them and the `Ring` lacks them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-# per layer, sequence and selection head; an exchange that needs more breaks off and is called again
+# per layer, sequence and selection head; an exchange that needs more stops and is called again
 PENDING_ROWS = 16
 
 
@@ -16,7 +16,7 @@ class Pending:
 
     pos: jax.Array  # [B, P, PENDING_ROWS] int32
     slot: jax.Array  # [B, P, PENDING_ROWS] int32
-    more: jax.Array  # [] bool: the exchange broke off
+    more: jax.Array  # [] bool: the exchange stopped early
 
     @staticmethod
     def empty(B: int, P: int) -> Pending:
@@ -27,9 +27,7 @@ class Pending:
         return Pending(pos, slot, jnp.zeros((), jnp.bool_))
 
     def note(self, slot: jax.Array, pos: jax.Array, absent: jax.Array) -> Pending:
-        """With the loads `slot`, `pos` [B, P, E] that are `absent` [B, P, E] added behind those
-        that are pending already.
-        """
+        """Add the `absent` ones of the loads `slot`, `pos` (all [B, P, E]) behind the pending."""
         rank = jnp.cumsum(absent, axis=-1, dtype=jnp.int32) - 1
         at = jnp.where(absent, rank + self.count()[..., None], PENDING_ROWS)
         b = jax.lax.broadcasted_iota(jnp.int32, at.shape, 0)
@@ -38,7 +36,7 @@ class Pending:
         return self.replace(pos=put(self.pos, pos), slot=put(self.slot, slot))
 
     def count(self) -> jax.Array:
-        """[B, P] int32."""
+        """[B, P] int32: the number of pending rows."""
         return jnp.sum(self.pos >= 0, axis=-1, dtype=jnp.int32)
 
     def room(self, E: int) -> jax.Array:
@@ -46,7 +44,7 @@ class Pending:
         return jnp.max(self.count()) + E <= PENDING_ROWS
 
     def any(self) -> jax.Array:
-        """[] bool: something is pending, or the exchange broke off."""
+        """[] bool: something is pending, or the exchange stopped early."""
         return self.more | jnp.any(self.pos >= 0)
 
     def hide(self, bias: jax.Array) -> jax.Array:

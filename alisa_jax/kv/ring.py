@@ -1,10 +1,9 @@
-"""The part of a store that is on the device when older tokens are elsewhere: a ring of the newest
-rows.
+"""The part of a store that stays on the device while older tokens are elsewhere: the newest rows.
 
 Position p lies in row p mod C, C a multiple of the page, so a page is one run of rows and nothing
-ever shifts. Rows below `host` [B] are not here, whatever the ring still holds of them. What a
-policy asks for and is not here becomes *pending*: the slot of the working set waits for its row,
-and somebody outside has to bring it.
+ever shifts. Rows below `host` [B] are elsewhere, whatever the ring still holds of them. A row that
+a policy requests and that is elsewhere becomes *pending*: its slot of the working set waits until
+the caller delivers it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class Ring:
 
     k: Any  # packed [B, C, K, H]
     v: Any  # packed [B, C, K, H]
-    host: jax.Array  # [B] int32: positions below are not here
+    host: jax.Array  # [B] int32: positions below it are elsewhere
     pending: Pending
 
     @staticmethod
@@ -43,7 +42,10 @@ class Ring:
         )
 
     def take(self, codec, pos: jax.Array) -> tuple[Any, Any]:
-        """Codes of K and V of tokens `pos` [B, P, E], head-major; what is not here is not meant."""
+        """Codes of K and V of tokens `pos` [B, P, E], head-major.
+
+        Rows that left the ring return garbage; the caller masks them.
+        """
         row = jnp.mod(pos, self.rows(codec))
         return codec.take(self.k, row), codec.take(self.v, row)
 
@@ -57,8 +59,9 @@ class Ring:
 
 
 def newest(length: jax.Array, host: jax.Array, C: int) -> jax.Array:
-    """Which position each of C rows of a ring holds: [B, C] int32, -1 where none, for `length` and
-    `host` [B].
+    """[B, C] int32: the position in each of C rows of a ring, -1 for none.
+
+    length [B]: tokens that have come; host [B]: positions below it are elsewhere.
     """
     row = jax.lax.broadcasted_iota(jnp.int32, (length.shape[0], C), 1)
     last = length[:, None] - 1
@@ -67,9 +70,7 @@ def newest(length: jax.Array, host: jax.Array, C: int) -> jax.Array:
 
 
 def fill(codec, packed: Any, pos: jax.Array, layout: str) -> tuple[jax.Array, ...]:
-    """Leaves of a ring whose rows hold positions `pos` [B, C], from token-major rows `packed`
-    [B, T, K, H].
-    """
+    """Leaves of a ring with positions `pos` [B, C], from token-major rows `packed` [B, T, K, H]."""
     b = jax.lax.broadcasted_iota(jnp.int32, pos.shape, 0)
     at = jnp.maximum(pos, 0)
     taken = [leaf[b, at] for leaf in codec.leaves(packed)]
@@ -79,10 +80,10 @@ def fill(codec, packed: Any, pos: jax.Array, layout: str) -> tuple[jax.Array, ..
 def put(
     codec, packed: Any, leaves: tuple[jax.Array, ...], sequence: jax.Array, slot: jax.Array
 ) -> Any:
-    """Head-major `packed` with the single rows `leaves` [R, K, *] at `sequence` [R], `slot` [R, P];
-    see `rows.put_rows`.
+    """Write single rows `leaves` [R, K, *] into head-major `packed` (see `rows.put_rows`).
+
+    They go to `slot` [R, P] of `sequence` [R].
     """
-    old = codec.leaves(packed)
-    return codec.rebuild(
-        packed, tuple(rows.put_rows(x, r, sequence, slot) for x, r in zip(old, leaves, strict=True))
-    )
+    pairs = zip(codec.leaves(packed), leaves, strict=True)
+    new = tuple(rows.put_rows(old, some, sequence, slot) for old, some in pairs)
+    return codec.rebuild(packed, new)

@@ -3,10 +3,9 @@
     head-major   x [B, K, M, *]   the working set: slot m of sequence b and head k
     token-major  x [B, S, K, *]   the store: one token is one contiguous row
 
-Indices come with a selection axis P that is 1 (all heads share the index) or K
-(each kv head has its own). An index that is negative or not below the size of its axis moves
-nothing on a write, and reads row 0 on a read (callers mask what they asked for by -1): no index
-wraps around or clamps onto a neighbour.
+Indices have a selection axis P: 1 if all heads share the index, K if each kv head has its own. An
+index that is negative or not below the size of its axis writes nothing, and reads row 0 (callers
+mask what they request with -1): no index wraps around or clamps onto a neighbour.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ def _read_index(index: jax.Array, size: int) -> jax.Array:
 
 
 def put_slots(x: jax.Array, rows: jax.Array, slot: jax.Array) -> jax.Array:
-    """Head-major write: `x` [B, K, M, *] with `rows` [B, K, E, *] at `slot` [B, P, E]; distinct
-    slots per (b, p).
+    """Head-major write of `rows` [B, K, E, *] into `x` [B, K, M, *] at `slot` [B, P, E].
+
+    Slots are distinct per (b, p).
     """
     if slot.shape[1] == 1:
         shape = (slot.shape[0], slot.shape[2])
@@ -45,8 +45,9 @@ def take_slots(x: jax.Array, slot: jax.Array) -> jax.Array:
 
 
 def put_tokens(x: jax.Array, rows: jax.Array, pos: jax.Array) -> jax.Array:
-    """Token-major write of one token per sequence: `x` [B, S, K, *], `rows` [B, K, *],
-    `pos` [B].
+    """Token-major write of one token per sequence, `rows` [B, K, *], at `pos` [B] of `x`.
+
+    x [B, S, K, *].
     """
     return put(x, (_iota(pos.shape, 0), pos), rows)
 
@@ -61,17 +62,18 @@ def take_tokens(x: jax.Array, pos: jax.Array) -> jax.Array:
 
 
 def slice_tokens(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """Token-major read of a run: tokens start .. start+size-1 of `x` [B, S, K, *] as head-major
-    rows [B, K, size, *].
+    """Token-major read of the tokens start .. start+size-1 of `x` [B, S, K, *].
+
+    Returns head-major rows [B, K, size, *].
     """
     return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), 1, 2)
 
 
 def put_rows(x: jax.Array, rows: jax.Array, sequence: jax.Array, slot: jax.Array) -> jax.Array:
-    """Head-major write of R single tokens: `x` [B, K, M, *] with `rows` [R, K, *] at `sequence` [R]
-    and `slot` [R, P].
+    """Head-major write of single tokens `rows` [R, K, *] into `x` [B, K, M, *].
 
-    Distinct places; a sequence or slot out of range writes nothing.
+    They go to `slot` [R, P] of `sequence` [R]. Places are distinct; a sequence or slot out of range
+    writes nothing.
     """
     slot = jnp.broadcast_to(slot, (slot.shape[0], x.shape[1]))
     sequence = jnp.broadcast_to(sequence[:, None], slot.shape)
@@ -81,9 +83,7 @@ def put_rows(x: jax.Array, rows: jax.Array, sequence: jax.Array, slot: jax.Array
 def slice_rows(
     x: jax.Array, sequences: jax.Array, start: jax.Array, size: int, axis: int
 ) -> jax.Array:
-    """`size` tokens from `start` on of some `sequences` [n] of `x`, whose token axis is `axis`:
-    [n, ...].
-    """
+    """`size` tokens from `start` on, along `axis`, of the `sequences` [n] of `x`: [n, ...]."""
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)[sequences]
 
 

@@ -6,7 +6,7 @@ Two homes for a token (one of them may be absent):
     WorkingSet   the tokens that the next query attends, head-major [B, K, M, H], with the position
                  of each slot
 
-A slot of the working set is in one of three conditions, told by `pos` and `bias` together:
+A slot of the working set is in one of three conditions, given by `pos` and `bias` together:
 
     active   pos >= 0, bias > -inf     attended
     parked   pos >= 0, bias = -inf     resident but not attended; may return without a copy
@@ -29,9 +29,7 @@ EMPTY = -1
 
 @flax.struct.dataclass
 class WorkingSet:
-    """M slots per sequence; P = 1 when heads share the selection, K when each kv head
-    has its own.
-    """
+    """M slots per sequence; P is 1 if heads share the selection, K if each kv head has its own."""
 
     k: Any  # packed [B, K, M, H]
     v: Any  # packed [B, K, M, H]
@@ -50,12 +48,11 @@ class WorkingSet:
     def append(
         self, codec, k: jax.Array, v: jax.Array, length: jax.Array
     ) -> tuple[WorkingSet, jax.Array]:
-        """Put the token at position `length` [B], with `k`, `v` [B, K, H], into the first empty
-        slot.
+        """Put the token at position `length` [B] into the first empty slot; `k`, `v` [B, K, H].
 
-        Returns the new working set and the slot taken, [B, P]; where no slot is empty nothing is
-        written and the slot is M, so a full set loses the new token and never an old one
-        (the engine grows the bucket before that).
+        Returns the new working set and the slot taken, [B, P]. If no slot is empty, nothing is
+        written and the slot is M: a full set loses the new token and never an old one (the engine
+        grows the bucket before that).
         """
         M = self.pos.shape[-1]
         iota = jax.lax.broadcasted_iota(jnp.int32, self.pos.shape, 2)
@@ -69,9 +66,7 @@ class WorkingSet:
         ), slot
 
     def load(self, codec, store, slot: jax.Array, pos: jax.Array) -> WorkingSet:
-        """Copy codes of tokens `pos` [B, P, E] of the store or ring into `slot` [B, P, E]; -1
-        copies nothing.
-        """
+        """Copy tokens `pos` of a store or ring into `slot`, both [B, P, E]; -1 copies nothing."""
         k, v = store.take(codec, pos)
         return self.replace(k=codec.copy_in(self.k, k, slot), v=codec.copy_in(self.v, v, slot))
 
@@ -101,17 +96,15 @@ class LayerState:
     codec: Any = flax.struct.field(pytree_node=False)
     route: str = flax.struct.field(pytree_node=False)  # "working_set" | "indexed" | "masked"
     context: int = flax.struct.field(pytree_node=False)  # S, the context bucket
-    # what attends: "xla" | "pallas" | "interpret"
+    # the implementation of attention: "xla" | "pallas" | "interpret"
     impl: str = flax.struct.field(pytree_node=False, default="xla")
     # `Rotation` of keys that are stored before it
     turning: Any = flax.struct.field(pytree_node=False, default=None)
 
     def adopt(self, other: LayerState, rows: jax.Array, which: jax.Array) -> LayerState:
-        """This state with its sequences `which` [B] bool replaced by the sequences `rows` [B] of
-        `other`.
+        """Replace the sequences `which` [B] bool by the sequences `rows` [B] of `other`.
 
-        `other` is of the same layer, context bucket and codec state, and may hold another number of
-        sequences.
+        `other` has the same layer, context bucket and codec state, and any number of sequences.
         """
 
         def put(name):
@@ -127,12 +120,12 @@ KVState = tuple[LayerState, ...]
 
 
 def bias_of(pos: jax.Array) -> jax.Array:
-    """The logit bias of slots `pos`: 0 where a token is, -inf where none is."""
+    """The logit bias of slots `pos`: 0 for a token, -inf for none."""
     return jnp.where(pos >= 0, jnp.float32(0.0), jnp.float32(-jnp.inf))
 
 
 def bytes_of(kv: KVState) -> tuple[int, int]:
-    """Bytes of K and V, and of all else, in states or their shapes."""
+    """Bytes of K and V, and of everything else, in states or their shapes."""
     homes = [h for state in kv for h in (state.ws, state.store) if h is not None]
     content = sum(tree_bytes((h.k, h.v)) for h in homes)
     return content, sum(tree_bytes(state) for state in kv) - content

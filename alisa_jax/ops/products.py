@@ -1,7 +1,7 @@
 """Products of a few rows with many, in the order of operands that XLA:CPU reads quickly.
 
-It packs the second operand of a product before it uses it, for a step of decoding as for a whole
-prompt, and an operand that it must transpose slowly. No order has been measured on a GPU.
+XLA:CPU packs the second operand of a product before it uses it, for a step of decoding as for a
+whole prompt; if it must transpose the operand, that is slow. No order has been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ FEW_ROWS = 64
 def times(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     """x [B, T, in] times weight [out, in] -> [B, T, out], in `dtype` or that of x.
 
-    For a few rows the matrix comes first: it is then read once and in order, in 45 to 70 % of the
-    time that it takes as the second operand, [in, out] or [out, in]. For many rows it makes no
-    difference.
+    For a few rows the matrix comes first: XLA then reads it once and in order, in 45 to 70 % of the
+    time that it takes as the second operand, [in, out] or [out, in]. For many rows the order makes
+    no difference.
     """
     if x.shape[0] * x.shape[1] <= FEW_ROWS:
         return jnp.moveaxis(
@@ -31,9 +31,9 @@ def times(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
 def logits(q: jax.Array, k: jax.Array) -> jax.Array:
     """q [..., G, H] against k [..., M, H] of the same type: [..., G, M] float32.
 
-    For one query it is a product of a matrix and a vector. For two or more the keys come first on a
-    CPU, and a barrier keeps XLA from turning that round again: over 1,216 keys it takes a third of
-    the time.
+    For one query this is a product of a matrix and a vector. For two or more the keys come first on
+    a CPU, and a barrier keeps XLA from turning that round again: over 1,216 keys it takes a third
+    of the time.
     """
     if q.shape[-2] == 1:
         return _queries_first(q, k)
@@ -52,9 +52,9 @@ def _keys_first(q, k):
 def mix(p: jax.Array, v: jax.Array) -> jax.Array:
     """p [..., G, M] times v [..., M, H] of the same type: [..., G, H] float32.
 
-    One row of weights gets a row of zeros beside it on a CPU: the product of two matrices is
-    quicker than that of a row and a matrix, by a tenth to a third with jax 0.10.2 and twice with
-    0.12.
+    On a CPU a single row of weights gets a row of zeros beside it: the product of two matrices is
+    quicker than that of a row and a matrix, by a tenth to a third with jax 0.10.2, and twice as
+    quick with 0.12.
     """
     if p.shape[-2] > 1:
         return _mix(p, v)

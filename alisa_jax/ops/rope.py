@@ -1,10 +1,12 @@
-"""Rotary positions (arXiv 2104.09864, section 3.2.2) in the layout of Hugging Face LLaMA and
-GPT-NeoX checkpoints.
+"""Rotary positions (arXiv 2104.09864, 3.2.2) in the layout of Hugging Face LLaMA and GPT-NeoX.
 
 The leading R channels of a head are rotated, all H of them or a part: channel i of their first half
-is paired with channel i of their second half, and the pair is turned by position * theta **
-(-2 i / R). Angles, sines and the rotation itself are float32: a bfloat16 position is wrong by whole
-tokens beyond 256.
+is paired with channel i of their second half, and the pair is rotated by
+
+    position * theta ** (-2 i / R)
+
+Angles, sines and the rotation itself are float32: a bfloat16 position is wrong by whole tokens
+beyond 256.
 
 `rotate` serves models, by theta; `turned` serves caches, by the angles of a `Rotation`. A rotary
 model makes logits from differences of positions alone. Keys that are stored before their rotation
@@ -30,12 +32,14 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context.
 
     `linear` divides every frequency by `factor` (position interpolation, arXiv 2306.15595, section
-    3.2). `llama3` divides the slow ones only: wavelengths above original_max_positions /
-    low_freq_factor are divided by `factor`, those below original_max_positions / high_freq_factor
-    are left alone, and between the two the frequency is interpolated linearly in
-    original_max_positions / wavelength. The last three fields are of `llama3` alone.
+    3.2). `llama3`, which alone has the last three fields, goes by wavelength:
 
-    Raises ValueError where a value is out of its range.
+        above original_max_positions / low_freq_factor     divided by `factor`
+        below original_max_positions / high_freq_factor    unchanged
+        between                                            frequencies are interpolated linearly in
+                                                           original_max_positions / wavelength
+
+    Raises ValueError for a value out of its range.
     """
 
     kind: str
@@ -66,8 +70,9 @@ class RopeScaling:
 
 
 def inverse_frequencies(dims: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
-    """Radians per token of each pair of `dims` channels, float64 [dims / 2]; computed
-    outside jit.
+    """Radians per token of each pair of `dims` channels, float64 [dims / 2].
+
+    Computed outside jit.
     """
     freq = theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
     if scaling is None:
@@ -88,8 +93,9 @@ def rotate(
     scaling: RopeScaling | None = None,
     dims: int | None = None,  # R; None: all H channels
 ) -> jax.Array:
-    """x with its leading `dims` channels turned by its positions: [B, T, N, H] in the type of x,
-    worked in float32.
+    """x with its leading `dims` channels rotated by its positions: [B, T, N, H] in the type of x.
+
+    Worked in float32.
     """
     dims = x.shape[-1] if dims is None else dims
     freq = jnp.asarray(inverse_frequencies(dims, theta, scaling), jnp.float32)
@@ -101,9 +107,7 @@ def rotate(
 
 
 class Rotation(NamedTuple):
-    """How a model turns its keys: pair c of H channels, (c, c + len(angles)), by angles[c] radians
-    a position.
-    """
+    """How a model rotates keys: channels c, c + len(angles) by angles[c] radians a position."""
 
     angles: tuple[float, ...]
     positions: int  # of the longest context
@@ -113,17 +117,17 @@ NO_ROTATION = Rotation((), 0)
 
 
 class Turn(NamedTuple):
-    """Keys at hand that are still to be turned, each to its place."""
+    """Where keys that are stored before their rotation are to be rotated to."""
 
     places: jax.Array  # [B, P, M] int32
     rotation: Rotation
 
 
 def turned(x: jax.Array, places: jax.Array, rotation: Rotation) -> jax.Array:
-    """x [..., H] turned by its places [...] int32: pair (c, c + R / 2) of the leading R channels by
-    places * angles[c].
+    """x [..., H] rotated to places [...] int32.
 
-    Worked in float32, as `rotate` does; the result has the type of x.
+    Pair (c, c + R / 2) of the leading R channels is rotated by places * angles[c], in float32 as in
+    `rotate`; the result has the type of x.
     """
     half = len(rotation.angles)
     if not half:
@@ -136,9 +140,7 @@ def turned(x: jax.Array, places: jax.Array, rotation: Rotation) -> jax.Array:
 
 
 def sines(places: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the angle of each pair at places [...] int32: [..., R / 2]
-    float32 each.
-    """
+    """Cosine and sine of each pair's angle at places [...] int32: [..., R / 2] float32 each."""
     angles = jnp.asarray(rotation.angles, jnp.float32).reshape((1,) * places.ndim + (-1,))
     angle = places.astype(jnp.float32)[..., None] * angles
     return jnp.cos(angle), jnp.sin(angle)

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 
 
 def put(x: jax.Array, places: tuple[jax.Array | slice, ...], new: jax.Array) -> jax.Array:
-    """`x` with `new` at distinct `places`: int32 arrays of one shape for the first axis and others,
-    `slice(None)` between.
+    """`x` with `new` at distinct `places`: int32 arrays of one shape, and `slice(None)` between.
 
-    As `x.at[places].set(new)`, but an index that is negative or not below the size of its axis
-    writes nothing. A second place, out of range, goes with a single one: XLA would make a slice
-    update of it, and XLA:CPU one for attention and another for the next step, so that a loop over
-    steps copies all of `x` four times each.
+    The first place is an array. As `x.at[places].set(new)`, but an index that is negative or not
+    below the size of its axis writes nothing. A single place gets a second one, out of range: XLA
+    would make a slice update of the one, and XLA:CPU one for attention and another for the next
+    step, so that a loop over steps copies all of `x` four times each.
     """
     index = {axis: place for axis, place in enumerate(places) if not isinstance(place, slice)}
     for axis, place in index.items():

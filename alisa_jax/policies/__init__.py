@@ -52,7 +52,8 @@ __all__ = [
 
 
 def parse(text: str) -> Policy:
-    """The policy that `text` names, for example 'swa(kv_sparsity=0.8,window=2k)'. Raises
-    `spec.SpecError`.
+    """The policy that `text` names, for example 'swa(kv_sparsity=0.8,window=2k)'.
+
+    Raises `spec.SpecError`.
     """
     return spec.parse(text, POLICIES)

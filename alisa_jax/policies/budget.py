@@ -1,10 +1,14 @@
 """How many tokens a budget keeps: whole numbers, decided in NumPy when a program is traced.
 
-Both spellings of a budget are understood everywhere: `kv_sparsity`
-(a share of the context is left out, so r = 1 - kv_sparsity is kept and the count grows with the
-context) and `tokens` (a fixed count). Halves round up, as in Algorithm 1's k = round(n r / 2) read
-as nearest integer (ISCA 2024, arXiv 2403.17312), and a budget keeps one token at least. Counts are
-tables over n = 0 .. S, so that host code, jitted code and oracles agree on every border.
+A budget has two spellings everywhere:
+
+    kv_sparsity   the share of the context that is left out: r = 1 - kv_sparsity is kept, and the
+                  count grows with the context
+    tokens        a fixed count
+
+Halves round up, as in Algorithm 1's k = round(n r / 2) read as nearest integer (ISCA 2024, arXiv
+2403.17312), and a budget keeps at least one token. Counts are tables over n = 0 .. S, so that host
+code, jitted code and oracles agree on every border.
 """
 
 from __future__ import annotations
@@ -30,9 +34,7 @@ def kept_frac(kv_sparsity: float) -> float:
 
 
 def round_half_up(x) -> np.ndarray:
-    """Nearest integers of float64 `x`, halves up; 1e-9 absorbs what decimal fractions lose in
-    binary.
-    """
+    """Nearest integers of float64 `x`, halves up; 1e-9 absorbs binary rounding of decimals."""
     return np.floor(np.asarray(x, np.float64) + 0.5 + 1e-9).astype(np.int64)
 
 
@@ -51,8 +53,7 @@ def at_least_one(count: np.ndarray) -> np.ndarray:
 def lookup(table: np.ndarray, length):
     """table[length] for a traced `length`; lengths beyond the table read its last entry.
 
-    Entries that repeat the last one at the end are left out, so a constant budget is a short table
-    at any context.
+    Repetitions of the last entry are cut off, so a constant budget is a short table at any context.
     """
     import jax.numpy as jnp
 

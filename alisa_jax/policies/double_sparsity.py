@@ -1,25 +1,23 @@
-"""`double_sparsity(kv_sparsity= | tokens=, channels=0.25, label_bits=4)`: the tokens with the
-highest q k over few channels.
+"""`double_sparsity(kv_sparsity= | tokens=, ...)`: tokens with the highest q k over few channels.
 
 Double Sparsity (arXiv 2408.07092, Section 3). Every token has a label: its key in r = `channels` H
-of the H channels of a kv head, those that carry the most of q k in the model at hand, which a
-calibration tells (`ranking`: by the mean of |q|, of |k|, both before their rotation, or of |q k| of
-a token with itself; a kv head goes by the mean over its query heads). A query scores all tokens by
-their labels and attends exactly the best ones. Nothing is evicted: what is out may return.
+of the H channels of a kv head, those that carry the most of q k in this model. A calibration ranks
+them (`ranking`): by the mean of |q|, of |k|, both before their rotation, or of |q k| of a token
+with itself; a kv head takes the mean over its query heads. A query scores all tokens by their
+labels and attends exactly the best ones. Nothing is evicted: a token that is left out may return.
 
     label    r channels of the rotated key, `label_bits` bits each, with the token's own least value
              and step
-    score    q k over those channels; where G > 1 query heads share a kv head, softmax(H^-1/2 q k)
+    score    q k over those channels; if G > 1 query heads share a kv head, softmax(H^-1/2 q k)
              summed over them
-    k        round(n (1 - kv_sparsity)) of n past tokens, or `tokens`, for each kv head; ties go to
-             the lowest position
-    local    of these, the `local` most recent tokens are always kept. The method guarantees none
-             (0)
+    k        round(n (1 - kv_sparsity)) of n past tokens, or `tokens`, per kv head; ties go to the
+             lowest position
+    local    of these, the `local` most recent tokens are always kept; 0 in the paper
 
 Layers below `dense_layers` attend densely. Differences from the authors' code: it repeats kv heads
-before it labels, so each query head has its own tokens, while here all that is stored and chosen is
-per kv head; it quantises the query's label as well, which is not stored and stays as it is here;
-the query's own token is always attended here.
+before it labels, so each query head has its own tokens, while here everything is stored and chosen
+per kv head; it also quantises the query's label, which is not stored and stays exact here; the
+query's own token is always attended here.
 
 Without a model (`resolve` was not called) all channels are labels.
 """
@@ -46,11 +44,10 @@ TINY = 2.0**-100  # the smallest step: that of a label of zeros
 
 @flax.struct.dataclass
 class Labels:
-    """Labels of S tokens, head-major: code c stands for low + step c; 16 and 32 bits hold the
-    values themselves.
+    """Labels of S tokens, head-major: code c means low + step c; 16 and 32 bits hold the values.
 
-    A bfloat16 is kept as its bits, uint16: XLA:CPU would copy a whole array of bfloat16 through
-    float32 to write one row.
+    A bfloat16 is kept as its bits, uint16: to write one row of bfloat16, XLA:CPU would copy the
+    whole array through float32.
     """
 
     codes: jax.Array  # [B, K, S, ceil(r bits / 8)] uint8, or [B, K, S, r] uint16 or float32
@@ -69,8 +66,7 @@ class DoubleSparsity(base.Policy):
     dense_layers: int = 2
     ranking: str = "qk"
     local: int = 0
-    # [L][K][r] label channels; () for all of them
-    table: tuple = dataclasses.field(default=(), repr=False)
+    table: tuple = dataclasses.field(default=(), repr=False)  # [L][K][r] channels; () for all
 
     evicts: ClassVar[bool] = False
     needs_query: ClassVar[bool] = True
@@ -109,20 +105,18 @@ class DoubleSparsity(base.Policy):
         if calibration is None:
             raise ValueError(
                 f"double_sparsity(channels={self.channels:g}) needs the channels that carry the "
-                "most of q k in this model:"
-                " give a calibration, which python -m eval.calibrate makes, or channels=1"
+                "most of q k in this model: give a calibration, which python -m eval.calibrate "
+                "makes, or channels=1"
             )
         calibration.check(config)
-        # [L, N or K, H]
-        weight = np.asarray(getattr(calibration, f"{self.ranking}_abs"), np.float64)
+        weight = getattr(calibration, f"{self.ranking}_abs")  # [L, N or K, H]
         L = config.n_layers
         K = config.n_kv_heads
         H = config.head_dim
-        weight = weight.reshape(L, K, -1, H).mean(axis=2)
+        weight = np.asarray(weight, np.float64).reshape(L, K, -1, H).mean(axis=2)
         best = np.sort(np.argsort(-weight, axis=-1, kind="stable")[..., :r], axis=-1)
-        return dataclasses.replace(
-            self, table=tuple(tuple(map(tuple, layer)) for layer in best.tolist())
-        )
+        table = tuple(tuple(map(tuple, layer)) for layer in best.tolist())
+        return dataclasses.replace(self, table=table)
 
     def for_layer(self, layer: int) -> base.Policy:
         if layer < self.dense_layers:
@@ -133,13 +127,10 @@ class DoubleSparsity(base.Policy):
         return K
 
     def counts(self, S: int) -> tuple[np.ndarray, np.ndarray]:
-        """([S + 1], [S + 1]) int32: tokens by their labels and local ones when n tokens
-        are past.
-        """
+        """[S + 1] int32 twice: tokens kept by label, and local ones, when n tokens are past."""
         n = np.arange(S + 1)
-        kept = budget.at_least_one(
-            budget.round_half_up(budget.amounts(self.kv_sparsity, self.tokens, S))
-        )
+        amounts = budget.amounts(self.kv_sparsity, self.tokens, S)
+        kept = budget.at_least_one(budget.round_half_up(amounts))
         local = np.minimum(n, self.local).astype(np.int32)
         return np.maximum(kept - local, 0), local
 
@@ -161,7 +152,7 @@ class DoubleSparsity(base.Policy):
 
     def seed(self, stats: Labels, rows, length, dims):
         pos = jnp.where(base.positions(dims.S) < base.column(length), base.positions(dims.S), -1)
-        # all are at hand: the next query chooses
+        # all tokens are at hand: the next query selects
         return stats, jnp.broadcast_to(pos, (dims.B, dims.K, dims.M))
 
     def note(self, stats: Labels, k: jax.Array, first: jax.Array) -> Labels:
@@ -183,10 +174,10 @@ class DoubleSparsity(base.Policy):
         return best | ((p >= n - local) & (p < n))
 
     def scores(self, stats: Labels, q: jax.Array, past: jax.Array) -> jax.Array:
-        """What tokens compete by: q [B, K, G, H], past [B, 1, S] bool -> [B, K, S] float32.
+        """Scores of tokens: q [B, K, G, H], past [B, 1, S] bool -> [B, K, S] float32.
 
-        With G > 1 the logarithm of the attention that the query heads would pay to the labels: no
-        token's is lost to 0.
+        With G > 1, the logarithm of the attention that the query heads would pay to the labels, so
+        that no token underflows to 0.
         """
         label = self._labels(q).astype(jnp.float32)
         if self.label_bits >= 16:
@@ -202,7 +193,7 @@ class DoubleSparsity(base.Policy):
         return jax.nn.logsumexp(jax.nn.log_softmax(z, axis=-1), axis=2)
 
     def _channels(self, K: int, H: int) -> tuple[tuple[int, ...], ...]:
-        """[K][r]: which channels labels are made of."""
+        """[K][r]: the channels of the labels."""
         if len(self.table) > 1:
             raise ValueError("a layer has its own label channels: take for_layer(i)")
         return self.table[0] if self.table else (tuple(range(H)),) * K
@@ -216,24 +207,20 @@ class DoubleSparsity(base.Policy):
         return jnp.take_along_axis(x, index, axis=-1, mode="promise_in_bounds")
 
     def _encode(self, x: jax.Array) -> Labels:
-        """x [B, K, T, r] as it is stored."""
+        """The stored form of x [B, K, T, r]."""
         x = x.astype(jnp.float32)
         if self.label_bits >= 16:
             return Labels(x if self.label_bits == 32 else _bits(x), None, None)
         levels, per_byte = 2**self.label_bits - 1, 8 // self.label_bits
         low = _bits(_bfloat16_not_above(jnp.min(x, axis=-1, initial=jnp.inf)))
-        step = _bits(
-            -_bfloat16_not_above(
-                (_value(low) - jnp.max(x, axis=-1, initial=-jnp.inf)) / jnp.float32(levels)
-            )
-        )
+        below = _value(low) - jnp.max(x, axis=-1, initial=-jnp.inf)
+        step = _bits(-_bfloat16_not_above(below / jnp.float32(levels)))
         wide = jnp.maximum(_value(step), jnp.float32(TINY))[..., None]
         code = jnp.clip(jnp.round((x - _value(low)[..., None]) / wide), 0, levels).astype(jnp.uint8)
         code = jnp.pad(code, [(0, 0)] * 3 + [(0, -x.shape[-1] % per_byte)])
         parts = jnp.split(code, per_byte, axis=-1)
-        return Labels(
-            sum(part << jnp.uint8(i * self.label_bits) for i, part in enumerate(parts)), low, step
-        )
+        codes = sum(part << jnp.uint8(i * self.label_bits) for i, part in enumerate(parts))
+        return Labels(codes, low, step)
 
     def _product_of_codes(self, q: jax.Array, codes: jax.Array) -> jax.Array:
         """q [B, K, G, r] against the numbers in codes: [B, K, G, S] float32."""
@@ -256,7 +243,7 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 def _value(bits: jax.Array) -> jax.Array:
-    """What `_bits` gave, as float32."""
+    """The inverse of `_bits`, as float32."""
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(jnp.float32)
 
 

@@ -1,5 +1,4 @@
-"""`gemfilter(layer=, tokens=1024, pool=5)`: one early layer chooses the tokens of a prompt that the
-model reads.
+"""`gemfilter(layer=, tokens=1024, pool=5)`: one early layer picks the prompt tokens to keep.
 
 GemFilter (arXiv 2409.17422, Algorithm 1). Layers 0 .. `layer` run over the whole prompt. There the
 query of the last token, rotated as all keys are, ranks the tokens; the best `tokens` of them, in
@@ -12,19 +11,18 @@ the first pass are thrown away.
     chosen   the `tokens` best, ties to the lowest position; all of a prompt that has no more
 
 Pooling is absent from the paper's algorithm, the mean in its listing and in the authors' code, and
-called the maximum in its appendix: pooling="max" is that. A score that is not a number counts for
-its neighbours as a place outside the prompt, and its token is chosen last. The last token is not
-sure to be chosen (`last_kept`). Of `layer` only queries and keys are computed, where the authors
-run the whole of it.
+called the maximum in its appendix: pooling="max" is that. A score that is NaN counts for its
+neighbours as a position outside the prompt, and its token is chosen last. The last token may not be
+chosen (`last_kept`). Of `layer` only queries and keys are computed, where the authors run the whole
+of it.
 
 `layer` counts from 0: the authors take 13 of 32 for Llama-3.1-8B, 19 of 40 for Mistral-Nemo, 19 of
-32 for Phi-3.5-mini, the first layer whose choice covers a planted needle. Unless it is given, it is
-two fifths of the model's layers, to the nearest (13 of 32), which is a rule of ours and worth a
-sweep.
+32 for Phi-3.5-mini, the first layer whose choice covers a planted needle. The default is two fifths
+of the model's layers, to the nearest (13 of 32), which is a rule of ours and worth a sweep.
 
-What follows the prompt is attended densely, and so is all that is read without one: the protocols
+Tokens after the prompt are attended densely, and so is all that is read without one: the protocols
 `decode` and `prefill_mask`. Without a model (`resolve` was not called) and without `layer` nothing
-is chosen.
+is filtered.
 """
 
 from __future__ import annotations
@@ -45,9 +43,7 @@ POOLINGS = ("avg", "max")
 
 @dataclass(frozen=True)
 class GemFilter(Dense):
-    """Dense attention over the tokens of a prompt that one layer chooses, and over all
-    that follow.
-    """
+    """Dense attention over the prompt tokens that one layer picks, and over all later tokens."""
 
     layer: int | None = None
     tokens: int = 1024
@@ -90,16 +86,17 @@ class GemFilter(Dense):
     def choose(self, q, k, length) -> jax.Array:
         T = k.shape[1]
         inside = base.positions(T) < base.column(length)  # [B, 1, T]
-        best = swap.top_mask(
-            jnp.where(inside, self.scores(q, k, length)[:, None], -jnp.inf), jnp.int32(self.tokens)
-        )
+        score = jnp.where(inside, self.scores(q, k, length)[:, None], -jnp.inf)
+        best = swap.top_mask(score, jnp.int32(self.tokens))
         return base.slots_of(best, min(self.tokens, T))[:, 0]
 
     def scores(self, q: jax.Array, k: jax.Array, length: jax.Array) -> jax.Array:
-        """What tokens compete by, [B, T] float32, no NaN: q [B, N, H] of the last token, k
-        [B, T, K, H], length [B].
+        """Scores of tokens, [B, T] float32, never NaN.
+
+        q [B, N, H] of the last token, k [B, T, K, H], length [B].
         """
-        (B, T, K, H), half = k.shape, self.pool // 2
+        B, T, K, H = k.shape
+        half = self.pool // 2
         # the query heads of a group meet the same keys
         q = jnp.sum(q.astype(jnp.float32).reshape(B, K, -1, H), axis=2)
         raw = jnp.einsum("bkh,btkh->bt", q, k.astype(jnp.float32), precision="highest")
@@ -116,7 +113,5 @@ class GemFilter(Dense):
 
 
 def last_kept(chosen: jax.Array, length: jax.Array) -> jax.Array:
-    """[B] bool: whether `chosen` [B, n], of `choose`, holds the last token of each prompt, of
-    `length` [B] tokens.
-    """
+    """[B] bool: whether `chosen` [B, n] holds the last token of each prompt of `length` [B]."""
     return jnp.any(chosen == (length - 1)[:, None], axis=1)

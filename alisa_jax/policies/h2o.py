@@ -1,25 +1,27 @@
-"""`h2o(kv_sparsity= | heavy=, recent=, gqa="sum" | "mean" | "max", normalise="none" | "age")`:
-heavy hitters by kv head.
+"""`h2o(kv_sparsity= | heavy=, recent=, gqa="sum", normalise="none")`: heavy hitters by kv head.
 
 H2O (NeurIPS 2023, arXiv 2306.14048). A token's score is the attention that it has received since it
 came, summed over queries and over the query heads of its kv head; for a prompt, over all of its
 queries. Each kv head keeps the last `recent` tokens and, of those before, the `heavy` ones with the
-highest scores. What is evicted is gone: its slot is used again, and no later attention can bring it
-back. One token comes in a step, so one goes at most: an argmin, and no sort.
+highest scores. An evicted token is gone: its slot is used again, and no later attention can bring
+it back. One token comes in a step, so at most one goes: an argmin, and no sort.
 
 Of the variants in the authors' repository this is the causal one that really drops tokens
 (their streaming code), with true positions; the one behind their accuracy tables sums the whole
-matrix, future rows included. The one in their FlexGen, with room for n heavy tokens and n recent
-ones, the query's own counted, puts the oldest recent token into the place of the worst heavy one
-without comparing the two: that is h2o(heavy=n-1, recent=n). With kv_sparsity 1 - r the budget
+matrix, future rows included. The one in their FlexGen has room for n heavy tokens and n recent
+ones, the query's own counted, and puts the oldest recent token into the place of the worst heavy
+one without comparing the two: that is h2o(heavy=n-1, recent=n). With kv_sparsity 1 - r the budget
 round(n r) is split evenly as there, the odd token recent, and grows with the context.
 `normalise="age"` divides a score by the steps it has had, which a plain sum rewards.
 
-The paper's models have a kv head for every query head. Where G of them share one, `gqa` says what a
-token's score is: the "sum" of the attention it got from all of them, their "mean", which ranks
-alike and runs the same, or the "max": each query head keeps an account of its own from the token's
-first step to its last, and the largest of the G accounts counts. A token that one head lives on
-then outranks one that all heads look at in passing; scores take G times the memory.
+The paper's models have a kv head for every query head. Where G of them share one, `gqa` combines
+the attention that a token got from them:
+
+    "sum"     their sum
+    "mean"    ranks like "sum", and runs the same
+    "max"     each query head keeps its own account from the token's first step to its last, and the
+              largest of the G accounts counts. A token that one head lives on then outranks one
+              that all heads look at in passing; scores take G times the memory
 """
 
 from __future__ import annotations
@@ -36,9 +38,7 @@ from alisa_jax.policies import base, budget, swap
 
 @dataclass(frozen=True)
 class H2O(base.Policy):
-    """Scores are kept per slot, [B, K, M] float32, or [B, N, M] with gqa="max"; ties keep the
-    earlier token.
-    """
+    """Scores per slot, [B, K, M] float32, [B, N, M] if gqa="max"; ties keep the earlier token."""
 
     kv_sparsity: float | None = None
     heavy: int | None = None
@@ -47,7 +47,7 @@ class H2O(base.Policy):
     normalise: str = "none"
 
     seed_kind: ClassVar[str] = "sum"
-    # what goes depends on all that went before
+    # an eviction depends on all earlier ones
     routes: ClassVar[tuple[str, ...]] = ("working_set", "masked")
 
     def __post_init__(self):
@@ -106,18 +106,16 @@ class H2O(base.Policy):
         return jnp.where(at >= 0, swap.take(rows, jnp.maximum(at, 0)), jnp.float32(0.0)), pos
 
     def observe(self, stats, mass, pos, slot, length, dense=None):
-        new = jax.lax.broadcasted_iota(jnp.int32, mass.shape, 2) == _for_each(
-            slot[:, :, None], mass.shape[1]
-        )
-        return jnp.where(new, jnp.float32(0.0), stats) + jnp.where(
-            jnp.isnan(mass), jnp.float32(0.0), mass
-        )
+        at = jax.lax.broadcasted_iota(jnp.int32, mass.shape, 2)
+        new = at == _for_each(slot[:, :, None], mass.shape[1])
+        old = jnp.where(new, jnp.float32(0.0), stats)
+        return old + jnp.where(jnp.isnan(mass), jnp.float32(0.0), mass)
 
     def exchange(self, stats, pos, bias, length, S):
         heavy, first = self._borders(length, S)
         old = (pos >= 0) & (pos < first)
         score = jnp.where(old, -self._rank(stats, pos, base.column(length), pos.shape[1]), -jnp.inf)
-        _, last, _ = swap.best(score, S - pos, 2 * S)  # of equal scores the latest goes
+        _, last, _ = swap.best(score, S - pos, 2 * S)  # ties evict the latest
         crowded = jnp.sum(old, axis=-1, keepdims=True, dtype=jnp.int32) > heavy
         return stats, base.evicted(pos, bias, crowded & old & (S - pos == last[..., None]))
 
@@ -129,9 +127,10 @@ class H2O(base.Policy):
         return heavy, base.column(length) - recent
 
     def _rank(self, score, pos, length, K: int):
-        """[B, K, X]: what tokens `pos` [B, K or 1, X] with accounts `score` [B, mass_heads, X] are
-        compared by before the
-        query at `length` [B, 1, 1]."""
+        """[B, K, X]: the ranking scores of tokens `pos` [B, K or 1, X] for the query at `length`.
+
+        score [B, mass_heads, X]: the accounts of the tokens; length [B, 1, 1].
+        """
         B, heads, X = score.shape
         score = score if heads == K else jnp.max(score.reshape(B, K, heads // K, X), axis=2)
         if self.normalise == "none":
@@ -140,5 +139,5 @@ class H2O(base.Policy):
 
 
 def _for_each(x, heads: int):
-    """x [B, K, X] of each kv head for each of its accounts: [B, heads, X]."""
+    """x [B, K, X] of each kv head, repeated for each of its accounts: [B, heads, X]."""
     return jnp.repeat(x, heads // x.shape[1], axis=1)

@@ -17,7 +17,7 @@ from alisa_jax.policies import base, budget
 
 @dataclass(frozen=True)
 class Local(base.Policy):
-    """Most recent tokens; what leaves the window is evicted."""
+    """The most recent tokens; a token that leaves the window is evicted."""
 
     kv_sparsity: float | None = None
     tokens: int | None = None
@@ -27,9 +27,8 @@ class Local(base.Policy):
 
     def kept(self, S: int) -> np.ndarray:
         """[S + 1] int32: tokens kept when n tokens are past."""
-        return budget.at_least_one(
-            budget.round_half_up(budget.amounts(self.kv_sparsity, self.tokens, S))
-        )
+        amounts = budget.amounts(self.kv_sparsity, self.tokens, S)
+        return budget.at_least_one(budget.round_half_up(amounts))
 
     def capacity(self, S: int) -> int:
         return int(self.kept(S).max()) + 1

@@ -1,29 +1,34 @@
-"""`merge(threshold=0.75, share=, ...)`: neighbours of a prompt whose keys are alike become one
-token, per kv head.
+"""`merge(threshold=0.75, share=, ...)`: neighbours in a prompt with similar keys become one token.
 
-KVMerger (arXiv 2407.08454). After a dense prompt the most recent tokens, and of the others those
-that drew the most attention, stay as they are. The rest is scanned from the last token to the
-first: token i joins the set of token i + 1 if the cosine of their rotated keys exceeds `threshold`,
-else it opens a set. The pivot p of a set is the member with the largest column sum of attention,
-and with g_i = exp(-|k_p - k_i|^2 / (2 sigma^2)) and w = g / sum g the set becomes one token
+KVMerger (arXiv 2407.08454), per kv head. After a dense prompt the most recent tokens, and of the
+others those that drew the most attention, stay as they are. The rest is scanned from the last token
+to the first: token i joins the set of token i + 1 if the cosine of their rotated keys exceeds
+`threshold`, else it opens a set. The pivot p of a set is the member with the largest column sum of
+attention. With g_i = exp(-|k_p - k_i|^2 / (2 sigma^2)) and w = g / sum g, a set S becomes one token
+at the position of p:
 
-    k* = sum_i w_i k_i        v* = sum_i w_i v_i        logit bias log |S|        at the position of
-                                                        p.
+    k*   = sum_i w_i k_i
+    v*   = sum_i w_i v_i
+    bias = log |S|, added to its logit
 
-What comes later is appended as it is; from an empty cache nothing ever merges, and this is dense
-attention.
+Later tokens are appended unchanged. Without a prompt nothing merges: this is dense attention.
 
 The paper leaves two things that do not hold together, and both readings can be run. It prints sigma
-= sum g / (sqrt 2 |S|), through g itself and never above 0.707, while its ablation names 5 as best:
-`sigma="literal"` iterates the print and comes close to eviction once keys are 1 apart, a number is
-used as it is, and "mean_dist", the mean of |k_p - k_i| over sqrt 2, is what the print may have
-meant (over all |S| members, p included). And its v* is |S| sum w_i v_i with no |S| in the
-denominator of the softmax (`value_mode="paper"`), which is wrong even where the merged keys are
-equal; the bias above ("mean+logn") is then exact. "mean" has neither.
+= sum g / (sqrt 2 |S|), through g itself and never above 0.707, while its ablation names 5 as best.
+`sigma` is one of
+
+    a number       used directly
+    "literal"      iterates the printed formula, and nearly evicts once keys are 1 apart
+    "mean_dist"    the mean of |k_p - k_i| over sqrt 2, which it may have meant (over all |S|
+                   members, p included)
+
+And its v* is |S| sum w_i v_i with no |S| in the denominator of the softmax (`value_mode="paper"`),
+which is wrong even if the merged keys are equal; the bias above ("mean+logn") is then exact. "mean"
+has neither.
 
 Readings of ours: `recent` and `heavy` are shares of the prompt's length, halves up, and heavy
 tokens are not recent ones (0.17 and 0.12 are the paper's for half a cache, 0.08 and 0.02 for 35 %).
-A fixed threshold keeps what the keys make it keep; `share` is a budget.
+With a fixed threshold the keys decide how many tokens remain; `share` is a budget.
 """
 
 from __future__ import annotations
@@ -43,14 +48,13 @@ _THRESHOLD = 0.75
 
 @dataclass(frozen=True)
 class Merge(base.Policy):
-    """Stateless after the prompt. Without `share` the number of tokens that remain is what the keys
-    make it.
+    """Stateless after the prompt. Without `share` the keys decide how many tokens remain.
 
     share: at most round(n share) of n prompt tokens remain, at least one. `threshold` is then
-    searched for each sequence and head, the highest of 20 bisections that meets it, so fewer remain
-    where equal cosines join together; and fewer tokens are protected, first of the heavy ones,
-    where a set between any two of them would be too many. dense_layers: the first layers, which do
-    not merge; their attention is flatter.
+    searched for each sequence and head: the highest of 20 bisections that meets the share, so fewer
+    tokens remain if equal cosines join together. And fewer tokens are protected, first of the heavy
+    ones, if a set between any two of them would be too many. dense_layers: the first layers, which
+    do not merge; their attention is flatter.
     """
 
     threshold: float = _THRESHOLD
@@ -100,9 +104,7 @@ class Merge(base.Policy):
             raise ValueError(f"dense_layers must be at least 0; got {self.dense_layers}")
 
     def counts(self, S: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[S + 1] int32 each: recent tokens, heavy tokens, and tokens that may remain, of a prompt
-        of n tokens.
-        """
+        """[S + 1] int32 each: recent, heavy and at most remaining tokens of n prompt tokens."""
         n = np.arange(S + 1, dtype=np.int32)
         recent = np.minimum(budget.round_half_up(n * self.recent).astype(np.int32), n)
         heavy = budget.round_half_up(n * self.heavy).astype(np.int32)
@@ -138,8 +140,9 @@ class Merge(base.Policy):
         return stats, base.evicted(pos, bias, jnp.zeros(pos.shape, jnp.bool_))
 
     def sets(self, k: jax.Array, mass: jax.Array, length: jax.Array) -> jax.Array:
-        """`merging` ids [B, K, T] of the sets of a prompt; k [B, K, T, H], mass [B, K, T], length
-        [B].
+        """`merging` ids [B, K, T] of the sets of a prompt.
+
+        k [B, K, T, H], mass [B, K, T], length [B].
         """
         T = k.shape[2]
         recent_counts, heavy_counts, allowed_counts = self.counts(T)

@@ -1,23 +1,22 @@
-"""`snapkv(capacity=1024, window=32, kernel=7, pool="max" | "avg")`: what the end of a prompt looks
-at, and all that follows.
+"""`snapkv(capacity=1024, window=32, kernel=7, pool="max")`: the tokens that a prompt's end reads.
 
 SnapKV (NeurIPS 2024, arXiv 2404.14469). At the end of a dense prompt each kv head adds up the
-attention of the last `window` queries, pools it along the positions before the window
-(stride 1, as many places as before), and keeps the window and the best capacity - window of the
-tokens before it. Pooling lets a token that is looked at bring its neighbours, so that a span stays
-whole. A prompt of at most `capacity` tokens is kept as it is. What comes later is appended and
-never evicted: the cache grows with the text that is generated, not with the prompt. From an empty
-cache this is dense attention. Keys keep the rotation of their true positions.
+attention of the last `window` queries, pools it along the positions before the window (stride 1,
+same length), and keeps the window and the best capacity - window of the tokens before it. Pooling
+lets a token that is looked at bring its neighbours, so that a span stays whole. A prompt of at most
+`capacity` tokens is kept whole. Later tokens are appended and never evicted: the cache grows with
+the generated text, not with the prompt. From an empty cache this is dense attention. Keys keep the
+rotation of their true positions.
 
-Beyond what is pooled lies -inf for "max" and 0 for "avg", which divides by `kernel` all the same;
-the window lies beyond it too. "max" makes a peak a plateau of equal scores; ties go to the lowest
-position.
+pool: "max", or "avg". Outside the pooled positions lies -inf for "max" and 0 for "avg", which
+divides by `kernel` all the same; the window counts as outside too. "max" makes a peak a plateau of
+equal scores; ties go to the lowest position.
 
-The authors repeat kv heads first and choose for every query head, so that with grouped queries
-their cache is as wide as the query heads. Here a kv head has one set, by the attention of its
-group, summed before it is pooled; kvpress averages over the group, which ranks alike
-(it knows "avg" alone, and sums and averages commute). The defaults are those of the authors'
-LongBench runs; their model hooks have capacity=2048, kernel=5 and pool="avg".
+The authors repeat kv heads first and choose for every query head, so with grouped queries their
+cache is as wide as the query heads. Here a kv head has one set, by the attention of its group,
+summed before it is pooled; kvpress averages over the group, which ranks alike (it knows "avg"
+alone, and sums and averages commute). The defaults are those of the authors' LongBench runs; their
+model hooks have capacity=2048, kernel=5 and pool="avg".
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ from alisa_jax.policies import base, swap
 
 @dataclass(frozen=True)
 class SnapKV(base.Policy):
-    """Stateless: each prompt is cut once, by its own length. `tokens`, a spec's capacity, are those
-    kept of it.
+    """Stateless: each prompt is cut once, by its own length.
+
+    tokens: the prompt tokens to keep; a spec calls it capacity, which here is a method.
     """
 
-    # `capacity` is a method
     tokens: int = dataclasses.field(default=1024, metadata={"spec": "capacity"})
     window: int = 32
     kernel: int = 7
@@ -87,17 +86,15 @@ class SnapKV(base.Policy):
         return stats, base.slots_of(keep | (~old & (p < n)), dims.M)
 
     def pooled(self, paid: jax.Array, old: jax.Array) -> jax.Array:
-        """What `paid` [B, K, S] ranks as, position by position, where nothing outside `old`
-        [B, 1, S] counts.
+        """`paid` [B, K, S] pooled along positions; nothing outside `old` [B, 1, S] counts.
 
-        Of "avg" it is the sum over the kernel, which ranks as the average does.
+        For "avg" it is the sum over the kernel, which ranks as the average does.
         """
         around, reach = (1, 1, self.kernel), self.kernel // 2
         outside, merge = (-jnp.inf, jax.lax.max) if self.pool == "max" else (0.0, jax.lax.add)
         inside = jnp.where(old, paid, jnp.float32(outside))
-        return jax.lax.reduce_window(
-            inside, jnp.float32(outside), merge, around, (1, 1, 1), ((0, 0), (0, 0), (reach, reach))
-        )
+        sides = ((0, 0), (0, 0), (reach, reach))
+        return jax.lax.reduce_window(inside, jnp.float32(outside), merge, around, (1, 1, 1), sides)
 
     def exchange(self, stats, pos, bias, length, S):
         return stats, base.evicted(pos, bias, jnp.zeros(pos.shape, jnp.bool_))

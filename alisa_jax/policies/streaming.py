@@ -1,18 +1,19 @@
-"""`streaming(sinks=4, kv_sparsity= | tokens=, positions="true" | "cache")`: the first tokens and
-the most recent ones.
+"""`streaming(sinks=4, kv_sparsity= | tokens=, positions="true")`: the first and the latest tokens.
 
 StreamingLLM (ICLR 2024, arXiv 2309.17453): softmax must put its mass somewhere, models learn to put
 it on the first tokens, and a sliding window that lets these go breaks. So `sinks` tokens are never
 evicted, and the rest of the budget slides. The budget counts both: with `tokens` the window has
-tokens - sinks, with kv_sparsity 1 - r the two together have round(n r). The sinks are there from
-the beginning, and one recent token at least: while a share of a short context is less than that,
+tokens - sinks, with kv_sparsity 1 - r the two together have round(n r). The sinks are kept from the
+beginning, and at least one recent token: as long as the share of a short context is less than that,
 more than the share is kept.
 
-With positions="true", the default, a key keeps the rotation of the place where the token stood:
-what is attended is the masked text, as under every other policy here. positions="cache" is the
-method of the authors' code: tokens are placed by their index in the cache, at every step anew, so a
-model sees no distance longer than the budget, and a stream runs on beyond the longest position that
-the model knows. Keys are stored before their rotation for that, and rotary models alone can do it.
+    positions="true"     a key keeps the rotation of the token's true position: the result is
+                         attention over the masked text, as under every other policy here
+    positions="cache"    the authors' code: tokens are placed by their index in the cache, anew at
+                         every step, so a model sees no distance longer than the budget, and a
+                         stream runs on beyond the longest position that the model knows. Keys are
+                         stored before their rotation, so only rotary models can do it
+
 A dense prompt is read at true positions in either case. Without sinks, or before anything is
 evicted, both are the same.
 """
@@ -71,33 +72,29 @@ class Streaming(base.Policy):
         return super().resolve(config, calibration)
 
     def recent(self, S: int) -> np.ndarray:
-        """[S + 1] int32: tokens of the sliding window when n tokens are past, the sinks not
-        counted.
-        """
+        """[S + 1] int32: tokens of the sliding window, without sinks, when n tokens are past."""
         n = np.arange(S + 1)
         kept = budget.round_half_up(budget.amounts(self.kv_sparsity, self.tokens, S))
-        return np.minimum(np.maximum(kept - self.sinks, 1), np.maximum(n - self.sinks, 0)).astype(
-            np.int32
-        )
+        window = np.maximum(kept - self.sinks, 1)
+        return np.minimum(window, np.maximum(n - self.sinks, 0)).astype(np.int32)
 
     def capacity(self, S: int) -> int:
         return min(S, self.sinks + int(self.recent(S).max())) + 1
 
     def _first(self, length, S: int):
         """[B, 1, 1]: where the sliding window begins."""
-        # no table as long as an endless stream
+        # an endless stream needs no table of its length
         counted = S if self.tokens is None else min(S, self.tokens)
         return base.column(length - budget.lookup(self.recent(counted), length))
 
     def places(self, pos, length):
-        """With positions="cache": indices in the cache, less that of the query, which is thus at 0
-        (`place`).
+        """With positions="cache": index in the cache minus that of the query (at 0, `place`).
 
-        The index of a token is its rank by age among those that are kept, sinks first, and that of
-        the query their number. Rotary logits depend on differences alone, and these are what the
-        ring and the number of kept tokens tell: a token of the window is as far from the query as
-        it stood, and the sinks lie directly before the window. Never below 1 - capacity, at
-        whatever position of the stream.
+        The index of a kept token is its rank by age, sinks first; that of the query is their
+        number. Rotary logits depend on differences alone, which follow from the positions and the
+        number of kept tokens: a token of the window is at its true distance from the query, and the
+        sinks lie directly before the window. A place is never below 1 - capacity, wherever the
+        stream is.
         """
         if not self.raw_keys:
             return pos
@@ -113,6 +110,5 @@ class Streaming(base.Policy):
 
     def select(self, stats, length, S, q=None) -> jax.Array:
         p = base.positions(S)
-        return ((p < jnp.int32(self.sinks)) | (p >= self._first(length, S))) & (
-            p < base.column(length)
-        )
+        keep = (p < jnp.int32(self.sinks)) | (p >= self._first(length, S))
+        return keep & (p < base.column(length))

@@ -6,9 +6,8 @@ exactly evenly spaced where 1/r is whole.
 
     anchor="position"   i = position + 1: a token is kept for good or dropped after its own step
     anchor="query"      i = distance to the query: the whole comb moves with the query, so the
-                        selection turns over
-                        entirely at every step and only the routes that read by index or by mask
-                        serve it
+                        selection turns over entirely at every step, and only the routes that read
+                        by index or by mask serve it
 """
 
 from __future__ import annotations
@@ -40,11 +39,9 @@ class Strided(base.Policy):
 
     @property
     def routes(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (
-            ("working_set", "indexed", "masked")
-            if self.anchor == "position"
-            else ("indexed", "masked")
-        )
+        if self.anchor == "query":
+            return ("indexed", "masked")
+        return ("working_set", "indexed", "masked")
 
     def _comb(self, S: int) -> np.ndarray:
         """[S + 1] bool: which i in 0 .. S are kept (i = 0 never is)."""

@@ -2,25 +2,30 @@
 
 The query at position n attends
 
-    locally static     the last k_l tokens
-    globally dynamic   the k_g tokens with the largest S among the rest, S_p = sum of the last W
-                       rows of attention,
-                       summed over the heads (`shared_heads`) or each kv head for itself
+    locally static      the last k_l tokens
+    globally dynamic    the k_g tokens with the largest S among the rest; S_p is the sum of the last
+                        W rows of attention, over all heads (`shared_heads`) or per kv head
     itself
 
-with k = round(n r / 2), r = 1 - kv_sparsity, k_l = round(n r local_frac), k_g =
-round(n r (1 - local_frac)): both k at the default. No token is lost: what is not attended stays in
-the store and returns when its S does. The points that the paper leaves open are options; the
-defaults are the recommended readings:
+with
 
-    window          "k" (Algorithm 1) | "2k" (Figure 6) | a number of rows; `decay` d instead: S <-
-                    d S + row, O(S) memory
-    refresh_every   n > 0: every n-th position attends all tokens and its dense row enters the
-                    window, so tokens can return
-                    that were out for a whole window (0, the paper: never)
-    dense_layers    the first layers attend densely
-    spare_slots     just-dropped tokens stay resident in this many slots, so that returning costs no
-                    copy
+    r   = 1 - kv_sparsity
+    k   = round(n r / 2)
+    k_l = round(n r local_frac)             k at the default
+    k_g = round(n r (1 - local_frac))       k at the default
+
+No token is lost: a token that is not attended stays in the store and returns when its S does. The
+points that the paper leaves open are options; the defaults are the recommended readings:
+
+    window           "k" (Algorithm 1) | "2k" (Figure 6) | a number of rows
+    decay            d, in place of a window: S <- d S + row, in O(S) memory
+    refresh_every    n > 0: every n-th position attends all tokens and its dense row enters the
+                     window, so tokens can return that were out for a whole window (0, the paper:
+                     never)
+    dense_layers     the first layers attend densely
+    spare_slots      just-dropped tokens stay resident in this many slots, so that returning costs
+                     no copy
+
 Ties go to the lowest position.
 """
 
@@ -105,9 +110,8 @@ class Swa(base.Policy):
         if grows and S > MAX_GROWING_WINDOW_TOKENS:
             raise ValueError(
                 f"swa(window={self.window!r}) keeps a window of rows that grows with the context "
-                "and serves at most"
-                f" {MAX_GROWING_WINDOW_TOKENS} tokens; got a context of {S}: give window=<rows>, "
-                "decay= or tokens="
+                f"and serves at most {MAX_GROWING_WINDOW_TOKENS} tokens; got a context of {S}: "
+                "give window=<rows>, decay= or tokens="
             )
 
     def counts(self, S: int) -> Counts:
@@ -120,11 +124,10 @@ class Swa(base.Policy):
         top = budget.at_least_one(top) if self.local_frac < 1 else np.zeros(S + 1, np.int32)
         top = np.minimum(top, n - local).astype(np.int32)
         k = budget.at_least_one(budget.round_half_up(amount * 0.5))
-        width = (
-            np.full(S + 1, self.window)
-            if isinstance(self.window, int)
-            else k * (2 if self.window == "2k" else 1)
-        )
+        if isinstance(self.window, int):
+            width = np.full(S + 1, self.window)
+        else:
+            width = k * (2 if self.window == "2k" else 1)
         return Counts(local, top, np.minimum(width, n).astype(np.int32))
 
     def capacity(self, S: int) -> int:
@@ -145,17 +148,14 @@ class Swa(base.Policy):
         return SwaStats(sums, jnp.full((dims.B, P, dims.S), swap.ABSENT, jnp.int32))
 
     def grow(self, stats: SwaStats, S: int, M: int) -> SwaStats:
-        old = stats.slot_of.shape[-1]
-        slot_of = jnp.pad(
-            stats.slot_of, ((0, 0), (0, 0), (0, S - old)), constant_values=swap.ABSENT
-        )
+        more = ((0, 0), (0, 0), (0, S - stats.slot_of.shape[-1]))
+        slot_of = jnp.pad(stats.slot_of, more, constant_values=swap.ABSENT)
         return SwaStats(window_sum.grow(stats.sums, S, self._ring(S)), slot_of)
 
     def seed(self, stats: SwaStats, rows, length, dims):
         width = budget.lookup(self.counts(dims.S).width, length)
-        stats = stats.replace(
-            sums=window_sum.seed(stats.sums, _without_nan(rows), width, self.decay)
-        )
+        sums = window_sum.seed(stats.sums, _without_nan(rows), width, self.decay)
+        stats = stats.replace(sums=sums)
         pos = base.slots_of(self.select(stats, length, dims.S), dims.M)
         return stats.replace(slot_of=swap.index_slots(pos, dims.S)), pos
 
@@ -191,8 +191,9 @@ class Swa(base.Policy):
         return (Swa, *(getattr(self, field.name) for field in dataclasses.fields(Swa)))
 
     def exchange_layers(self, policies, stats, pos, bias, length, S):
-        """The sequences of all layers are one batch: a swap is many small operations, and their
-        number is what counts.
+        """As the base says, with the sequences of all layers as one batch.
+
+        A swap is many small operations, and their number is its cost.
         """
         counts = self.counts(S)
         L = len(stats)
@@ -223,7 +224,5 @@ class Swa(base.Policy):
 
 
 def _without_nan(row: jax.Array) -> jax.Array:
-    """Attention that is not a number counts as none, so that it neither wins a selection nor stays
-    in a sum.
-    """
+    """`row` with 0 for NaN, which thus neither wins a selection nor stays in a sum."""
     return jnp.where(jnp.isnan(row), jnp.float32(0.0), row)

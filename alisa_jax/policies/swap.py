@@ -5,8 +5,7 @@ set is repaired: while it is too large its worst member goes, while it is too sm
 outsider comes, and then "best outside against worst inside" is swapped until nothing improves. That
 ends in exactly the set that a full sort would give, for any starting set. Higher score wins, and
 among equal scores the lower position. The few best outsiders and the few worst members are listed
-first; the nth of the one list can only replace the nth of the other, so all swaps are found at
-once.
+first. The nth of one list can only replace the nth of the other, so all swaps are found at once.
 
 `slot_of` [B, P, S] is the inverse of `pos` [B, P, M]: the slot of an active token, ABSENT, or
 PARKED - slot for a token that is resident and not active.
@@ -22,15 +21,13 @@ from alisa_jax.policies.base import Exchange
 
 ABSENT = -1
 PARKED = -2
-# rows that one call may ask for in a short and in a long context; a call that needs more says so
+# rows that one call may request in a short and in a long context; if more are due, `more` is true
 LOADS = 4, 16
 BLOCK = 32
 
 
 def loads(S: int) -> int:
-    """How many rows a call may ask for in a context of S tokens, in which ever more of them change
-    places.
-    """
+    """Rows that a call may request in a context of S tokens; in longer ones more change places."""
     return min(LOADS[1], max(LOADS[0], S // 1024))
 
 
@@ -39,9 +36,10 @@ def _iota(shape, axis):
 
 
 def put(x: jax.Array, index: jax.Array, value, on=True) -> jax.Array:
-    """x[b, p, index[b, p, ...]] = value[b, p, ...] where `on` and the index is in range; x
-    [B, P, S], index [B, P] or
-    [B, P, E], distinct for each (b, p) where it is on."""
+    """x[b, p, index[b, p, ...]] = value[b, p, ...] where `on` and the index is in range.
+
+    x [B, P, S]; index [B, P] or [B, P, E], distinct for each (b, p) where it is on.
+    """
     index = jnp.where(on, index, -1)
     value = jnp.broadcast_to(jnp.asarray(value, x.dtype), index.shape)
     return put_at(x, (_iota(index.shape, 0), _iota(index.shape, 1), index), value)
@@ -53,8 +51,9 @@ def take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def best(score: jax.Array, order: jax.Array, limit: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Highest finite `score` [B, P, X], ties to the lowest `order` (< limit):
-    (score, order, exists), each [B, P].
+    """Highest finite `score` [B, P, X], ties to the lowest `order` (< limit).
+
+    Returns (score, order, exists), each [B, P].
     """
     top = jnp.max(score, axis=-1)
     first = jnp.min(jnp.where(score == top[..., None], order, limit), axis=-1)
@@ -62,15 +61,15 @@ def best(score: jax.Array, order: jax.Array, limit: int) -> tuple[jax.Array, jax
 
 
 def top_mask(score: jax.Array, k: jax.Array) -> jax.Array:
-    """[B, P, S] bool: the `k` [B, 1, 1] best entries of `score` [B, P, S]; -inf and NaN never, ties
-    to the lowest index.
+    """[B, P, S] bool: the `k` [B, 1, 1] best of `score` [B, P, S], ties to the lowest index.
+
+    -inf and NaN are never among them.
     """
     S = score.shape[-1]
     score = jnp.where(jnp.isnan(score), -jnp.inf, score)
     ranked = -jnp.sort(-score, axis=-1)
-    border = jnp.take_along_axis(
-        ranked, jnp.broadcast_to(jnp.clip(k - 1, 0, S - 1), (*score.shape[:2], 1)), axis=-1
-    )
+    last = jnp.broadcast_to(jnp.clip(k - 1, 0, S - 1), (*score.shape[:2], 1))
+    border = jnp.take_along_axis(ranked, last, axis=-1)
     above = score > border
     tied = (score == border) & (score > -jnp.inf)
     room = k - jnp.sum(above, axis=-1, keepdims=True, dtype=jnp.int32)
@@ -87,11 +86,9 @@ def index_slots(pos: jax.Array, S: int) -> jax.Array:
 
 
 def foremost(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The `k` largest of x [B, P, S] and where they are, both [B, P, k]; as `lax.top_k`, of equal
-    ones the first.
+    """The `k` largest of x [B, P, S] and their positions, both [B, P, k]; ties as in `lax.top_k`.
 
-    They lie in the k blocks with the largest maxima, of which each but the last can hold only one
-    that comes before.
+    They lie in the k blocks with the largest maxima: no entry of another block exceeds these.
     """
     S = x.shape[-1]
     blocks = -(-S // BLOCK)
@@ -100,10 +97,9 @@ def foremost(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     split = jnp.pad(x, ((0, 0), (0, 0), (0, blocks * BLOCK - S)), constant_values=-jnp.inf)
     split = split.reshape(*x.shape[:2], blocks, BLOCK)
     _, some = jax.lax.top_k(jnp.max(split, axis=-1), k)
-    some = jnp.sort(some, axis=-1)  # so that of equal ones the first is still the first
-    value, at = jax.lax.top_k(
-        jnp.take_along_axis(split, some[..., None], axis=2).reshape(*x.shape[:2], k * BLOCK), k
-    )
+    some = jnp.sort(some, axis=-1)  # so that the first of equals is still the first
+    kept = jnp.take_along_axis(split, some[..., None], axis=2)
+    value, at = jax.lax.top_k(kept.reshape(*x.shape[:2], k * BLOCK), k)
     return value, take(some, at // BLOCK) * BLOCK + at % BLOCK
 
 
@@ -111,11 +107,12 @@ def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Ex
     """Make the active tokens below `first_local` the `want` best of all tokens below `first_local`.
 
     score, slot_of [B, P, S], NaN being worse than any score; pos, bias [B, P, M]; first_local
-    [B, 1]: tokens from here on stay as they are; want [B, 1]. Leaves an empty slot where the set
-    does not fill all slots. Returns the new `slot_of` and the exchange.
+    [B, 1]: tokens from here on stay; want [B, 1]. Leaves an empty slot if the set does not fill all
+    slots. Returns the new `slot_of` and the exchange.
     """
     S = score.shape[-1]
-    below, number = _iota(score.shape, 2) < first_local[..., None], ~jnp.isnan(score)
+    below = _iota(score.shape, 2) < first_local[..., None]
+    number = ~jnp.isnan(score)
     ranked = jnp.where(number, score, -jnp.inf)
     inside = below & (slot_of >= 0)
     active = (bias > -jnp.inf) & (pos < first_local[..., None])
@@ -123,7 +120,7 @@ def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Ex
     most = loads(S)
     E = min(most + 1, S)
     best_out, out_pos = foremost(jnp.where(below & number & (slot_of < 0), score, -jnp.inf), E)
-    # of equal ones the last is worst
+    # of equals the last is worst
     worst_in, back = foremost(-jnp.where(inside, ranked, jnp.inf)[..., ::-1], E)
     in_pos = S - 1 - back
     was = take(slot_of, out_pos)
@@ -139,10 +136,10 @@ def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Ex
     slot_of = put(slot_of, out_pos, PARKED - was, parked)
     bias = put(bias, PARKED - was, 0.0, parked)
 
+    # empty slots come first, then those of the worst tokens
     idle = jnp.where(
         bias == -jnp.inf, jnp.where(pos < 0, jnp.inf, -take(ranked, jnp.maximum(pos, 0))), -jnp.inf
     )
-    # empty slots, then those of the worst tokens
     key, free = foremost(idle, min(most + 1, pos.shape[-1]))
     old = jnp.where(key > -jnp.inf, take(pos, free), ABSENT)
     turn = jnp.cumsum(load, axis=-1, dtype=jnp.int32) - 1
@@ -163,13 +160,14 @@ def improve(score, slot_of, pos, bias, first_local, want) -> tuple[jax.Array, Ex
 def _changes(
     best_out, out_pos, worst_in, in_pos, is_in, absent, over, most
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(add, drop, more): which of the listed outsiders come, which of the listed members go, and
-    whether a further call is needed. All lists are [B, P, E], best outsiders and worst members
-    first, `absent` outsiders need one of the `most` loads; over [B, P, 1] is by how many the set is
-    too large.
+    """(add, drop, more): listed outsiders that come, listed members that go, whether to call again.
+
+    All lists are [B, P, E], best outsiders and worst members first. Outsiders that are `absent`
+    need one of the `most` loads. over [B, P, 1]: by how many the set is too large.
     """
     E = out_pos.shape[-1]
-    drops, fills = jnp.clip(over, 0, E), jnp.maximum(-over, 0)
+    drops = jnp.clip(over, 0, E)
+    fills = jnp.maximum(-over, 0)
     nth = _iota(out_pos.shape, 2)
     rival = nth - fills + drops  # the member that the nth outsider would replace
     listed = rival < E

@@ -5,17 +5,16 @@ kept up to date by adding the newest row and subtracting the one that leaves: O(
 instead of O(W S). Three things make that sound:
 
 * The rows lie in a ring with two rows to spare, indexed by step and shared by the batch. The new
-row is written first and
-  the leaving row is read from the updated ring, so the ring is updated in place: no copy of it is
-  ever made.
+  row is written first and the leaving row is read from the updated ring, so the ring is updated in
+  place: no copy of it is ever made.
 * A window may also grow (W follows the context): then no row leaves, or the row that left last
-comes back. Hence one
-  correction row a step with sign -1, 0 or +1, of its own for every sequence of a ragged batch.
+  comes back. Hence one correction row a step with sign -1, 0 or +1, of its own for every sequence
+  of a ragged batch.
 * Adding and subtracting in float32 would drift, and tokens whose rows have all left would keep
-noise instead of 0. Rows are
-  rounded to a grid of 2^-(47 - log2 of the largest sum), and sums are held as unevaluated pairs hi
-  + lo (Dekker 1971; the error-free sum is Knuth's, TAOCP 2, 4.2.2), where sums of grid values are
-  exact while no sum exceeds the heads times the rows that the ring holds. Ranking uses hi.
+  noise instead of 0. Rows are rounded to a grid of 2^-(47 - log2 of the largest sum), and sums are
+  held as unevaluated pairs hi + lo (Dekker 1971; the error-free sum is Knuth's, TAOCP 2, 4.2.2),
+  where sums of grid values are exact while no sum exceeds the heads times the rows that the ring
+  holds. Ranking uses hi.
 
 With `decay` d there is no ring: S <- d S + row.
 """
@@ -55,9 +54,7 @@ def empty(B: int, P: int, S: int, R: int, heads: int) -> WindowSum:
 
 
 def on_grid(row: jax.Array, heads: int, rows: int) -> jax.Array:
-    """`row` rounded to the grid on which sums of `rows` rows, each at most `heads` in any entry,
-    are exact.
-    """
+    """`row` rounded to the grid of exact sums of `rows` rows with entries of at most `heads`."""
     scale = float(2 ** (47 - math.ceil(math.log2(max(2, heads * rows)))))
     return jnp.round(row * scale) / scale
 
@@ -75,11 +72,10 @@ def add(hi: jax.Array, lo: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def push(sums: WindowSum, row: jax.Array, length: jax.Array, widths: np.ndarray) -> WindowSum:
-    """Add the row [B, P, S] of the query at position `length` [B]; afterwards the sums serve the
-    next position.
+    """Add the row [B, P, S] of the query at position `length` [B].
 
-    widths: [S + 1] int, W for each number of past tokens; neighbours differ by at most 2
-    (see `correction`).
+    The sums then serve the next position. widths: [S + 1] int, W for each number of past tokens;
+    neighbours differ by at most 2 (see `correction`).
     """
     R, S = sums.ring.shape[0], sums.hi.shape[-1]
     row = on_grid(row, sums.heads, R)
@@ -95,8 +91,9 @@ def push(sums: WindowSum, row: jax.Array, length: jax.Array, widths: np.ndarray)
 
 
 def correction(widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each n in 0 .. S-1: age in steps and sign of the row that corrects the window when row n
-    is added.
+    """For each n in 0 .. S-1: age and sign of the row that corrects the window as row n is added.
+
+    Ages are in steps.
 
     The window for n past tokens begins at row a(n) = n - W(n). When a moves up, row a(n) leaves
     (sign -1, age W(n)); when it moves down, row a(n) - 1 returns (sign +1, age W(n) + 1); else
@@ -119,8 +116,9 @@ def push_decayed(sums: WindowSum, row: jax.Array, decay: float) -> WindowSum:
 def seed(
     sums: WindowSum, rows: jax.Array, width: jax.Array, decay: float | None = None
 ) -> WindowSum:
-    """Sums after a dense prompt, from its last rows [B, P, W, S] (R = W + 1 in the ring); width
-    [B]: rows that count now.
+    """Sums after a dense prompt, from its last rows [B, P, W, S] (R = W + 1 in the ring).
+
+    width [B]: the number of rows that count now.
     """
     W = rows.shape[2]
     by_step = jnp.moveaxis(rows, 2, 0)  # [W, B, P, S], the newest last
@@ -142,8 +140,9 @@ def seed(
 
 
 def adopt(sums: WindowSum, other: WindowSum, rows: jax.Array, which: jax.Array) -> WindowSum:
-    """`sums` with the sequences `which` [B] bool replaced by `rows` [B] of `other`, whose sums may
-    be at another step.
+    """`sums` with the sequences `which` [B] bool replaced by `rows` [B] of `other`.
+
+    `other` may be at another step.
     """
     ring, R = other.ring, other.ring.shape[0]
     if R:  # the row of age a lies at step - a

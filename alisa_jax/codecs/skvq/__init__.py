@@ -1,36 +1,35 @@
-"""`skvq(k_bits=2, v_bits=2 | 1.5, group=128, window=128, sinks=5, clip=0.92, ...)`: few bits,
-ordered channels, raw window.
+"""`skvq(k_bits=2, v_bits=2, group=128, ...)`: few bits, ordered channels, a raw window.
 
 SKVQ (COLM 2024, arXiv 2405.06219). A token is stored as codes with a scale and a lower end per
 group of channels (`codecs/skvq/bits.py`), where channels of like ranges share a group
-(`codecs/skvq/groups.py`); keys come before their rotation, which would mix channels. The first
-`sinks` and the last `window` tokens are attended as they came (`codecs/recent.py`).
+(`codecs/skvq/groups.py`); keys are stored before their rotation, which would mix channels. The
+first `sinks` and the last `window` tokens are attended raw (`codecs/recent.py`).
 
-Every token is encoded when it is written, once, and kept raw beside its codes while it is among the
+Every token is encoded once, when it is written, and kept raw beside its codes while it is among the
 first or last ones. So no step moves a token from one form to the other, a prompt leaves what
 decoding it would, and slots may be reused, copied and evicted under any policy. It costs the codes
 of sinks and window, which `token_bytes` counts like all others; `sequence_bytes` are the raw rows
 and, in a working set, their slots.
 
-    k_bits, v_bits    1 .. 8, 16, or 1.5: three levels, packed five to a byte (`kv/packing.py`)
+    k_bits, v_bits    1 .. 8, 16, or 1.5: three levels, five to a byte (`codecs/packing.py`)
     group             channels that share a range
     clip              a; 1 clips nothing. The authors use 0.92 to 0.96
-    reorder           channels are ordered by a calibration of the model; where none can be asked
-                      for, as in streams without
-                      a model, and where one group holds all channels, they stay as they come
+    reorder           orders channels by a calibration of the model. Without a model, as in streams,
+                      and if one group holds all channels, they stay as they come
     span              "layer": groups may span the heads of a layer, as in the paper, and all heads
-                      keep the same tokens;
-                      "head": each kv head has groups of its own, which any policy can be given
-    params            "float8", as the authors, "bfloat16" or "float32": the type of scales and
-                      lower ends. Float8 steps are
-                      multiples of 1/512, so groups narrower than that lose all but their lower end
-Where the codes of a head fill whole bytes, an element takes b + 16 / group bits with float8, 8 for
-scale and end each. Three levels take 1.6 bits and what fills the last byte of a head, 1.625 at 64
-or 128 channels; the authors' packer spends 2.
+                      keep the same tokens; "head": each kv head has its own groups, and any policy
+                      will do
+    params            the type of scales and lower ends: "float8", as the authors, "bfloat16" or
+                      "float32". Float8 steps are multiples of 1/512, so groups narrower than that
+                      lose all but their lower end
 
-Deviations: groups are of equal size; one `clip` for all layers and groups, as in the authors' code,
-where the paper fits one to each group; attention over a prompt is in full precision, their
-`full_prefill`.
+If the codes of a head fill whole bytes, an element takes b + 16 / group bits with float8, 8 for
+scale and end each. Three levels take 1.6 bits and the padding of a head's last byte, 1.625 at 64 or
+128 channels; the authors' packer spends 2.
+
+Deviations: groups are of equal size; one `clip` serves all layers and groups, as in the authors'
+code, where the paper fits one to each group; attention over a prompt is in full precision, which
+the authors call `full_prefill`.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ from alisa_jax.ops.rope import turned
 
 @dataclass(frozen=True)
 class Skvq(Asked):
-    """What is asked for; `resolve` gives the codec of a model."""
+    """The spec; `resolve` gives the codec of a model."""
 
     k_bits: int | float = 2
     v_bits: int | float = 2
@@ -101,33 +100,29 @@ class Skvq(Asked):
         k = GroupBits(raw, self.k_bits, groups, self.clip, self.params)
         v = GroupBits(raw, self.v_bits, groups, self.clip, self.params)
         plain = SlidingCodec(raw, k, v, Reach(self.sinks, self.window))
-        if (
-            not self.reorder
-            or config is None
-            or groups.count(config.n_kv_heads, config.head_dim) == 1
-        ):
+        if not self.reorder or config is None:
+            return plain
+        if groups.count(config.n_kv_heads, config.head_dim) == 1:
             return plain
         if calibration is None:
             raise ValueError(
                 "skvq(reorder=true) orders channels by their ranges over a text, and the model "
-                "has no calibration: make one"
-                " with python -m eval.calibrate, or give reorder=false"
+                "has no calibration: make one with python -m eval.calibrate, or give "
+                "reorder=false"
             )
         calibration.check(config)
         c = calibration
-        layers = [
-            tuple(
-                dataclasses.replace(bits, groups=groups.ordered(low, high))
-                for bits, low, high in ((k, k_low, k_high), (v, v_low, v_high))
-            )
-            for k_low, k_high, v_low, v_high in zip(c.k_min, c.k_max, c.v_min, c.v_max, strict=True)
-        ]
+        layers = []
+        for k_low, k_high, v_low, v_high in zip(c.k_min, c.k_max, c.v_min, c.v_max, strict=True):
+            k_bits = dataclasses.replace(k, groups=groups.ordered(k_low, k_high))
+            v_bits = dataclasses.replace(v, groups=groups.ordered(v_low, v_high))
+            layers.append((k_bits, v_bits))
         return dataclasses.replace(plain, layers=tuple(layers))
 
 
 @flax.struct.dataclass
 class Held:
-    """Tokens in either layout: all of them encoded, and those that are also kept as they came."""
+    """Tokens in either layout: all of them encoded, and the first and last ones also raw."""
 
     rows: Rows  # [B, K or U, M, *] or [B, S, K or U, *]
     recent: Recent
@@ -136,8 +131,9 @@ class Held:
 
 @dataclass(frozen=True)
 class SlidingCodec(Codec):
-    """See above. layers: how K and V of each layer are encoded, where layers differ; `for_layer`
-    gives the codec of one.
+    """See above.
+
+    layers: how K and V of each layer are encoded, if layers differ (`for_layer` picks one).
     """
 
     raw: Raw
@@ -159,8 +155,7 @@ class SlidingCodec(Codec):
         if self.k.groups.span == "layer" and policy.selection_heads(2) > 1:
             return (
                 f"skvq(span=layer) stores all heads of a token together, and {policy} keeps other "
-                "tokens for each kv head;"
-                " give span=head"
+                "tokens for each kv head; give span=head"
             )
         return None
 
@@ -168,8 +163,9 @@ class SlidingCodec(Codec):
         return float(self.k.token_bytes(K, H) + self.v.token_bytes(K, H))
 
     def sequence_bytes(self, K: int, H: int) -> float:
-        """As the base says, of a working set; a store, whose rows are positions, does without 4
-        bytes a raw row and head.
+        """As the base says, of a working set.
+
+        A store, whose rows are positions, saves 4 bytes per raw row and head.
         """
         row = H * jnp.dtype(self.raw.dtype).itemsize + 4
         return 2.0 * (self.reach.rows * K * row + 4)
@@ -179,41 +175,34 @@ class SlidingCodec(Codec):
         K = shape[1] if layout == "slots" else shape[2]
         like = jax.eval_shape(lambda: self._encoded(jnp.zeros(shape), layout, side))
         none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return Held(
-            none, Recent.empty(self.reach, B, K, H, jnp.dtype(self.raw.dtype), layout), side
-        )
+        recent = Recent.empty(self.reach, B, K, H, jnp.dtype(self.raw.dtype), layout)
+        return Held(none, recent, side)
 
     def grow(self, packed, size, layout):
-        return packed.replace(
-            rows=_each(lambda x: rows.pad_axis(x, TOKEN_AXIS(layout), size, 0), packed.rows)
-        )
+        grown = _each(lambda x: rows.pad_axis(x, TOKEN_AXIS(layout), size, 0), packed.rows)
+        return packed.replace(rows=grown)
 
     def fill(self, packed, x, layout):
         """As the base says; all of x is the prompt (`upto` for less)."""
         filled = packed.replace(rows=self._encoded(x, layout, packed.side))
-        return self.upto(
-            filled, x, jnp.full((x.shape[0],), x.shape[TOKEN_AXIS(layout)], jnp.int32), layout
-        )
+        length = jnp.full((x.shape[0],), x.shape[TOKEN_AXIS(layout)], jnp.int32)
+        return self.upto(filled, x, length, layout)
 
     def upto(self, packed, x, length, layout):
-        """`packed`, which `fill` made of x, as it is when only the first `length` [B] tokens of x
-        have come.
-        """
+        """`packed`, filled from x, as it is after only the first `length` [B] tokens of x."""
         return packed.replace(recent=packed.recent.after(x, length, layout))
 
     def write_slot(self, packed, x, slot):
         new, at = self._bits(packed.side).encode(x), slot[:, :, None]
         held = _each(lambda old, new: rows.put_slots(old, new[:, :, None], at), packed.rows, new)
-        return packed.replace(
-            rows=held, recent=packed.recent.append(x, slot, packed.rows.codes.shape[2])
-        )
+        recent = packed.recent.append(x, slot, packed.rows.codes.shape[2])
+        return packed.replace(rows=held, recent=recent)
 
     def write_token(self, packed, x, pos):
         new = self._bits(packed.side).encode(x)
         held = _each(lambda old, new: rows.put_tokens(old, new, pos), packed.rows, new)
-        return packed.replace(
-            rows=held, recent=packed.recent.append(x, None, packed.rows.codes.shape[1])
-        )
+        recent = packed.recent.append(x, None, packed.rows.codes.shape[1])
+        return packed.replace(rows=held, recent=recent)
 
     def take(self, packed, pos):
         taken = _each(lambda x: rows.take_tokens(x, pos), packed.rows)
@@ -221,9 +210,8 @@ class SlidingCodec(Codec):
 
     def copy_in(self, packed, codes, slot):
         held = _each(lambda old, new: rows.put_slots(old, new, slot), packed.rows, codes.rows)
-        return packed.replace(
-            rows=held, recent=packed.recent.copy_in(codes.recent, slot, packed.rows.codes.shape[2])
-        )
+        recent = packed.recent.copy_in(codes.recent, slot, packed.rows.codes.shape[2])
+        return packed.replace(rows=held, recent=recent)
 
     def slice_tokens(self, packed, start, size):
         cut = _each(lambda x: rows.slice_tokens(x, start, size), packed.rows)
@@ -243,9 +231,8 @@ class SlidingCodec(Codec):
         x = recent.x
         if turn is not None:
             places = jnp.broadcast_to(turn.places, (*recent.slot.shape[:2], turn.places.shape[2]))
-            x = turned(
-                x, jnp.take_along_axis(places, jnp.maximum(recent.slot, 0), axis=-1), turn.rotation
-            )
+            places = jnp.take_along_axis(places, jnp.maximum(recent.slot, 0), axis=-1)
+            x = turned(x, places, turn.rotation)
         return _at_slots(z, recent.slot).set(jnp.swapaxes(self.raw.logits(q, x), 2, 3), mode="drop")
 
     def mix(self, p, v):
@@ -257,8 +244,9 @@ class SlidingCodec(Codec):
         return self._bits(v.side).mix(p, v.rows, x.shape[-1]) + self.raw.mix(own, x)
 
     def clipped(self, packed, x):
-        """As the base says; with clip < 1 that is some of every group, tokens of sinks and window
-        included.
+        """As the base says, tokens of sinks and window included.
+
+        With clip < 1 some elements of every group are clipped.
         """
         return self._bits(packed.side).clipped(jnp.moveaxis(x, 1, -2))
 
@@ -266,12 +254,11 @@ class SlidingCodec(Codec):
         return self.k if side == "k" else self.v
 
     def _encoded(self, x, layout, side) -> Rows:
-        """Rows of x in `layout`, in that layout."""
+        """Rows of x, in its `layout`."""
         if layout == "tokens":
             return self._bits(side).encode(x)
-        return _each(
-            lambda y: jnp.swapaxes(y, 1, 2), self._bits(side).encode(jnp.swapaxes(x, 1, 2))
-        )
+        encoded = self._bits(side).encode(jnp.swapaxes(x, 1, 2))
+        return _each(lambda y: jnp.swapaxes(y, 1, 2), encoded)
 
 
 def _each(move, *held: Rows) -> Rows:
@@ -279,8 +266,9 @@ def _each(move, *held: Rows) -> Rows:
 
 
 def _at_slots(x: jax.Array, slot: jax.Array):
-    """x [B, K, G, M] at the slots [B, K, R], those that are not -1, to be set to [B, K, R, G] in
-    mode "drop".
+    """The entries of x [B, K, G, M] at `slot` [B, K, R], to be set to [B, K, R, G].
+
+    Set them in mode "drop": a slot of -1 is out of range.
     """
     b = jax.lax.broadcasted_iota(jnp.int32, slot.shape, 0)
     k = jax.lax.broadcasted_iota(jnp.int32, slot.shape, 1)

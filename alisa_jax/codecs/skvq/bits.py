@@ -1,19 +1,20 @@
-"""Tokens as codes with a scale and a lower end for every group of channels: what SKVQ does to one
-key or value.
+"""Tokens as codes with a scale and a lower end per group of channels, as SKVQ stores them.
 
 With Q = 2^b - 1 (2 for 1.5 bits), clip ratio a, and group by group of the channels of a token,
 
-    lo = a min x     hi = a max x     s = max((hi - lo) / Q, 1e-5)     code =
-                                      round(clip((x - lo) / s, 0, Q))
-    x^ = s code + lo
+    lo   = a min x
+    hi   = a max x
+    s    = max((hi - lo) / Q, 1e-5)
+    code = round(clip((x - lo) / s, 0, Q))
+    x^   = s code + lo
 
 a multiplies both ends, so the range shrinks towards zero. Codes are made with s and lo in float32,
 and read with s and lo as they are stored ("float8" is e4m3), as in the authors' code. There an end
 beyond 448 becomes NaN in float8; here it is 448.
 
-Codes lie in the order of the channels of the model, each head's by themselves, so heads that keep
-other tokens move them alone; only scales and lower ends go by group. On a CPU attention decodes
-tiles that hold all heads of some tokens (`codecs/codes.py`), since heads share scales, and the
+Codes lie in the order of the channels of the model, each head's by themselves, so a head that keeps
+other tokens moves them alone; only scales and lower ends go by group. On a CPU attention decodes
+tiles that hold all heads of some tokens (`codecs/codes.py`), since heads share scales and the
 angles of a rotation.
 """
 
@@ -34,8 +35,7 @@ from alisa_jax.ops.rope import Turn, sines
 
 PARAMS = MappingProxyType({"float8": "float8_e4m3fn", "bfloat16": "bfloat16", "float32": "float32"})
 _LEAST_STEP = 1e-5
-# up to so many groups a product with a one-hot matrix is faster on a CPU than a gather
-_ONE_HOT = 32
+_ONE_HOT = 32  # groups up to which, on a CPU, a one-hot product is faster than a gather
 
 
 class Rows(NamedTuple):
@@ -48,9 +48,7 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupBits:
-    """The equations above for one of K and V; `raw` is the type to which values are
-    rounded first.
-    """
+    """The equations above for one of K and V. raw: the type to which values are rounded first."""
 
     raw: Raw
     bits: float
@@ -61,31 +59,24 @@ class GroupBits:
     def token_bytes(self, K: int, H: int) -> int:
         """Bytes of a token: codes, scales and lower ends."""
         ranges = self.groups.units(K) * self.groups.count(K, H)
-        return (
-            K * packing.packed_bytes(self.bits, H)
-            + 2 * ranges * jnp.dtype(PARAMS[self.params]).itemsize
-        )
+        codes_bytes = K * packing.packed_bytes(self.bits, H)
+        return codes_bytes + 2 * ranges * jnp.dtype(PARAMS[self.params]).itemsize
 
     def encode(self, x: jax.Array) -> Rows:
         """Rows of x [..., K, H]."""
         scale, low = self._range(x)
-        codes = jnp.clip(self._nearest(x, scale, low), 0, packing.steps(self.bits)).astype(
-            jnp.uint16
-        )
-        return Rows(packing.pack(codes, self.bits), self._stored(scale), self._stored(low))
+        codes = jnp.clip(self._nearest(x, scale, low), 0, packing.steps(self.bits))
+        packed = packing.pack(codes.astype(jnp.uint16), self.bits)
+        return Rows(packed, self._stored(scale), self._stored(low))
 
     def clipped(self, x: jax.Array) -> jax.Array:
-        """How many elements of x [..., K, H] no code is nearest to, as they lie outside the clipped
-        range: [...] int32.
-        """
+        """The number of elements of x [..., K, H] outside the clipped range: [...] int32."""
         code = self._nearest(x, *self._range(x))
-        return jnp.sum(
-            (code < 0) | (code > packing.steps(self.bits)), axis=(-2, -1), dtype=jnp.int32
-        )
+        outside = (code < 0) | (code > packing.steps(self.bits))
+        return jnp.sum(outside, axis=(-2, -1), dtype=jnp.int32)
 
     def _range(self, x) -> tuple[jax.Array, jax.Array]:
-        """Scale and lower end of the groups of x [..., K, H]: [..., U, groups] float32, not rounded
-        yet.
+        """Unrounded scale and lower end of the groups of x [..., K, H]: [..., U, groups] float32.
 
         The bounds of the ends also keep a compiler from fusing a product with the difference that
         follows: codes are then the same in every program.
@@ -100,12 +91,10 @@ class GroupBits:
         return jnp.maximum((high - low) / packing.steps(self.bits), jnp.float32(_LEAST_STEP)), low
 
     def _nearest(self, x, scale, low):
-        """The whole number that stands for each element of x [..., K, H], float32, wherever it
-        lies.
-        """
+        """The whole number nearest to each element of x [..., K, H], float32, not clipped."""
         K, H = x.shape[-2:]
         U, n = scale.shape[-2:]
-        # of those of all units
+        # numbered through all units
         group = self.groups.of(K, H) + n * (jnp.arange(K, dtype=jnp.int32) % U)[:, None]
 
         def by_element(y):
@@ -121,13 +110,11 @@ class GroupBits:
         return jnp.clip(x, -most, most).astype(dtype)
 
     def values(self, rows: Rows, K: int, H: int) -> jax.Array:
-        """What head-major rows stand for: [B, K, M, H] float32."""
+        """The values of head-major rows: [B, K, M, H] float32."""
         return self._values(H)(*self._operands(rows, K, H))
 
     def logits(self, q: jax.Array, rows: Rows, turn: Turn | None) -> jax.Array:
-        """q [B, K, G, H] float32 against head-major rows, which are to be turned first:
-        [B, K, G, M] float32.
-        """
+        """q [B, K, G, H] float32 against rows rotated by `turn`: [B, K, G, M] float32."""
         K, H = q.shape[1], q.shape[3]
         operands, values = self._operands(rows, K, H), self._values(H)
         if turn is None or not turn.rotation.angles:
@@ -141,13 +128,13 @@ class GroupBits:
 
     def mix(self, p: jax.Array, rows: Rows, H: int) -> jax.Array:
         """p [B, K, G, M] float32 times head-major rows: [B, K, G, H] float32."""
-        return products.mix_of(
-            p, self._operands(rows, p.shape[1], H), H, self._values(H), whole_tokens=True
-        )
+        operands = self._operands(rows, p.shape[1], H)
+        return products.mix_of(p, operands, H, self._values(H), whole_tokens=True)
 
     def _operands(self, rows: Rows, K: int, H: int) -> tuple[jax.Array, ...]:
-        """Arrays [B or 1, K or 1, M or 1, *] that `_values` takes tiles of: the rows, and each
-        channel's group.
+        """The rows and each channel's group: arrays [B or 1, K or 1, M or 1, *].
+
+        `_values` takes tiles of them.
         """
         return *rows, jnp.asarray(self.groups.of(K, H))[None, :, None]
 
@@ -164,29 +151,30 @@ class GroupBits:
 
 
 def _spread(x: jax.Array, group: jax.Array) -> jax.Array:
-    """x [..., M, groups] float32 for the channel c that belongs to group[..., 0, c]: [..., M, H];
-    other axes broadcast.
+    """x [..., M, groups] float32 at the group group[..., 0, c] of each channel c: [..., M, H].
+
+    Other axes broadcast.
     """
     n = x.shape[-1]
     if n == 1:
         return x
     if n > _ONE_HOT:
         shape = (*jnp.broadcast_shapes(x.shape[:-1], group.shape[:-1]), group.shape[-1])
-        return jnp.take_along_axis(
-            x, jnp.broadcast_to(group, shape), axis=-1, mode="promise_in_bounds"
-        )
-    # [..., n, H]
-    member = jnp.arange(n, dtype=jnp.int32).reshape((1,) * (group.ndim - 2) + (n, 1)) == group
+        at = jnp.broadcast_to(group, shape)
+        return jnp.take_along_axis(x, at, axis=-1, mode="promise_in_bounds")
+    number = jnp.arange(n, dtype=jnp.int32).reshape((1,) * (group.ndim - 2) + (n, 1))
+    member = number == group  # [..., n, H]
     return jnp.matmul(x, member.astype(jnp.float32), precision="highest")
 
 
 def _turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """As `rope.turned`, x [..., H] float32 by angles [..., R / 2] whose axes broadcast.
 
-    In two products of full width, behind a barrier: on a CPU the compiler would else work values
-    and sines out again for every head and half.
+    Two products of full width, behind a barrier: else the compiler, on a CPU, would compute values
+    and sines again for every head and half.
     """
-    half, shape = cos.shape[-1], (*cos.shape[:-1], x.shape[-1] - 2 * cos.shape[-1])
+    half = cos.shape[-1]
+    shape = (*cos.shape[:-1], x.shape[-1] - 2 * half)
     cos = jnp.concatenate([cos, cos, jnp.ones(shape, jnp.float32)], axis=-1)
     sin = jnp.concatenate([-sin, sin, jnp.zeros(shape, jnp.float32)], axis=-1)
     x, cos, sin = jax.lax.optimization_barrier((x, cos, sin))
