@@ -50,18 +50,24 @@ VALUES = ("tokens", "logprobs", "margins", "sets", "fed", "kv_bytes", "other_byt
 SAME = tuple("processor cpu_count xla_flags jax_settings python jax jaxlib numpy platform device_kind".split())
 # Of codecs that round: how far log-probabilities after the first token may be apart, which reads no code. Sums in another
 # order end up on the other side of a border now and then, and a step of one code moves what reads it by more than rounding:
-# 6e-3 at most with int8 here. With int4 and skvq, whose borders are fewer, none was seen; a step of theirs is larger.
+# 6e-3 at most with int8 here. With int4 and skvq, whose borders are fewer, it was seen once, among `EXCEPTIONS`.
 STEP_NATS = MappingProxyType({"int8": 1e-2, "int4": 5e-2, "skvq": 5e-2})
 CODE_BITS = MappingProxyType({"int4": 4, "skvq": 2})  # of codes that share bytes
-EXCEPTIONS: Mapping[tuple[str, str], str] = MappingProxyType({})  # (pattern of cells, field) -> reason
+EXCEPTIONS = MappingProxyType(  # pattern of cells -> fields, reason
+    {
+        "stories260K | local(kv_sparsity=0.8) | int4 | resident": (
+            ("logprobs", "margins"),
+            "without LLVM's optimisation a code of token 86 steps in layer 3 of sequence 2, then a zero point of token 89",
+        )
+    }
+)
 CLEAR_EVERY = 8  # cells: what they have compiled is freed
 
 
 def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callable = inputs.make_engine) -> None:
     """flags -> models -> cells -> records, or their comparison. Beside `argv` all is for tests."""
     values = common.shared_flags("bundled", "", None)
-    for name in ("model", "text"):
-        delattr(values, name)
+    del values.model, values.text
     where = {"flag_values": values}
     values["seed"].help = "Seed of the sample of --cells."
     flags.DEFINE_string("stories", None, "Folder of stories260K; without it the bundled model alone is run.", **where)
@@ -86,8 +92,7 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     cells = [cell for cell in cells if values.only in str(cell)]
     if not cells:
         raise UserError(f"--only: no cell's name contains {values.only!r}; one is '{Cell('bundled', 'dense', 'raw')}'")
-    if values.cells is not None:
-        cells = sample(cells, values.cells, values.seed)
+    cells = cells if values.cells is None else sample(cells, values.cells, values.seed)
     hashes = {card.name: card.fields()["model_sha256"] for card in cards}
     run = lambda cell: golden_cells.measure(cell, models[cell.model], make_engine)
     if golden is None:
@@ -108,8 +113,8 @@ def make(cells: Sequence[Cell], hashes, run: Callable, results, values) -> None:
         found = None if results is None or values.rerun else results.find(identity(cell, hashes))
         if found is None:
             began = time.perf_counter()
-            got = run(cell)
-            found = inputs.record(results, identity(cell, hashes), got.values, time.perf_counter() - began, settings())
+            got = run(cell).values
+            found = inputs.record(results, identity(cell, hashes), got, time.perf_counter() - began, settings())
             free(i)
         else:
             reused += 1
@@ -122,8 +127,7 @@ def make(cells: Sequence[Cell], hashes, run: Callable, results, values) -> None:
 
 def check(cells: Sequence[Cell], hashes, run: Callable, golden: Sequence[dict], values) -> bool:
     """Compute `cells` again; prints what differs, and a summary. Returns whether all is as it was."""
-    found, began = [], time.perf_counter()
-    here = {**records.environment(), **settings()}
+    found, began, here = [], time.perf_counter(), {**records.environment(), **settings()}
     for i, cell in enumerate(tqdm(cells, desc="cells", disable=None, leave=False)):
         wanted = identity(cell, hashes)
         record = next((r for r in reversed(golden) if all(r.get(k) == v for k, v in wanted.items())), None)
@@ -134,8 +138,7 @@ def check(cells: Sequence[Cell], hashes, run: Callable, golden: Sequence[dict], 
             found.append(compare(record, run(cell), cell, same))
             free(i)
     lines = summary(cells, found)
-    known = {cell.model for cell in cells}
-    if left := sorted({r["model"] for r in golden if r.get("script") == "eval.golden"} - known):
+    if left := sorted({r["model"] for r in golden} - {cell.model for cell in cells}):
         lines.append(f"not compared: the records of {', '.join(left)}")
     lines.append(f"{time.perf_counter() - began:.0f} s")
     rows = [{"cell": str(cell), **one.__dict__} for cell, one in zip(cells, found, strict=True)]
@@ -218,8 +221,8 @@ def compare(record: Mapping, got: Measured, cell: Cell, exact: bool) -> Compared
         one.differs |= {name: _first(record[name], got.values[name]) for name in there}
     else:
         _tolerant(one, record, got, cell)
-    for (pattern, name), reason in EXCEPTIONS.items():
-        if not exact and name in one.differs and fnmatch.fnmatchcase(str(cell), pattern):
+    for pattern, (names, reason) in EXCEPTIONS.items():
+        for name in one.differs.keys() & set(names) if not exact and fnmatch.fnmatchcase(str(cell), pattern) else ():
             one.excepted[name] = f"{one.differs.pop(name)}; {reason}"
     return one
 
@@ -263,8 +266,7 @@ def _tokens(one: Compared, old: Mapping, new: Mapping, nats: float) -> list[int]
     for b, (was, now) in enumerate(zip(old["tokens"], new["tokens"], strict=True)):
         t = next((t for t, (x, y) in enumerate(zip(was, now, strict=True)) if x != y), len(was))
         if t < len(was):
-            margin = min(old["margins"][b][t], new["margins"][b][t])
-            if margin < nats:
+            if (margin := min(old["margins"][b][t], new["margins"][b][t])) < nats:
                 one.ties += 1
             else:
                 text = f"sequence {b}, token {t}: {now[t]}, was {was[t]}, at a margin of {margin:.1e} nats"
@@ -287,8 +289,7 @@ def _sets(one: Compared, old: list, new: list, scores, upto: list[int], nats: fl
                 one.differs["sets"] = f"layer {layer}: of {b.shape[:2]} sequences and heads, was {a.shape[:2]}"
                 return
             for i, p in np.argwhere((a != b).any(-1)).tolist():
-                sequence = was["first"] + i
-                if was["made"] > upto[sequence] + 1:
+                if was["made"] > upto[sequence := was["first"] + i] + 1:
                     continue
                 out, into = (np.flatnonzero(x) for x in (a[i, p] & ~b[i, p], b[i, p] & ~a[i, p]))
                 known = score[layer] is not None and len(out) == len(into)  # nan: not this one's
