@@ -10,7 +10,7 @@ import pytest
 
 from alisa_jax import records
 from eval import golden
-from eval.quality import golden_cells
+from eval.quality import golden_cells, golden_compare
 from eval.quality.golden_cells import Cell, Measured
 from eval.script import common, inputs
 
@@ -37,7 +37,7 @@ def of(kept):
 
     def make(cell):
         record = next(r for r in reversed(kept) if all(r[k] == v for k, v in cell.fields().items()))
-        values = copy.deepcopy({name: record[name] for name in golden.VALUES if name in record})
+        values = copy.deepcopy({name: record[name] for name in golden_compare.VALUES if name in record})
         return record, Measured(values, [[None] * len(entry["layers"]) for entry in values["sets"]])
 
     return make
@@ -65,23 +65,23 @@ CHANGES = MappingProxyType(
 @pytest.mark.parametrize("name", CHANGES)
 def test_to_the_bit_every_difference_is_found_and_named(of, name):
     record, got = of(H2O)
-    assert not golden.compare(record, got, H2O, exact=True).differs
+    assert not golden_compare.compare(record, got, H2O, exact=True).differs
     CHANGES[name](got.values)
-    assert list(golden.compare(record, got, H2O, exact=True).differs) == [name]
+    assert list(golden_compare.compare(record, got, H2O, exact=True).differs) == [name]
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_moves_of_placed_runs_are_compared_and_a_missing_value_is_named(of, exact):
     record, got = of(ALISA)
     got.values["moved"]["loaded_rows"] += 1
-    one = golden.compare(record, got, ALISA, exact)
+    one = golden_compare.compare(record, got, ALISA, exact)
     assert one.differs == {
         "moved": f"[loaded_rows] is {record['moved']['loaded_rows'] + 1}, was {record['moved']['loaded_rows']}"
     }
     got.values["moved"] |= {"loaded_rows": record["moved"]["loaded_rows"], "device_peak_bytes": 1}
-    assert not golden.compare(record, got, ALISA, exact).differs, "peaks hang on when a copy ends"
+    assert not golden_compare.compare(record, got, ALISA, exact).differs, "peaks hang on when a copy ends"
     del got.values["moved"]
-    assert one.differs.keys() == golden.compare(record, got, ALISA, exact).differs.keys()
+    assert one.differs.keys() == golden_compare.compare(record, got, ALISA, exact).differs.keys()
 
 
 @pytest.mark.parametrize("margin, ties", [(5e-5, 1), (1e-3, 0)])
@@ -92,7 +92,7 @@ def test_another_token_is_a_tie_only_at_a_small_margin_and_what_follows_is_not_c
     got.values["tokens"][1][20] += 1
     got.values["logprobs"][1][21] += 1.0
     got.values["sets"][-1]["layers"] = got.values["sets"][0]["layers"]  # of other sequences as well
-    one = golden.compare(record, got, SWA, exact=False)
+    one = golden_compare.compare(record, got, SWA, exact=False)
     assert one.ties == ties and ("tokens" in one.differs) == (not ties)
     assert "logprobs" not in one.differs and "sequence 1" not in one.differs["sets"]
 
@@ -101,16 +101,16 @@ def test_another_token_is_a_tie_only_at_a_small_margin_and_what_follows_is_not_c
 def test_log_probabilities_may_differ_by_a_ten_thousandth(of, nats, named):
     record, got = of(SWA)
     got.values["logprobs"][0][5] += nats
-    assert list(golden.compare(record, got, SWA, exact=False).differs) == named
+    assert list(golden_compare.compare(record, got, SWA, exact=False).differs) == named
     got.values["logprobs"][0][5] = float("nan")
-    assert list(golden.compare(record, got, SWA, exact=False).differs) == ["logprobs"]
+    assert list(golden_compare.compare(record, got, SWA, exact=False).differs) == ["logprobs"]
 
 
 @pytest.mark.parametrize("token, nats, named", [(0, 3e-4, ["logprobs"]), (5, 3e-3, []), (5, 1.0, ["logprobs"])])
 def test_a_code_step_may_move_what_reads_codes_but_not_the_first_token(of, token, nats, named):
     record, got = of(H2O)
     got.values["logprobs"][0][token] += nats
-    one = golden.compare(record, got, H2O, exact=False)
+    one = golden_compare.compare(record, got, H2O, exact=False)
     assert list(one.differs) == named and one.stepped == 1
 
 
@@ -126,7 +126,7 @@ def test_sets_may_exchange_members_of_equal_score(of, apart, ties):
     score[1, 0, out] = apart
     got.scores[-1][2] = score
     got.values["logprobs"][1][golden_cells.NEW_TOKENS - 1] += 1.0  # it follows
-    one = golden.compare(record, got, SWA, exact=False)
+    one = golden_compare.compare(record, got, SWA, exact=False)
     assert one.ties == ties
     assert list(one.differs) == ([] if ties else ["sets", "logprobs"])
     assert ties or f"layer 2, sequence 1, head 0, after 24 tokens: [{into}] instead of [{out}]" in one.differs["sets"]
@@ -145,17 +145,17 @@ def test_codes_may_be_one_step_apart_also_those_that_share_a_byte(of, steps, nam
         return x
 
     got.values["codes"][key][i] = changed(got.values["codes"][key][i], move)
-    one = golden.compare(record, got, H2O, exact=False)
+    one = golden_compare.compare(record, got, H2O, exact=False)
     assert list(one.differs) == named and one.code_steps == (steps == 1)
 
 
 def test_an_exception_is_named_and_none_where_bits_are_compared(of, monkeypatch):
     record, got = of(SWA)
     got.values["logprobs"][0][5] += 1e-3
-    monkeypatch.setattr(golden, "EXCEPTIONS", {"bundled | swa* | raw*": (("logprobs",), "they may")})
-    one = golden.compare(record, got, SWA, exact=False)
+    monkeypatch.setattr(golden_compare, "EXCEPTIONS", {"bundled | swa* | raw*": (("logprobs",), "they may")})
+    one = golden_compare.compare(record, got, SWA, exact=False)
     assert not one.differs and one.excepted["logprobs"].endswith("1.0e-03 nats apart; they may")
-    assert list(golden.compare(record, got, SWA, exact=True).differs) == ["logprobs"]
+    assert list(golden_compare.compare(record, got, SWA, exact=True).differs) == ["logprobs"]
 
 
 VALUES = SimpleNamespace(reordered=False, json=False)
