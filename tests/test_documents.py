@@ -119,6 +119,16 @@ def test_the_python_of_the_readme_runs(capsys):
     assert capsys.readouterr().out.startswith("def __init__(self")
 
 
+@pytest.mark.slow
+def test_the_first_policy_of_the_guide_keeps_the_contract_and_leaves_tokens_out(capsys):
+    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    names = {}
+    exec(compile(re.search(r"```python\n(.*?)```", text, re.S)[1], "extending.md", "exec"), names)
+    assert "'routes'" in capsys.readouterr().out
+    shares = names["engine"].score(["for i in range(10):\n    print(i)\n" * 9]).attended_frac
+    assert (shares < 0.8).all()
+
+
 @pytest.mark.parametrize(
     "line",
     ["[a](none.md)", "![a](none.png)", "[a](README.md#none)", "[`f(a | b)`](none.py)", "[a](../outside.md)", "[a](#b)"],
