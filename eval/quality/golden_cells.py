@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alisa_jax import codecs, policies, spec
+from alisa_jax.analysis.calibrate import calibrate
 from alisa_jax.engine import step
 from alisa_jax.kv.state import LayerState, bytes_of
 from alisa_jax.offload.engine import Placed
@@ -113,9 +114,17 @@ def cells(name: str, model, make_engine: Callable) -> list[Cell]:
     return resident + [Cell(name, *canon(*pair), controller, True) for controller, *pair in placed]
 
 
+def _engine(make_engine: Callable, model, policy: str, codec: str):
+    """An engine. Where the policy needs a calibration that the model's folder lacks, it is that of the prompts."""
+    if isinstance(policies.parse(policy), policies.DoubleSparsity) and model.calibration() is None:
+        blocks = [row[: min(LENGTHS)] for row in prompts()]
+        return make_engine(model, policy, codec, calibration=calibrate(model, blocks, data="eval.golden"))
+    return make_engine(model, policy, codec)
+
+
 def _serves(make_engine: Callable, model, policy: str, codec: str) -> bool:
     try:
-        make_engine(model, policy, codec)
+        _engine(make_engine, model, policy, codec)
     except ValueError:
         return False
     return True
@@ -123,7 +132,7 @@ def _serves(make_engine: Callable, model, policy: str, codec: str) -> bool:
 
 def measure(cell: Cell, model, make_engine: Callable) -> Measured:
     """Run a cell."""
-    engine = make_engine(model, cell.policy, cell.codec)
+    engine = _engine(make_engine, model, cell.policy, cell.codec)
     if cell.placed:
         one = _budgeted(engine, cell)
         watch = Watch(engine, one)

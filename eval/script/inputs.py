@@ -162,11 +162,11 @@ def tokenizer(model):
     return model.tokenizer
 
 
-def make_engine(model, policy: str, codec: str, attention_impl: str = "auto"):
+def make_engine(model, policy: str, codec: str, attention_impl: str = "auto", calibration=None):
     """`alisa_jax.Engine`."""
     import alisa_jax
 
-    return alisa_jax.Engine(model, policy=policy, codec=codec, attention_impl=attention_impl)
+    return alisa_jax.Engine(model, policy=policy, codec=codec, attention_impl=attention_impl, calibration=calibration)
 
 
 def check_impl(impl: str) -> None:
