@@ -5,7 +5,6 @@ stop tokens; the prompts are ids by a formula, so neither tokenizers nor what te
 the border of a context bucket after 11 steps, and their repetitions give the policies something to choose by.
 """
 
-import base64
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -20,10 +19,10 @@ from alisa_jax.engine import step
 from alisa_jax.kv.state import LayerState, bytes_of
 from alisa_jax.offload.engine import Placed
 from eval import methods
+from eval.quality.golden_arrays import POSITIONS, array_text, bits_text, short
 from eval.script.common import UserError
 
 LENGTHS, NEW_TOKENS = (117, 93, 70), 24
-POSITIONS = max(LENGTHS) + NEW_TOKENS  # that sets are bits of
 RESIDENT = "resident"
 
 # Settings small enough to leave something out of these prompts; what is not named here has 80 % sparsity or its defaults.
@@ -316,38 +315,6 @@ def _bits(pos: np.ndarray) -> np.ndarray:
     bits = np.zeros((*pos.shape[:2], POSITIONS + 1), bool)
     np.put_along_axis(bits, np.where(pos >= 0, pos, POSITIONS), True, 2)
     return bits[..., :POSITIONS]
-
-
-# Arrays as text.
-
-
-def bits_text(bits: np.ndarray) -> str:
-    """[B, P, POSITIONS] bool as 'BxP:' and base64 of its packed rows."""
-    return f"{bits.shape[0]}x{bits.shape[1]}:{base64.b64encode(np.packbits(bits, axis=-1).tobytes()).decode()}"
-
-
-def bits_of(text: str) -> np.ndarray:
-    """What `bits_text` was given."""
-    shape, packed = text.split(":")
-    rows = np.frombuffer(base64.b64decode(packed), np.uint8).reshape(*map(int, shape.split("x")), -1)
-    return np.unpackbits(rows, axis=-1, count=POSITIONS).astype(bool)
-
-
-def array_text(x: np.ndarray) -> str:
-    """An array of one axis or none as its type and base64."""
-    return f"{x.dtype.name}:{base64.b64encode(x.tobytes()).decode()}"
-
-
-def array_of(text: str) -> tuple[str, np.ndarray]:
-    """Type and array; of types that NumPy does not have, their bits as whole numbers."""
-    name, data = text.split(":")
-    kinds = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
-    return name, np.frombuffer(base64.b64decode(data), kinds.get(name, name))
-
-
-def short(row) -> list[float]:
-    """float32 values as the shortest numbers that give them again."""
-    return [float(str(np.float32(x))) for x in np.asarray(row)]
 
 
 def _plain(value):

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from eval.quality import golden_cells
+from eval.quality import golden_arrays, golden_cells
 from eval.quality.golden_cells import NEW_TOKENS, Cell, Measured
 from eval.script import common
 
@@ -115,7 +115,7 @@ def _sets(one: Compared, old: list, new: list, scores, upto: list[int], nats: fl
         return
     for was, now, score in zip(old, new, scores, strict=True):
         for layer, pair in enumerate(zip(was["layers"], now["layers"], strict=True)):
-            a, b = map(golden_cells.bits_of, pair)
+            a, b = map(golden_arrays.bits_of, pair)
             if a.shape != b.shape:
                 one.differs["sets"] = f"layer {layer}: of {b.shape[:2]} sequences and heads, was {a.shape[:2]}"
                 return
@@ -133,7 +133,7 @@ def _sets(one: Compared, old: list, new: list, scores, upto: list[int], nats: fl
                 else:
                     where = f"layer {layer}, sequence {sequence}, head {p}, after {was['made']} tokens"
                     one.differs.setdefault("sets", f"{where}: {into.tolist()} instead of {out.tolist()}")
-        rows = range(was["first"], was["first"] + len(golden_cells.bits_of(was["layers"][0])))
+        rows = range(was["first"], was["first"] + len(golden_arrays.bits_of(was["layers"][0])))
         agreed[rows.start : rows.stop] = [was["made"]] * len(rows)
 
 
@@ -145,7 +145,7 @@ def _codes(one: Compared, old: Mapping, new: Mapping, upto: list[int], bits: int
             one.differs.setdefault("codes", f"{key} is not among them")
             continue
         for was, now in zip(old[key], new[key], strict=True):
-            (kind, a), (other, b) = golden_cells.array_of(was), golden_cells.array_of(now)
+            (kind, a), (other, b) = golden_arrays.array_of(was), golden_arrays.array_of(now)
             if kind != other or a.shape != b.shape:
                 one.differs.setdefault("codes", f"{key}: {other} of {b.shape}, was {kind} of {a.shape}")
             elif a.dtype.kind == "f":

@@ -10,7 +10,7 @@ import pytest
 
 from alisa_jax import records
 from eval import golden
-from eval.quality import golden_cells, golden_compare
+from eval.quality import golden_arrays, golden_cells, golden_compare
 from eval.quality.golden_cells import Cell, Measured
 from eval.script import common, inputs
 
@@ -45,8 +45,8 @@ def of(kept):
 
 def changed(text: str, by) -> str:
     """An array of a record with `by(array)` in its place."""
-    kind, x = golden_cells.array_of(text)
-    return golden_cells.array_text(by(x.copy()))
+    kind, x = golden_arrays.array_of(text)
+    return golden_arrays.array_text(by(x.copy()))
 
 
 CHANGES = MappingProxyType(
@@ -118,10 +118,10 @@ def test_a_code_step_may_move_what_reads_codes_but_not_the_first_token(of, token
 def test_sets_may_exchange_members_of_equal_score(of, apart, ties):
     record, got = of(SWA)
     last = got.values["sets"][-1]
-    bits = golden_cells.bits_of(last["layers"][2])
+    bits = golden_arrays.bits_of(last["layers"][2])
     out, into = np.flatnonzero(bits[1, 0])[0], np.flatnonzero(~bits[1, 0])[0]
     bits[1, 0, [out, into]] = False, True
-    last["layers"][2] = golden_cells.bits_text(bits)
+    last["layers"][2] = golden_arrays.bits_text(bits)
     score = np.zeros(bits.shape, np.float32)
     score[1, 0, out] = apart
     got.scores[-1][2] = score
@@ -136,7 +136,7 @@ def test_sets_may_exchange_members_of_equal_score(of, apart, ties):
 def test_codes_may_be_one_step_apart_also_those_that_share_a_byte(of, steps, named):
     record, got = of(H2O)
     key = next(iter(got.values["codes"]))
-    kinds = [golden_cells.array_of(text)[0] for text in got.values["codes"][key]]
+    kinds = [golden_arrays.array_of(text)[0] for text in got.values["codes"][key]]
     i = kinds.index("uint8")
 
     def move(x):
@@ -226,11 +226,15 @@ def test_a_sample_takes_from_every_kind_and_its_seed_gives_it_again():
     assert len(golden.sample(cells, 45, 0)) == 45 and golden.sample(cells, 99, 0) == cells
 
 
+def test_sets_are_bits_of_all_positions():
+    assert golden_arrays.POSITIONS == max(golden_cells.LENGTHS) + golden_cells.NEW_TOKENS
+
+
 def test_committed_records_hold_runs_that_leave_out_move_and_recompute(kept):
     for record in kept:
         policy, controller = (record[k].split("(")[0] for k in ("policy", "placement"))
         if not record["placed"]:
-            held = [golden_cells.bits_of(text) for text in record["sets"][-1]["layers"]]
+            held = [golden_arrays.bits_of(text) for text in record["sets"][-1]["layers"]]
             fewest = min(int(x.sum(-1).min()) for x in held)
             assert (fewest < 70) == (policy not in ("dense", "gemfilter"))
             assert [s["made"] for s in record["sets"]] == ([1, 7, 24] if policy == "gemfilter" else [1, 12, 24])
