@@ -23,7 +23,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _TOKEN = re.compile(
-    r"""\s*(?:(?P<quoted>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(?P<word>[^\s,()='"]+)|(?P<mark>[,()=]))""",
+    r"""\s*(?:(?P<quoted>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+    r"""|(?P<word>[^\s,()='"]+)|(?P<mark>[,()=]))""",
     re.DOTALL,
 )
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")

@@ -61,9 +61,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     values = flags.FlagValues()
     where, one = {"flag_values": values}, {"lower_bound": 1, "flag_values": values}
     share = {"lower_bound": 0.001, "upper_bound": 1.0, "flag_values": values}
-    flags.DEFINE_string(
-        "model", "bundled", "A shape such as opt_30b, bundled, or a folder with a config.json.", **where
-    )
+    flags.DEFINE_string("model", "bundled", "A shape such as opt_30b, bundled, or a folder.", **where)
     flags.DEFINE_string("hardware", "h100_80gb", "A page of configs/hardware, this_machine, or a profile.", **where)
     flags.DEFINE_integer("batch", 1, "Sequences.", **one)
     flags.DEFINE_integer("prompt_tokens", 128, "Tokens of each prompt.", **one)
@@ -83,9 +81,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_float("read_efficiency", 0.8, "Reached share of the published memory rate.", **share)
     flags.DEFINE_bool("models", False, "Print the page of the named shapes.", **where)
     flags.DEFINE_bool("profile", False, "Measure this machine and write --out.", **where)
-    flags.DEFINE_string(
-        "out", None, f"Records (JSON lines); with --profile the file, default {machines.THIS_MACHINE}.", **where
-    )
+    flags.DEFINE_string("out", None, f"Records; with --profile the file, default {machines.THIS_MACHINE}.", **where)
     flags.DEFINE_bool("json", False, "The record on stdout, one JSON line; the table on stderr.", **where)
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", **where)
     return common.parse(values, argv, __doc__)

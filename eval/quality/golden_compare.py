@@ -169,11 +169,13 @@ def summary(cells: Sequence[Cell], found: Sequence[Compared]) -> list[str]:
         rows = [(str(c), *item) for c, one in each for item in getattr(one, title).items()]
         if rows:
             lines += [common.table(("cell", title, "how"), rows, left=3), ""]
-    exact, near = (sum(one.exact == kind and not one.differs for one in found) for kind in (True, False))
-    ties, steps, stepped = (sum(getattr(one, name) for one in found) for name in ("ties", "code_steps", "stepped"))
+    total = lambda name: sum(getattr(one, name) for one in found)
+    right = [one.exact for one in found if not one.differs]
+    near = f"{right.count(False)} within tolerance ({total('ties')} ties, {total('code_steps')} code steps,"
     parts = [
-        f"{exact} equal to the bit",
-        f"{near} within tolerance ({ties} ties, {steps} code steps, {stepped} values moved by such)",
+        f"{right.count(True)} equal to the bit",
+        f"{near} {total('stepped')} values moved by such)",
+        f"{len(found) - len(right)} different",
     ]
-    lines.append(f"{len(cells)} cells: {', '.join(parts)}, {sum(bool(one.differs) for one in found)} different")
+    lines.append(f"{len(cells)} cells: {', '.join(parts)}")
     return lines
