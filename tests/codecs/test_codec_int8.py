@@ -235,6 +235,12 @@ def test_bytes_are_those_of_the_arrays_scales_included(axis, H):
         assert total <= (0.54 if axis == "token" else 0.51) * bfloat16
 
 
+@pytest.mark.parametrize("codec", CODECS, ids=AXES)
+def test_values_are_what_the_codes_stand_for(codec):
+    packed = codec.fill(codec.empty((B, K, M, H), "slots", "k"), jnp.asarray(normal(10, B, K, M, H)), "slots")
+    np.testing.assert_allclose(jax.jit(codec.values)(packed), decoded(packed, "slots"), rtol=1e-6, atol=1e-6)
+
+
 def test_growing_keeps_codes_and_scales():
     for codec in CODECS:
         packed = codec.fill(codec.empty((B, S, K, H), "tokens", "v"), jnp.asarray(normal(9, B, S, K, H)), "tokens")
