@@ -12,9 +12,9 @@ placed runs, what was moved.
 --check computes cells again. Where processor, settings and versions are those of the record, all must be equal to the bit.
 Elsewhere, and with --reordered, for a change that takes sums in another order, values may differ so far:
 
-    log-probabilities  to 1e-4 nats; to `STEP_NATS`, where a code that a query reads lay on the border of two steps
+    log-probabilities  to 1e-4 nats; with a codec that rounds to `STEP_NATS`, but for the first token, which reads no code
     tokens             equal up to the first that differs at a margin below that; what follows is not compared
-    sets               equal up to members exchanged for others whose score is as near; likewise
+    sets               equal up to members exchanged for others whose score is within that; likewise
     codes              of a token at most one step apart
     bytes, moves       equal; moves where there was no tie
     peaks              not compared: they depend on when a copy in the background ends

@@ -207,14 +207,14 @@ class Watch:
             lambda params, kv, token: [t.pos for t in step.decode(engine.model.decoder, params, kv, token)[2]]
         )
         self._made, self._first, self._last = 1, 0, None
-        choose = engine._filter_prompt
+        filter_prompt = engine._filter_prompt
 
-        def chosen(*args):
-            at = np.array(choose(*args))
+        def watched(*args):
+            at = np.array(filter_prompt(*args))
             self.fed = _bits(at[:, None])
             return at
 
-        engine._filter_prompt = chosen
+        engine._filter_prompt = watched
         if placed is None:
             engine._generate = self._resident(engine._generate)
         elif engine.layers[0].policy.selects or engine.layers[-1].policy.selects:

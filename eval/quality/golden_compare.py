@@ -37,7 +37,7 @@ class Compared:
     excepted: dict[str, str] = field(default_factory=dict)
     ties: int = 0
     code_steps: int = 0
-    stepped: int = 0  # log-probabilities and margins that only `STEP_NATS` allows
+    stepped: int = 0  # log-probabilities and half margins beyond TOLERANCE, whether `STEP_NATS` allows them or not
 
 
 def compare(record: Mapping, got: Measured, cell: Cell, exact: bool) -> Compared:
@@ -123,11 +123,7 @@ def _sets(one: Compared, old: list, new: list, scores, upto: list[int], nats: fl
                 if was["made"] > upto[sequence := was["first"] + i] + 1:
                     continue
                 out, into = (np.flatnonzero(x) for x in (a[i, p] & ~b[i, p], b[i, p] & ~a[i, p]))
-                known = score[layer] is not None and len(out) == len(into)  # nan: not this one's
-                if (
-                    known
-                    and (np.abs(np.sort(score[layer][i, p, out]) - np.sort(score[layer][i, p, into])) < nats).all()
-                ):
+                if _tied(None if score[layer] is None else score[layer][i, p], out, into, nats):
                     one.ties += 1
                     upto[sequence] = min(upto[sequence], agreed[sequence])
                 else:
@@ -135,6 +131,13 @@ def _sets(one: Compared, old: list, new: list, scores, upto: list[int], nats: fl
                     one.differs.setdefault("sets", f"{where}: {into.tolist()} instead of {out.tolist()}")
         rows = range(was["first"], was["first"] + len(golden_arrays.bits_of(was["layers"][0])))
         agreed[rows.start : rows.stop] = [was["made"]] * len(rows)
+
+
+def _tied(score: np.ndarray | None, out: np.ndarray, into: np.ndarray, nats: float) -> bool:
+    """Members `out` and `into` have the same scores up to `nats`; not where one is unknown (nan)."""
+    if score is None or len(out) != len(into):
+        return False
+    return bool((np.abs(np.sort(score[out]) - np.sort(score[into])) < nats).all())
 
 
 def _codes(one: Compared, old: Mapping, new: Mapping, upto: list[int], bits: int) -> None:
@@ -174,7 +177,7 @@ def summary(cells: Sequence[Cell], found: Sequence[Compared]) -> list[str]:
     near = f"{right.count(False)} within tolerance ({total('ties')} ties, {total('code_steps')} code steps,"
     parts = [
         f"{right.count(True)} equal to the bit",
-        f"{near} {total('stepped')} values moved by such)",
+        f"{near} {total('stepped')} values beyond {TOLERANCE:g})",
         f"{len(found) - len(right)} different",
     ]
     lines.append(f"{len(cells)} cells: {', '.join(parts)}")
