@@ -9,8 +9,7 @@
 
 A folder has `config.json`, weights and, where present, `tokenizer.json` and
 `generation_config.json`. Weights are safetensors or, without those, `.bin` files (`weights.py`), in
-one file or in shards. `save` writes a folder that `load` and transformers both read. Tensors are
-memory mapped and pass through host memory one at a time; q, k and v of one tensor become three.
+one file or in shards. `save` writes a folder that `load` and transformers both read.
 """
 
 from __future__ import annotations
@@ -22,16 +21,14 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 import tokenizers
-import tqdm
 
 from alisa_jax.calibration import Calibration
 from alisa_jax.models import hub, names
@@ -39,12 +36,12 @@ from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder, Params
 from alisa_jax.models.hf import CheckpointError, config_from_hf, config_to_hf
 from alisa_jax.models.pages import on_large_pages
+from alisa_jax.models.params import cast, dtype_named, expected_tensors, read_params, slots_of
 from alisa_jax.models.shapes import SHAPES
-from alisa_jax.models.weights import WEIGHTS, open_weights, read_json, read_tensor
+from alisa_jax.models.weights import WEIGHTS, read_json
 
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled" / "pylib_1m"
 CONFIG, CALIBRATION = "config.json", "calibration.json"
-_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,7 +100,7 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
         setting, and a tensor missing or of a wrong shape or type.
     """
     name = os.fspath(name_or_path)
-    wanted = None if dtype is None else _dtype(dtype)
+    wanted = None if dtype is None else dtype_named(dtype)
     if wanted is None and name == "bundled":
         wanted = np.dtype("float32")
     if name.startswith("random:"):
@@ -124,13 +121,13 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     stated = raw.get("dtype") or raw.get("torch_dtype")
     if wanted is None and stated is not None:
-        wanted = _dtype(stated, where=str(folder / CONFIG))
+        wanted = dtype_named(stated, where=str(folder / CONFIG))
     generation = folder / "generation_config.json"
     ids = raw | (read_json(generation) if generation.exists() else {})
     tokenizer = _read_tokenizer(folder / "tokenizer.json")  # cheap: before the weights
     return Model(
         decoder=decoder,
-        params=on_large_pages(_read_params(folder, decoder, wanted)),
+        params=on_large_pages(read_params(folder, decoder, wanted)),
         tokenizer=tokenizer,
         name=called,
         bos_id=_first(ids.get("bos_token_id")),
@@ -154,18 +151,18 @@ def save(
     complete. Raises CheckpointError where the folder cannot be written or `params` do not have the
     shapes of `config`.
     """
-    folder, wanted = Path(folder), _dtype(dtype)
+    folder, wanted = Path(folder), dtype_named(dtype)
     raw = config_to_hf(config, wanted.name) | {
         "bos_token_id": bos_id,
         "eos_token_id": list(eos_ids) or None,
     }
     given = {
         (slot.path, slot.leaf): slot.value
-        for slots in _slots(config, params).values()
+        for slots in slots_of(config, params).values()
         for slot in slots
     }
     tensors = {}
-    for name, slots in _expected(Decoder(config)).items():
+    for name, slots in expected_tensors(Decoder(config)).items():
         pieces = []
         for path, leaf, spec in slots:
             array = given.get((path, leaf))
@@ -174,7 +171,7 @@ def save(
                 raise CheckpointError(
                     f"{name} needs shape {spec.shape}, and the parameters have {has}."
                 )
-            pieces.append(_cast(np.asarray(array), wanted, name))
+            pieces.append(cast(np.asarray(array), wanted, name))
         # The writer stores memory as it lies, so a view must be laid out first.
         tensors[name] = np.ascontiguousarray(names.join(pieces, config.head_dim))
     try:
@@ -208,95 +205,6 @@ def _random(name: str, dtype: np.dtype, seed: int) -> Model:
     decoder = Decoder(SHAPES[shape])
     params = on_large_pages(decoder.init(jax.random.key(seed), dtype))
     return Model(decoder, params, None, name, None, (), name)
-
-
-class _Slot(NamedTuple):
-    """One parameter of a tensor."""
-
-    path: tuple  # (part, [layer,] module)
-    leaf: str
-    value: Any  # array or shape, as held here
-
-
-def _read_params(folder: Path, decoder: Decoder, dtype: np.dtype | None) -> Params:
-    params: Params = {
-        "embed": {},
-        "blocks": [{} for _ in range(decoder.config.n_layers)],
-        "unembed": {},
-    }
-    expected, head_dim = _expected(decoder), decoder.config.head_dim
-    with contextlib.ExitStack() as stack:
-        where = open_weights(folder, stack)
-        for name, slots in tqdm.tqdm(
-            expected.items(), "weights", unit=" tensors", disable=None, leave=False
-        ):
-            stored = next(
-                (spelling for spelling in names.spellings(name) if spelling in where), None
-            )
-            if stored is None:
-                raise CheckpointError(
-                    f"{folder} has no tensor {name}, which its configuration needs."
-                )
-            _, leaf, spec = slots[0]
-            array = read_tensor(
-                where[stored], stored, (len(slots) * spec.shape[0], *spec.shape[1:]), folder
-            )
-            dtype = array.dtype if dtype is None else dtype
-            for slot, piece in zip(slots, names.split(array, len(slots), head_dim), strict=True):
-                part, *inner, module = slot.path
-                holder = params[part][inner[0]] if inner else params[part]
-                holder.setdefault(module, {})[leaf] = jnp.array(
-                    _cast(piece, dtype, f"{folder}: {name}")
-                )
-    return params
-
-
-def _expected(decoder: Decoder) -> dict[str, list[_Slot]]:
-    """Every tensor of a folder and the shapes of its parameters."""
-    return _slots(decoder.config, jax.eval_shape(decoder.init, jax.random.key(0)))
-
-
-def _slots(config: ModelConfig, params: Params) -> dict[str, list[_Slot]]:
-    """Name of a tensor -> its parameters, in the order in which they lie in it."""
-    slots: dict[str, list[_Slot]] = {}
-
-    def add(part: str, layer: int | None, held: dict) -> None:
-        for module in (module for module in names.modules(config.arch, part) if module in held):
-            path = (part, module) if layer is None else (part, layer, module)
-            for leaf, value in held[module].items():
-                name = names.tensor_name(config.arch, part, module, leaf, layer)
-                slots.setdefault(name, []).append(_Slot(path, leaf, value))
-
-    add("embed", None, params["embed"])
-    for layer, held in enumerate(params["blocks"]):
-        add("blocks", layer, held)
-    add("unembed", None, params["unembed"])
-    return slots
-
-
-def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    if array.dtype == dtype:
-        return array
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = array.astype(dtype)
-    if dtype == np.float16 and not np.isfinite(cast).all():
-        raise CheckpointError(
-            f"{name} has values beyond the range of float16; use bfloat16 or float32."
-        )
-    return cast
-
-
-def _dtype(dtype: Any, where: str = "") -> np.dtype:
-    name = dtype if isinstance(dtype, str) else None
-    if name is None:
-        with contextlib.suppress(TypeError):
-            name = np.dtype(dtype).name
-    if name not in _DTYPES:
-        prefix = f"{where}: " if where else ""
-        raise CheckpointError(
-            f"{prefix}dtype {dtype!r} is not supported; supported are {', '.join(_DTYPES)}."
-        )
-    return np.dtype(getattr(ml_dtypes, name)) if name == "bfloat16" else np.dtype(name)
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
