@@ -3,6 +3,7 @@
 # make test-full  the same with every case, and tests/FULL.md, which says how it went
 # make reproduce  the figures of the paper, beside its numbers, on the bundled model: ARGS=--full, ARGS=--only=fig8
 # make docs       the API reference, in build/docs
+# make gpu        what the GPU of this machine does, in OUT, within MINUTES; with PYTHON as it is, nothing is installed
 # make lint | format | clean
 #
 # PYTHON  the interpreter that the environment is made with, 3.11 or newer         make setup PYTHON=python3.12
@@ -15,13 +16,15 @@ PYTHON ?= python3
 VENV ?= .venv
 PARITY ?= auto
 EVERY_CASE :=
+OUT ?= build/gpu
+MINUTES ?= 8
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit("alisa-jax needs Python 3.11 or newer, and " + \
   sys.executable + " is " + sys.version.split()[0] + "; name another one: make setup PYTHON=python3.12 VENV=.venv-new")
 
-.PHONY: setup parity test test-full reproduce docs lint format clean
+.PHONY: setup parity test test-full reproduce gpu docs lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.setup
@@ -67,6 +70,9 @@ test-full: test
 
 reproduce: setup
 	$(BIN)/python -m eval.reproduce $(ARGS)
+
+gpu:
+	$(PYTHON) -m eval.gpu --out="$(OUT)" --minutes=$(MINUTES) $(ARGS)
 
 # pdoc lists only what a package names in __all__, so every module is given. Two of its warnings are no faults: a module that
 # is given and also found, and type hints of NamedTuples, which it cannot resolve. alisa_jax.lm_eval needs an extra.

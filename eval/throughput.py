@@ -85,8 +85,13 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     return values
 
 
-def main(argv: Sequence[str], load: Callable = alisa_jax.load, build: Callable = timing.build) -> None:
-    """flags -> numbers -> what fits -> runs -> records. The arguments beside `argv` are for tests."""
+def main(
+    argv: Sequence[str],
+    load: Callable = alisa_jax.load,
+    build: Callable = timing.build,
+    recorded: Callable = traces.recorded,
+) -> None:
+    """flags -> numbers -> what fits -> runs -> records. The arguments beside `argv` are for tests and `eval.gpu`."""
     values = config(argv)
     inputs.check_impl(values.attention_impl)
     chosen = tuple(dict.fromkeys(systems.parse(text) for text in values.system))
@@ -108,7 +113,7 @@ def main(argv: Sequence[str], load: Callable = alisa_jax.load, build: Callable =
     records = {s: None if results is None or values.rerun else results.find(c | here) for s, c in cells.items()}
     reused = sum(record is not None for record in records.values())
     waiting = [s for s in chosen if records[s] is None and reasons[s] is None]
-    replayed = traces.recorded(values.trace, waiting, work, source, load) if traced is not None else {}
+    replayed = recorded(values.trace, waiting, work, source, load) if traced is not None else {}
 
     def keep(system: System, found: dict, wall_s: float | None) -> None:
         trace = replayed.get(system.policy)

@@ -145,15 +145,22 @@ def _check(arrays: int, temporary: int, max_bytes: float) -> None:
         )
 
 
-def ceilings(dtype: str, repeats: int, max_bytes: float) -> Ceilings:
+def ceilings(
+    dtype: str,
+    repeats: int,
+    max_bytes: float,
+    copy_bytes: int = COPY_BYTES,
+    side: int | None = None,
+) -> Ceilings:
     """Bytes per second, read and written, of a copy, and FLOPs per second of a matrix product.
 
-    The product is in `dtype`; float32 is not tf32. Arrays of COPY_BYTES and matrices of SIDES,
-    smaller where `max_bytes` wants it.
+    The product is in `dtype`; float32 is not tf32. Arrays of `copy_bytes` and square matrices of
+    `side` rows, by default of SIDES, smaller where `max_bytes` wants it.
     """
-    platform, elements = jax.devices()[0].platform, int(min(COPY_BYTES, max_bytes / 4)) // 4
+    platform, elements = jax.devices()[0].platform, int(min(copy_bytes, max_bytes / 4)) // 4
     largest = math.sqrt(max_bytes / 4 / jnp.dtype(dtype).itemsize)
-    side = int(min(next(n for name, n in SIDES if platform.startswith(name)), largest))
+    side = side or next(n for name, n in SIDES if platform.startswith(name))
+    side = int(min(side, largest))
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
     line = lambda seed: (uniform(seed, (elements,), jnp.float32),)
     square = lambda seed: tuple(uniform(seed + i, (side, side), jnp.dtype(dtype)) for i in range(2))
