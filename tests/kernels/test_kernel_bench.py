@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import backend, bench, bench_rows, cases, peers, shapes, tilings, timing
+from pallas_kernels.oracle import decode, error
 from pallas_kernels.shapes import Shape
 from pallas_kernels.tilings import DecodeTiling, PrefillTiling
-from tests.kernels.oracle import decode, error
 
 TINY = "llama-3-8b/b1/c64"
 SMALL = Shape(n_heads=8, n_kv_heads=2, head_dim=32, batch=3, context=80)
