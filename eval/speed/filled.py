@@ -35,6 +35,7 @@ from eval.modelled import machines, shapes
 from eval.script import inputs
 from eval.script.common import UserError
 from eval.speed import limits, models, systems, timing, traces
+from eval.speed.seeded import Seeded
 from eval.speed.systems import System, Work
 from eval.text import windows
 
@@ -55,28 +56,6 @@ def recorded(name: str, policy: str, work: Work, source: windows.Source, load: C
 
 
 # ---- steps
-
-
-class Seeded:
-    """A policy in whose place a layer is filled: it is seeded with rows that are drawn, and attention is not asked."""
-
-    seed_kind = "none"
-
-    def __init__(self, policy, key):
-        self.policy, self.key = policy, key
-
-    def __getattr__(self, name):
-        return getattr(self.policy, name)
-
-    def seed(self, stats, rows, length, dims):
-        if self.policy.seed_kind == "none":
-            return self.policy.seed(stats, rows, length, dims)
-        P = self.policy.selection_heads(dims.K)
-        drawn = jax.random.uniform(self.key, (dims.B, P, self.policy.seed_rows(dims.S), dims.S))
-        past = jnp.arange(dims.S, dtype=jnp.int32)[None] < length[:, None]
-        drawn = jnp.where(past[:, None, None], drawn, jnp.float32(0.0))
-        mass = jnp.float32(dims.N // P) / jnp.sum(drawn, axis=-1, keepdims=True)
-        return self.policy.seed(stats, drawn * mass, length, dims)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

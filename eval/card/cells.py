@@ -1,0 +1,71 @@
+"""Cells of a part: each is measured once, what it raises is recorded, and the next one runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+
+import jax
+
+REPEATS = 9
+MOST_S = 4.0  # that the repeats of one measurement may take together
+BEGUN = " | begun"
+
+Cells = Iterable[tuple[str, Callable[[], dict]]]
+
+
+def each(emit, left, cells: Cells, marked: bool = False) -> None:
+    """Measure the cells that are not on file, while time is left, and emit a record of each.
+
+    A record is {"cell", "wall_s"} and what the measurement returns, or "error" with what it raised. marked: for
+    measurements that may end the process. A record says first that such a cell is begun, and the run after does not
+    begin it again.
+    """
+    for name, measure in cells:
+        if emit.done(name):
+            continue
+        if left() <= 0:
+            return
+        began = time.perf_counter()
+        if marked and emit.done(name + BEGUN):
+            found = {"error": "Ended: the process ended in this cell, by itself or at its time limit"}
+        else:
+            if marked:
+                emit({"cell": name + BEGUN})
+            try:
+                found = measure()
+            except Exception as wrong:  # whatever a compiler or a driver may raise is an answer
+                found = {"error": f"{type(wrong).__name__}: {str(wrong)[:300]}"}
+        emit({"cell": name, **found, "wall_s": time.perf_counter() - began})
+
+
+def timed(call: Callable, left, before: Callable = lambda: None) -> tuple[dict, object]:
+    """Seconds of `call(before())` until its result is ready, `before` left out, and the last result.
+
+    One call comes first that is not counted; then there are at most REPEATS, as many as `left` and MOST_S allow.
+    """
+    seconds = []
+    while True:
+        out = None  # a call finds the memory of the call before it free
+        given = jax.block_until_ready(before())
+        start = time.perf_counter()
+        out = jax.block_until_ready(call(given))
+        seconds.append(time.perf_counter() - start)
+        if len(seconds) > REPEATS or (len(seconds) > 1 and (left() <= 0 or sum(seconds) > MOST_S)):
+            return spread(seconds[1:]), out
+
+
+def spread(seconds: list[float]) -> dict:
+    """Median, least and most of `seconds`, as fields of a record."""
+    return {
+        "time_s": statistics.median(seconds),
+        "time_min_s": min(seconds),
+        "time_max_s": max(seconds),
+        "repeats": len(seconds),
+    }
+
+
+def rate(times: dict, moved_bytes: int) -> dict:
+    """`times` with the bytes that were moved, and GB (1e9) per second by the median."""
+    return times | {"moved_bytes": moved_bytes, "gb_per_s": moved_bytes / times["time_s"] / 1e9}
