@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 
 import jax
+import jax.numpy as jnp
 
 REPEATS = 9
 MOST_S = 4.0  # that the repeats of one measurement may take together
@@ -20,7 +21,7 @@ def each(emit, left, cells: Cells, marked: bool = False) -> None:
 
     A record is {"cell", "wall_s"} and what the measurement returns, or "error" with what it raised. marked: for
     measurements that may end the process. A record says first that such a cell is begun, and the run after does not
-    begin it again.
+    begin it again. Raises RuntimeError where a cell left the device broken, so that others are not judged by that.
     """
     for name, measure in cells:
         if emit.done(name):
@@ -38,6 +39,16 @@ def each(emit, left, cells: Cells, marked: bool = False) -> None:
             except Exception as wrong:  # whatever a compiler or a driver may raise is an answer
                 found = {"error": f"{type(wrong).__name__}: {str(wrong)[:300]}"}
         emit({"cell": name, **found, "wall_s": time.perf_counter() - began})
+        if "error" in found and not answers():
+            raise RuntimeError(f"the device answers no more after the cell {name}: go on in another process")
+
+
+def answers() -> bool:
+    """Whether the device still adds two numbers."""
+    try:
+        return float(jnp.float32(1.0) + jnp.float32(2.0)) == 3.0
+    except jax.errors.JaxRuntimeError:
+        return False
 
 
 def timed(call: Callable, left, before: Callable = lambda: None) -> tuple[dict, object]:

@@ -17,49 +17,35 @@ import functools
 import os
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import compute_on
-from jax.sharding import SingleDeviceSharding
 
-from eval.card import bare, cells
+from eval.card import bare, cells, host_programs
 from eval.card.cells import rate, timed
-from pallas_kernels import timing
+from eval.card.memory import (
+    DEVICE,
+    DRY,
+    FULL,
+    HOST,
+    OTHER_HOST,
+    Sizes,
+    array,
+    bits,
+    drawn,
+    kind_of,
+    place,
+    pointer,
+    put,
+    same,
+    source_of,
+    text,
+    where,
+)
 
-DEVICE, HOST, OTHER_HOST = "device", "pinned_host", "unpinned_host"
 WAYS = ((DEVICE, HOST), (HOST, DEVICE), ("numpy", DEVICE), (DEVICE, "numpy"), ("numpy", HOST), (HOST, "numpy"))
 PATTERNS = ("random", "in a row")
-UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-
-
-class Sizes(NamedTuple):
-    """What is moved: bfloat16 everywhere."""
-
-    transfers: tuple[int, ...]  # bytes
-    heads: int
-    head_dim: int
-    sequences: int
-    pages: int  # of 16 tokens, of each sequence
-    rows: int  # that are read at once, K and V together
-    side: int  # of the matrices of the products
-    target_s: float  # that the products and the transfer of an overlap take
-    largest: int  # bytes of that transfer
-
-    @property
-    def row(self) -> int:
-        """Elements of K and V of one token."""
-        return 2 * self.heads * self.head_dim
-
-    @property
-    def row(self) -> int:
-        return 2 * self.heads * self.head_dim
-
-
-FULL = Sizes((2**28, 2**30, 2**24, 2**20), 8, 128, 16, 128, 1000, 4096, 0.01, 2**30)
-DRY = Sizes((2**12, 2**14), 2, 4, 2, 3, 20, 32, 1e-4, 2**14)
 
 
 def run(emit, left, dry, seed) -> None:
@@ -92,12 +78,12 @@ def calm(sizes: Sizes, left, seed: int) -> Iterator:
 
 def wild(sizes: Sizes, left, seed: int) -> Iterator:
     """(cell, function) of programs that have an operand in pinned memory."""
-    for way in READS:
+    for way in host_programs.READS:
         for pattern in PATTERNS:
             if way != "slice" or pattern == "in a row":
-                yield f"rows {way} {pattern}", functools.partial(read, way, pattern, sizes, left, seed)
-    for way in WRITES:
-        yield f"update {way}", functools.partial(write, way, sizes, left, seed)
+                yield f"rows {way} {pattern}", functools.partial(host_programs.read, way, pattern, sizes, left, seed)
+    for way in host_programs.WRITES:
+        yield f"update {way}", functools.partial(host_programs.write, way, sizes, left, seed)
 
 
 # ---- what there is
@@ -113,7 +99,7 @@ def kinds() -> dict:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "jax": jax.__version__,
-        "numpy_in_place": np.asarray(there).ctypes.data == there.unsafe_buffer_pointer(),
+        "numpy_in_place": np.asarray(there).ctypes.data == pointer(there),
         "host_limit_gb": os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"),
         "cpu_count": os.cpu_count(),
     }
@@ -222,7 +208,9 @@ def store(sizes: Sizes, left, seed: int) -> dict:
 
     times, sent = timed(send, left, clear)
     right = all(
-        np.array_equal(bits(leaf), bits(want)) for mine, (*_, leaves) in zip(sent, pages) for leaf, want in zip(mine, leaves)
+        np.array_equal(bits(leaf), bits(want))
+        for mine, (*_, leaves) in zip(sent, pages)
+        for leaf, want in zip(mine, leaves)
     )
     return rate(times, both.nbytes) | {"right": right, "pages": len(pages)}
 
@@ -253,182 +241,3 @@ def stream(reads: str, sizes: Sizes, left, seed: int) -> dict:
     times, leaves = timed(ask, left, lambda: home.release(0))
     right = all(np.array_equal(bits(leaf), bits(np.swapaxes(side, 1, 2))) for leaf, side in zip(leaves, both))
     return rate(times, both.nbytes) | {"right": right}
-
-
-# ---- programs with an operand in pinned memory
-
-
-def _rows(h, i):
-    return h.at[i].get(mode="promise_in_bounds", wrap_negative_indices=False)
-
-
-def _host(x):
-    return jax.device_put(x, jax.memory.Space.Host)
-
-
-def _device(x):
-    return jax.device_put(x, jax.memory.Space.Device)
-
-
-def _gather(h, i):
-    return _device(_rows(h, _host(i)))
-
-
-def _gather_on_host(h, i):
-    # called compute_on2 where compute_on is still a context
-    on = getattr(compute_on, "compute_on2", compute_on.compute_on)
-    on_host = on(_rows, compute_type="device_host", out_memory_spaces=jax.memory.Space.Host)
-    return _device(on_host(h, _host(i)))
-
-
-def _row_by_row(h, i):
-    def one(j, out):
-        row = _device(jax.lax.dynamic_slice_in_dim(h, _host(i[j]), 1))
-        return jax.lax.dynamic_update_slice_in_dim(out, row, j, 0)
-
-    return jax.lax.fori_loop(0, len(i), one, jnp.zeros((len(i), h.shape[1]), h.dtype))
-
-
-def _slice(h, i):
-    return _device(jax.lax.dynamic_slice_in_dim(h, _host(i[0]), len(i)))
-
-
-def _whole(h, i):
-    return _device(h)[i]
-
-
-READS = {
-    "whole": _whole,
-    "slice": _slice,
-    "gather": _gather,
-    "gather on host": _gather_on_host,
-    "row by row": _row_by_row,
-}
-
-
-def read(way: str, pattern: str, sizes: Sizes, left, seed: int) -> dict:
-    """Rows of an array [tokens, 2 K H] in pinned memory, to the device, by one of READS."""
-    values, there = table(sizes, seed)
-    chosen = where(pattern, len(values), sizes.rows, seed)
-    index = jax.device_put(jnp.asarray(chosen, jnp.int32), place(DEVICE))
-    compiled, compile_s = compile_of(jax.jit(READS[way], out_shardings=place(DEVICE)), there, index)
-    times, got = timed(lambda _: compiled(there, index), left)
-    found = rate(times, len(chosen) * sizes.row * values.itemsize)
-    right = np.array_equal(bits(got), bits(values[chosen]))
-    return found | {"compiles": True, "compile_s": compile_s, "right": right, "kind": kind_of(got)}
-
-
-def _write_host(h, x, at):
-    return jax.lax.dynamic_update_slice_in_dim(h, _host(x), _host(at), 0)
-
-
-def _write_static(h, x, at):
-    del at
-    return jax.lax.dynamic_update_slice(h, _host(x), (0, 0))
-
-
-def _write_through(h, x, at):
-    return jax.lax.dynamic_update_slice_in_dim(_device(h), x, at, 0)
-
-
-WRITES = {"by traced start": _write_host, "by fixed start": _write_static, "through the device": _write_through}
-
-
-def write(way: str, sizes: Sizes, left, seed: int) -> dict:
-    """A page from the device into an array in pinned memory that is taken over, by one of WRITES."""
-    values, there = table(sizes, seed)
-    page = jax.device_put(jnp.full((16, sizes.row), 7, values.dtype), place(DEVICE))
-    at = jax.device_put(jnp.int32(0 if way == "by fixed start" else 16), place(DEVICE))
-    program = jax.jit(WRITES[way], donate_argnums=0, out_shardings=place(HOST))
-    compiled, compile_s = compile_of(program, there, page, at)
-    before = there.unsafe_buffer_pointer()
-    held = [compiled(there, page, at)]
-    in_place = held[0].unsafe_buffer_pointer() == before
-    want = np.array(values)
-    want[int(at) : int(at) + 16] = 7
-    right = np.array_equal(bits(held[0]), bits(want))
-    held = [table(sizes, seed)[1]]  # what NumPy has looked at is not taken over
-
-    def again(_):
-        held[0] = compiled(held[0], page, at)
-        return held[0]
-
-    times, _ = timed(again, left)
-    found = rate(times, page.nbytes) | {"compiles": True, "compile_s": compile_s}
-    return found | {"right": right, "in_place": in_place, "kind": kind_of(held[0])}
-
-
-# ---- helpers
-
-
-@functools.cache
-def place(kind: str) -> SingleDeviceSharding:
-    """The memory `kind` of the first device."""
-    return SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
-
-
-def put(x, target: str):
-    """`x` in a memory kind, or in NumPy."""
-    return np.asarray(x) if target == "numpy" else jax.device_put(x, place(target))
-
-
-def source_of(first: jax.Array, source: str, target: str):
-    """A function that gives `first` in `source`, a new array each time where NumPy keeps what it has read."""
-    start = put(first, source)
-    return (lambda: jax.device_put(first + 0, place(source))) if target == "numpy" else lambda: start
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def drawn(seed, shape: tuple[int, ...], scale: float = 1.0) -> jax.Array:
-    """bfloat16 on the device, of variance `scale` squared."""
-    limit = scale * 3**0.5
-    return timing.uniform(jnp.asarray(seed, jnp.uint32), shape, jnp.bfloat16, -limit, limit)
-
-
-def array(seed: int, size: int) -> jax.Array:
-    """bfloat16 of `size` bytes on the device, in rows of 2,048 bytes."""
-    return drawn(seed, (size // 2048, 1024))
-
-
-def table(sizes: Sizes, seed: int) -> tuple[np.ndarray, jax.Array]:
-    """K and V of all tokens [tokens, 2 K H], in NumPy and in pinned memory."""
-    shape = (16 * sizes.pages * sizes.sequences, sizes.row)
-    values = drawn(seed, shape)
-    return np.array(values), jax.block_until_ready(jax.device_put(values, place(HOST)))
-
-
-def where(pattern: str, tokens: int, rows: int, seed: int) -> np.ndarray:
-    """`rows` positions below `tokens`."""
-    rng = np.random.default_rng(seed)
-    if pattern == "random":
-        return rng.permutation(tokens)[:rows]
-    return np.arange(rows) + int(rng.integers(tokens - rows + 1))
-
-
-def compile_of(program, *args):
-    """`program` compiled for `args`, and the seconds that this took."""
-    start = time.perf_counter()
-    compiled = program.lower(*args).compile()
-    return compiled, time.perf_counter() - start
-
-
-@jax.jit
-def same(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Whether two bfloat16 arrays have the same bits."""
-    return jnp.array_equal(*(jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (a, b)))
-
-
-def bits(x) -> np.ndarray:
-    """bfloat16 as uint16, so that equal means equal in every bit."""
-    return np.ascontiguousarray(np.asarray(x)).view(np.uint16)
-
-
-def kind_of(x) -> str:
-    """The memory kind of an array."""
-    return "numpy" if isinstance(x, np.ndarray) else x.sharding.memory_kind
-
-
-def text(size: int) -> str:
-    """A number of bytes as in 16 MiB."""
-    unit, name = next(pair for pair in UNITS if size >= pair[0])
-    return f"{size // unit} {name}"
