@@ -9,38 +9,26 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 
+from eval.card import records
+
 REPEATS = 9
 MOST_S = 4.0  # that the repeats of one measurement may take together
-BEGUN = " | begun"
 
 Cells = Iterable[tuple[str, Callable[[], dict]]]
 
 
-def each(emit, left, cells: Cells, marked: bool = False) -> None:
-    """Measure the cells that are not on file, while time is left, and emit a record of each.
+def each(emit, left, cells: Cells) -> None:
+    """Measure the cells that are not on file, while time is left, and record each; see `records.Cells.attempt`.
 
-    A record is {"cell", "wall_s"} and what the measurement returns, or "error" with what it raised. marked: for
-    measurements that may end the process. A record says first that such a cell is begun, and the run after does not
-    begin it again. Raises RuntimeError where a cell left the device broken, so that others are not judged by that.
+    Raises `records.Broken` where a cell left the device broken, so that others are not judged by that.
     """
     for name, measure in cells:
         if emit.done(name):
             continue
         if left() <= 0:
             return
-        began = time.perf_counter()
-        if marked and emit.done(name + BEGUN):
-            found = {"error": "Ended: the process ended in this cell, by itself or at its time limit"}
-        else:
-            if marked:
-                emit({"cell": name + BEGUN})
-            try:
-                found = measure()
-            except Exception as wrong:  # whatever a compiler or a driver may raise is an answer
-                found = {"error": f"{type(wrong).__name__}: {str(wrong)[:300]}"}
-        emit({"cell": name, **found, "wall_s": time.perf_counter() - began})
-        if "error" in found and not answers():
-            raise RuntimeError(f"the device answers no more after the cell {name}: go on in another process")
+        if emit.attempt(name, measure) is None and not answers():
+            raise records.Broken(f"the device answers no more after the cell {name}")
 
 
 def answers() -> bool:

@@ -1,9 +1,10 @@
 """What a run on a card found, as a page: what was reached beside the bars, and what could not be finished."""
 
+import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from eval.card import records
@@ -149,16 +150,19 @@ def _correct(rows: Sequence[dict], show: Callable) -> list[str]:
     for kernel in kernels:
         mine = [r for r in rows if r.get("kernel") == kernel]
         right, ran = sum(r.get("passed") is True for r in mine), sum("passed" in r for r in mine)
-        worst = max((r["worst"] for r in mine if isinstance(r.get("worst"), float)), default=None)
+        worst = max(itertools.chain.from_iterable(map(shares, mine)), default=None)
         out.append([f"`{kernel}`", show(ran, "d"), show(right, "d"), show(len(mine) - ran, "d"), show(worst)])
     wrong = [r for r in rows if r.get("passed") is False]
     text = table(("kernel", "cases", "right", "failed to run", "worst error of its limit"), out)
-    return text + ["", *(f"* **Wrong**: {r['cell']}: {r.get('reason') or errors(r)}" for r in wrong)]
+    return text + ["", *(f"* **Wrong**: {r['cell']}: {r.get('reason') or r.get('note')}" for r in wrong)]
 
 
-def errors(record: dict) -> str:
-    """What is off in a case, beside its limits."""
-    return ", ".join(f"{key} {value}" for key, value in record.items() if "error" in key or "limit" in key)
+def shares(record: dict) -> Iterator[float]:
+    """Each error of a case over what it may be."""
+    for key, limit in record.items():
+        error = record.get(key.replace("_limit", "_error"))
+        if key.endswith("_limit") and isinstance(limit, float) and isinstance(error, float):
+            yield error / limit
 
 
 def _rates(rows: Sequence[dict], show: Callable) -> list[str]:

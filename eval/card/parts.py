@@ -20,7 +20,7 @@ PARTS = (
     Part("b", "rates", 0.06, "copy bandwidth and matrix products", ("jax", "pallas_kernels.timing")),
     Part("c", "beside", 0.22, "kernels beside XLA, cuDNN, jax's own and torch", ("jax", "pallas_kernels.bench_rows")),
     Part("d", "pinned", 0.10, "pinned host memory", ("jax", "numpy")),
-    Part("e", "layer", 0.10, "one layer's step, SWA beside dense", _MODELS),
+    Part("e", "layer", 0.10, "one layer's step, SWA beside dense", ("jax", "numpy")),
     Part("f", "placed", 0.25, "tokens per second of placed caches", (*_MODELS, "absl", "tqdm")),
     Part("g", "whole", 0.08, "the bundled model, kernels beside XLA", _MODELS),
     Part("h", "tiles", 0.10, "tilings", ("jax", "pallas_kernels.bench_rows")),

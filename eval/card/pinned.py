@@ -8,7 +8,7 @@
     rows         rows of an array in pinned memory, read inside a compiled program, at positions in a row or at random
     update       a page of an array in pinned memory, written inside a compiled program that takes the array over
 
-The last two may end the process on a GPU, so they come last and are marked as begun. jax and NumPy suffice.
+The last two may end the process on a GPU, so they come last. jax and NumPy suffice.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def run(emit, left, dry, seed) -> None:
     """Measure everything that is not on file while time is left; see `cells.each`."""
     sizes = DRY if dry else FULL
     cells.each(emit, left, calm(sizes, left, seed))
-    cells.each(emit, left, wild(sizes, left, seed), marked=True)
+    cells.each(emit, left, wild(sizes, left, seed))
 
 
 def calm(sizes: Sizes, left, seed: int) -> Iterator:

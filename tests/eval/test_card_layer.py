@@ -77,7 +77,7 @@ def test_what_raises_is_recorded_and_the_rest_goes_on(monkeypatch):
 
     monkeypatch.setattr(layer, "measure", measure)
     emit = Emit()
-    layer.run(emit, NEVER, True, 0)
+    layer.run(emit, NEVER, True, 0, rates={})
     found = emit.found()
     assert found[DENSE]["error"] == "MemoryError: none is left"
     assert found[SWA]["step_ms"] == found[INT8]["step_ms"] == 1.0
@@ -87,5 +87,5 @@ def test_what_does_not_fit_is_refused_before_it_is_made(monkeypatch):
     monkeypatch.setattr(layer, "limit_bytes", lambda: 1e5)
     monkeypatch.setattr(layer, "repeated", None)
     emit = Emit(done=[DENSE, INT8])
-    layer.run(emit, NEVER, True, 0)
+    layer.run(emit, NEVER, True, 0, rates={})
     assert emit.found()[SWA]["error"].startswith("TooLarge: ")

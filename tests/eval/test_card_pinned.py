@@ -1,10 +1,12 @@
 """eval.card.pinned and what its cells share, in dry mode: every cell, right and wrong results, mistakes, resumed runs."""
 
 import dataclasses
-import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import weakref
 from pathlib import Path
 
 import flax
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.card import bare, cells, host_programs, memory, pinned
+from eval.card import bare, cells, host_programs, memory, pinned, records
 
 ROOT = Path(__file__).resolve().parents[2]
 NEVER = lambda: 1e9
@@ -22,21 +24,22 @@ PAIRS = ["device to pinned_host", "pinned_host to device", "numpy to device", "d
 BOTH = ["numpy to pinned_host", "pinned_host to numpy", "device to unpinned_host", "unpinned_host to device"]
 
 
-class Emit:
-    """What a run is given: it keeps the records, and knows those of an earlier run."""
+class Emit(records.Cells):
+    """Where a run puts its records, in a folder of its own; `done`: cells of an earlier run."""
 
     def __init__(self, done=()):
-        self.records, self.earlier = [], set(done)
+        folder = tempfile.mkdtemp()
+        weakref.finalize(self, shutil.rmtree, folder)
+        common = dict.fromkeys((*records.SAME, "run")) | {"dry": True}
+        super().__init__(Path(folder) / records.RECORDS, "part", common, lambda cell: None)
+        self.known |= {cell: {"cell": cell} for cell in done}
 
-    def __call__(self, record: dict) -> None:
-        json.dumps(record)
-        self.records.append(record)
-
-    def done(self, cell: str) -> bool:
-        return cell in self.earlier or any(record["cell"] == cell for record in self.records)
+    @property
+    def records(self) -> list[dict]:
+        return records.read(self.path)
 
     def found(self) -> dict:
-        return {record["cell"]: record for record in self.records if not record["cell"].endswith(cells.BEGUN)}
+        return {record["cell"]: record for record in self.records if record["part"] == "part"}
 
 
 @pytest.fixture(scope="module")
@@ -105,27 +108,20 @@ def test_wrong_rows_and_a_wrong_update_are_called_wrong(monkeypatch):
 
 def test_what_raises_is_recorded_and_the_rest_goes_on():
     def fails():
-        raise ValueError("x" * 400)
+        raise ValueError("x" * 500)
 
     emit = Emit()
     cells.each(emit, NEVER, [("a", fails), ("b", lambda: {"time_s": 1.0})])
-    assert emit.records[0]["error"] == "ValueError: " + "x" * 300
+    assert emit.records[0]["error"] == "ValueError: " + "x" * 400
     assert emit.records[1]["time_s"] == 1.0
 
 
 def test_a_broken_device_ends_the_part(monkeypatch):
     monkeypatch.setattr(cells, "answers", lambda: False)
     emit = Emit()
-    with pytest.raises(RuntimeError, match="answers no more after the cell a"):
+    with pytest.raises(records.Broken, match="answers no more after the cell a"):
         cells.each(emit, NEVER, [("a", lambda: 1 / 0), ("b", dict)])
     assert [record["cell"] for record in emit.records] == ["a"]
-
-
-def test_a_cell_that_ended_the_process_is_not_begun_again():
-    emit = Emit(done=["a" + cells.BEGUN])
-    cells.each(emit, NEVER, [("a", lambda: 1 / 0), ("b", dict)], marked=True)
-    assert [record["cell"] for record in emit.records] == ["a", "b" + cells.BEGUN, "b"]
-    assert emit.records[0]["error"].startswith("Ended")
 
 
 def test_without_time_nothing_is_measured():
