@@ -3,7 +3,7 @@
 Both functions return errors by name, and a list of other faults in words:
 
     error   at small shapes, oracle in float64 NumPy       at named shapes, oracle in float32 XLA
-    out     of decode to the greatest value of v, int8     to the greatest value of the row
+    out     of decode to the greatest value of v, int8     length of the difference to the row's
             and prompts: to the greatest value of out
     lse     as it is below 1, else relative                as it is below 1, else relative
     mass    to the greatest mass                           to the mass itself
@@ -308,7 +308,8 @@ def _off(what: str, got, want) -> jax.Array:
     """The worst error, see the table above; NaN where a number is."""
     difference, size = jnp.abs(got - want), jnp.abs(want)
     if what == "out":
-        return jnp.max(jnp.max(difference, axis=-1) / jnp.max(size, axis=-1))
+        length = lambda x: jnp.sqrt(jnp.sum(x * x, axis=-1))
+        return jnp.max(length(difference) / length(size))
     if what == "lse":
         return jnp.max(difference / jnp.maximum(size, 1.0))
     return jnp.max(jnp.where(difference == 0, 0.0, difference / size))

@@ -90,6 +90,11 @@ PROMPT_LIMITS = MappingProxyType(
 )
 # float32 holds logits of some hundreds to 1e-4, so weights are right to about that
 OVERFLOW_LIMITS = Limits(2e-3, 5e-6, 2e-3)
+# At named shapes every row has its own error. Decode rounds q and the weights to bfloat16 (2**-8),
+# which moves a row by 0.3 % of its length, and the worst of some thousands by 0.45 %.
+NAMED_LIMITS = MappingProxyType(
+    {"decode": Limits(1e-2, 5e-3, 1e-2), "int8": Limits(2e-2, 1e-2, 2e-2)}
+)
 PIECES_LIMITS = Limits(5e-6, 5e-6, None)
 
 
@@ -303,10 +308,10 @@ def _named_checks() -> Iterator[Check]:
     decode, prompts = bench.SHAPES["gpu"]
     for kernel in (*cases.DECODE, *cases.PROMPT):
         for shape in prompts if kernel in cases.PROMPT else decode:
-            # out is told relative to its own row there, also that of decode
-            limits = INT8_LIMITS if "_int8_" in kernel else PROMPT_LIMITS
+            limits = NAMED_LIMITS["int8" if "_int8_" in kernel else "decode"]
+            limits = PROMPT_LIMITS["bfloat16"] if kernel in cases.PROMPT else limits
             name = _name(kernel, shape, "bfloat16")
-            yield Check(kernel, name, "bfloat16", shape, limits["bfloat16"], large=True)
+            yield Check(kernel, name, "bfloat16", shape, limits, large=True)
 
 
 ALL = (*_decode_checks(), *_prompt_checks(), *_named_checks())
