@@ -135,10 +135,12 @@ def lists(check, seed: int):
     r = np.random.default_rng(seed)
     q = jnp.asarray(r.normal(size=(B, K * G, H)), jnp.dtype(check.dtype))
     if codes:
-        (k, wide_k), (v, wide_v) = (_codes(r, codes, rows, token_axis) for _ in "kv")
+        k, wide_k = _codes(r, codes, rows, token_axis)
+        v, wide_v = _codes(r, codes, rows, token_axis)
     else:
-        k, v = (jnp.asarray(r.normal(size=rows), jnp.dtype(check.dtype)) for _ in "kv")
-        wide_k, wide_v = (np.asarray(x, np.float64) for x in (k, v))
+        k = jnp.asarray(r.normal(size=rows), jnp.dtype(check.dtype))
+        v = jnp.asarray(r.normal(size=rows), jnp.dtype(check.dtype))
+        wide_k, wide_v = np.asarray(k, np.float64), np.asarray(v, np.float64)
     index = r.integers(0, S, (B, P, M))
     index[r.random(index.shape) < 0.2] = -1
     bias = r.choice([0.0, 0.0, np.log(3.0), -np.inf], (B, P, M)).astype(np.float32)
@@ -258,7 +260,9 @@ def prompts(check, seed: int):
     T, K, G, H, length, *_ = check.shape
     r = np.random.default_rng(seed)
     B = 2 if length is None else len(length)
-    q, k, v = (r.normal(size=(B, T, n, H)) for n in (K * G, K, K))
+    q = r.normal(size=(B, T, K * G, H))
+    k = r.normal(size=(B, T, K, H))
+    v = r.normal(size=(B, T, K, H))
     if check.kind == "overflow":
         q[..., 0] *= 30.0
         k[:, 7] *= 30.0

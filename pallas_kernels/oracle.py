@@ -11,7 +11,7 @@ def decode(q, k, v, index, bias, head_major: bool):
     index None: row m is row m. Returns out [B, N, H], lse [B, N], mass [B, P, M] and logits
     [B, N, M].
     """
-    q, k, v, bias = (np.asarray(x, np.float64) for x in (q, k, v, bias))
+    q, k, v, bias = map(_wide, (q, k, v, bias))
     B, N, H = q.shape
     K, S = (k.shape[1], k.shape[2]) if head_major else (k.shape[2], k.shape[1])
     P, M = bias.shape[1:]
@@ -28,7 +28,8 @@ def decode(q, k, v, index, bias, head_major: bool):
             if not seen:
                 continue
             rows = index[b, p, seen]
-            keys, values = (x[b, h, rows] if head_major else x[b, rows, h] for x in (k, v))
+            place = (b, h, rows) if head_major else (b, rows, h)
+            keys, values = k[place], v[place]
             z = keys @ q[b, n] / np.sqrt(H) + bias[b, p, seen]
             e = np.exp(z - z.max())
             out[b, n], lse[b, n] = (e / e.sum()) @ values, z.max() + np.log(e.sum())
@@ -43,7 +44,7 @@ def prompt(q, k, v, length):
     length: [B], or None for all of T. Returns out [B, T, N, H], lse [B, T, N] and weights
     [B, N, T, T].
     """
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    q, k, v = map(_wide, (q, k, v))
     B, T, N, H = q.shape
     out = np.zeros(q.shape)
     lse = np.full((B, T, N), -np.inf)
@@ -70,12 +71,16 @@ def last_rows(weights, length, W: int, P: int):
     return rows
 
 
+def _wide(x):
+    return np.asarray(x, np.float64)
+
+
 def error(got, want, least: float = 1e-30) -> float:
     """Greatest difference relative to the greatest value, or to `least`.
 
     Infinite where shapes differ, and where what is not finite is not the same in both.
     """
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    got, want = _wide(got), _wide(want)
     finite = np.isfinite(want)
     if (
         got.shape != want.shape
