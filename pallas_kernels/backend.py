@@ -38,6 +38,9 @@ IMPLS = ("auto", "xla", "pallas", "interpret")
 GPUS = ("NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3", "NVIDIA H200")
 LEAST_CAPABILITY = (8, 0)
 MAX_HEAD_DIM = 256
+# Pallas' Triton backend counts elements in signed 32 bits up to so many bytes, and in 64 bits above
+NARROW_BYTES = 2**32
+MAX_NARROW = 2**31
 
 load, store = triton.load, triton.store
 
@@ -86,6 +89,19 @@ def unsupported_device() -> str | None:
         return f"it needs an NVIDIA GPU, and the device is {device.device_kind}"
     if tuple(int(x) for x in capability.split(".")) < LEAST_CAPABILITY:
         return f"it needs compute capability 8.0, and {device.device_kind} has {capability}"
+    return None
+
+
+def unaddressable(x) -> str | None:
+    """Why a kernel would miss elements of an array like `x`, as the end of a sentence; None: none.
+
+    Only types of one byte have arrays that need more than 31 bits and do not get 64.
+    """
+    if x.size > MAX_NARROW and x.size * x.dtype.itemsize <= NARROW_BYTES:
+        return (
+            f"{x.size} elements of {x.dtype.name}, more than {MAX_NARROW} in up to 4 GiB, "
+            "are addressed wrongly by Pallas' Triton backend"
+        )
     return None
 
 

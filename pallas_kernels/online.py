@@ -47,6 +47,8 @@ def why_not(allowed: tuple[str, ...] = FLOATS, **arrays) -> str | None:
         served = FLOATS if name == "q" else allowed
         if x.dtype.name not in served:
             return f"the kernels serve {name} of {', '.join(served)}, and it is {x.dtype.name}"
+        if wrong := backend.unaddressable(x):
+            return f"{name} has {wrong}"
     return None
 
 

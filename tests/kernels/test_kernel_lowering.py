@@ -65,6 +65,19 @@ def test_decode_lowers_for_head_dimensions_that_are_no_power_of_two(H):
         assert calls(backend.GPUS[0], function, *args) == ["__gpu$xla.gpu.triton"]
 
 
+@pytest.mark.parametrize("kind", ["int8_token", "int8_channel"])
+def test_codes_that_pallas_would_address_wrongly_do_not_reach_a_kernel(kind):
+    """It counts in signed 32 bits up to 4 GiB: elements of one byte from 2**31 on would lie before the first."""
+    gpu = backend.GPUS[-1]
+    for name in ("opt-6.7b/b64/c8192", "opt-13b/b64/c32768"):  # 2**31 codes, and more than 4 GiB
+        function, args = arguments(name, kind, head_major=False, P=1)
+        assert calls(gpu, function, *args) == ["__gpu$xla.gpu.triton"]
+    function, args = arguments("opt-13b/b64/c8192", kind, head_major=False, P=1)
+    with pytest.raises(ValueError, match="impl=pallas cannot run: k has 2684354560 elements of int8, more than 2147"):
+        calls(gpu, function, *args)
+    assert calls(gpu, functools.partial(function, impl="auto"), *args) == []
+
+
 def test_a_target_that_is_no_gpu_is_refused():
     function, args = arguments("opt-6.7b/b4/c640", "bfloat16", True, 1)
     with pytest.raises(ValueError, match="it needs a GPU, and the device is cpu"):
