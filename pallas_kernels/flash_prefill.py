@@ -364,12 +364,17 @@ def _lengths(q, length):
 
 
 def _tiling(q, k, tiling: Tiling | None) -> Tiling:
-    """`tiling`, or the table's: an eighth of its size in float32, whose products use registers."""
+    """`tiling`, or the table's, an eighth of its size or less in float32.
+
+    Its products use registers: 32 queries and 32 rows of 128 channels do not fit in 255 a thread.
+    """
+    H = q.shape[-1]
     if tiling is not None:
         return tiling
-    found = tiling_for("flash_prefill", backend.chip(), q.shape[-1])
+    found = tiling_for("flash_prefill", backend.chip(), H)
     if k.dtype == jnp.float32:
-        return found._replace(queries=found.queries // 4, rows=found.rows // 2)
+        rows = min(found.rows // 2, 2048 // backend.power_of_two(H))
+        return found._replace(queries=found.queries // 4, rows=rows)
     return found
 
 
