@@ -12,15 +12,20 @@
 #         lm_eval need:  auto  install it unless torch would bring CUDA along
 #                        1     install it in any case, or fail
 #                        0     do without; those tests are skipped
+# JAX     a version of jax and jaxlib in place of the pinned one; the environment needs a VENV of its own
+# EXTRAS  the extras of pyproject.toml that are installed
 PYTHON ?= python3
 VENV ?= .venv
 PARITY ?= auto
+JAX ?=
+EXTRAS ?= dev,notebooks,plots
 EVERY_CASE :=
 OUT ?= build/gpu
 MINUTES ?= 8
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PINS := $(if $(JAX),$(VENV)/constraints.txt,constraints.txt)
 NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit("alisa-jax needs Python 3.11 or newer, and " + \
   sys.executable + " is " + sys.version.split()[0] + "; name another one: make setup PYTHON=python3.12 VENV=.venv-new")
 
@@ -36,7 +41,8 @@ $(VENV)/.setup: pyproject.toml constraints.txt
 	  "$(PYTHON)" -c '$(NEW_ENOUGH)' && echo "making $(VENV)" && "$(PYTHON)" -m venv "$(VENV)"; }
 	@$(BIN)/python -c '$(NEW_ENOUGH)'
 	@echo "installing into $(VENV), a few minutes the first time"
-	@$(PIP) install --quiet -c constraints.txt -e '.[dev,notebooks,plots]'
+	@$(if $(JAX),sed -E 's/^(jax|jaxlib)==[^ ]+/\1==$(JAX)/' constraints.txt > $(PINS))
+	@$(PIP) install --quiet -c $(PINS) -e '.[$(EXTRAS)]'
 	@touch $@
 
 parity: $(VENV)/.parity-$(PARITY)
@@ -47,17 +53,17 @@ $(VENV)/.parity-0: $(VENV)/.setup
 
 $(VENV)/.parity-1: $(VENV)/.setup
 	@echo "installing torch, transformers and lm_eval for the parity tests (PARITY=0 does without)"
-	@$(PIP) install --quiet -c constraints.txt -e '.[parity,lm-eval]'
+	@$(PIP) install --quiet -c $(PINS) -e '.[parity,lm-eval]'
 	@: > $@
 
 $(VENV)/.parity-auto: $(VENV)/.setup
-	@if ! plan=$$($(PIP) install --dry-run -c constraints.txt -e '.[parity,lm-eval]' 2>&1); then \
+	@if ! plan=$$($(PIP) install --dry-run -c $(PINS) -e '.[parity,lm-eval]' 2>&1); then \
 	  echo "torch, transformers and lm_eval in the pinned versions cannot be installed here" > $@; \
 	elif echo "$$plan" | grep -q 'Would install.*nvidia'; then \
 	  echo "torch would bring several GB of CUDA packages (PARITY=1 installs them)" > $@; \
 	else \
 	  echo "installing torch, transformers and lm_eval for the parity tests (PARITY=0 does without)"; \
-	  $(PIP) install --quiet -c constraints.txt -e '.[parity,lm-eval]' && : > $@; \
+	  $(PIP) install --quiet -c $(PINS) -e '.[parity,lm-eval]' && : > $@; \
 	fi
 
 test: setup parity lint
@@ -86,7 +92,7 @@ docs: $(VENV)/.docs
 	@echo "the API reference is build/docs/index.html"
 
 $(VENV)/.docs: $(VENV)/.setup
-	@$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	@$(PIP) install --quiet -c $(PINS) -e '.[docs]'
 	@touch $@
 
 lint: setup

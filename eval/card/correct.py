@@ -14,7 +14,7 @@ def run(emit, left, dry: bool, seed: int) -> None:
         if dry and (check.large or check.kernel in seen):  # one of each kernel, interpreted
             continue
         seen.add(check.kernel)
-        emit.attempt(f"{check.kernel} {check.name}", lambda check=check: checks.run(check, impl, seed))
+        emit.attempt(check.name, lambda check=check: checks.run(check, impl, seed))
 
 
 def _works() -> dict:

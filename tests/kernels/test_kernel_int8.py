@@ -38,7 +38,7 @@ def test_references_are_right(check):
 
 
 @pytest.mark.parametrize("kind", ["token", "channel"])
-def test_no_unpacked_array_is_made(kind):
+def test_the_lowered_program_makes_no_unpacked_array(kind):
     """Between codes and result no float array is as large as the codes."""
     q, k, v, index, bias = inputs(kind, LARGER)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (q, k, v, index, bias))
