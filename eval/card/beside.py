@@ -10,7 +10,7 @@ BAR = "llama-3-8b/b64/c8192"  # of the bars for one new token, and
 BAR_PROMPT = "llama-3-8b/b1/c8192"  # of that for prompts
 SHAPES = (BAR, "llama-3-8b/b4/c8192", "opt-6.7b/b64/c640", "llama-3-8b/b16/c32768")
 PROMPT_SHAPES = (BAR_PROMPT, "llama-3-8b/b4/c2048", "llama-3-8b/b1/c32768")
-DRY = ((("packed_decode", "packed_decode_int8_token", "dense_decode"), "llama-3-8b/b1/c32"),)
+DRY = ((("packed_decode", "dense_decode"), "llama-3-8b/b1/c32"),)
 DRY += ((("flash_prefill",), "llama-3-8b/b1/c16"),)
 
 
