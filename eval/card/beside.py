@@ -59,8 +59,11 @@ def plan(dry: bool, impl: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _groups() -> Iterator[tuple[tuple[str, ...], str]]:
-    yield cases.DECODE, SHAPES[0]
-    yield cases.PROMPT, PROMPT_SHAPES[0]
+    first = ("packed_decode", "sparse_decode", "packed_decode_int8_token", "sparse_decode_int8_token", "dense_decode")
+    yield first, BAR
+    yield ("flash_prefill",), BAR_PROMPT
+    yield tuple(kernel for kernel in cases.DECODE if kernel not in first), BAR
+    yield tuple(kernel for kernel in cases.PROMPT if kernel != "flash_prefill"), BAR_PROMPT
     for shape in SHAPES[1:]:
         yield cases.DECODE, shape
     for shape in PROMPT_SHAPES[1:]:

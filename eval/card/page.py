@@ -201,8 +201,8 @@ def _plain(rows: Sequence[dict], show: Callable) -> list[str]:
             "python",
             "flax",
         }
-        said = {key: value for key, value in r.items() if key not in hidden}
-        out.append([r["cell"], "; ".join(f"{key} {show(value)}" for key, value in said.items())])
+        said = "; ".join(f"{key} {number(value)}" for key, value in r.items() if key not in hidden)
+        out.append([r["cell"], show(said)])
     return table(("cell", "found"), out)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from eval.card import records, worker
 from eval.card.parts import PARTS
 
-GRACE_S = 15.0  # that a cell which began in time may take beyond the limit of its part
 TAIL = 400  # characters of what a process that died said last
 MOST_DEATHS = 12  # of processes in one run
 
@@ -108,7 +107,7 @@ class _Run:
     def _late(self) -> bool:
         """Whether all time is up, or that of the part and the grace of its cell."""
         at = self._where()
-        return time.time() > self.end or (at is not None and time.time() > at["until"] + GRACE_S)
+        return time.time() > self.end or (at is not None and time.time() > at["until"] + at["grace"])
 
     def _where(self) -> dict | None:
         """In which part and cell the process is, or was."""

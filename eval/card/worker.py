@@ -116,7 +116,7 @@ def take(job: Job, part: Part, until: float, again: bool, common: dict) -> None:
     """Run one part until `until`; again: for the second time in this run."""
 
     def note(cell: str) -> None:
-        whole = {"part": part.name, "cell": cell, "until": until, "again": again}
+        whole = {"part": part.name, "cell": cell, "until": until, "grace": part.grace_s, "again": again}
         temporary = f"{job.now}.part"
         Path(temporary).write_text(json.dumps(whole))
         os.replace(temporary, job.now)
