@@ -191,7 +191,7 @@ def _score(engine, sequences, last, batch: int) -> list:
 
 def times_of(engine, prompts: Sequence[Sequence[int]], new: int, repeats: int) -> dict:
     """Median seconds of a prefill and of a decode step over warm runs; None without runs."""
-    runs = [engine.generate(prompts, new) for _ in range(repeats + 1 if repeats else 0)][1:]
+    runs = [engine.generate(prompts, new, eos_ids=()) for _ in range(repeats + 1 if repeats else 0)][1:]
     return {
         "prefill_s": statistics.median(run.prefill_s for run in runs) if runs else None,
         "decode_step_s": statistics.median(run.decode_s for run in runs) / (new - 1) if runs else None,

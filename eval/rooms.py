@@ -151,7 +151,7 @@ def rows(name: str, policy: str, codec: str, controller: str | None, phases: Seq
     sys.setprofile(profile)
     try:
         if controller is None:
-            engine.generate(prompt, NEW_TOKENS)
+            engine.generate(prompt, NEW_TOKENS, eos_ids=())
         else:
             run = Placed(engine, controller, DEVICE_KV_BYTES).generate(prompt, NEW_TOKENS)
     finally:

@@ -173,7 +173,7 @@ class Engine:
         self,
         prompts: Batch | Sequence[Sequence[int] | str],
         max_new_tokens: int,
-        eos_ids: Sequence[int] = (),
+        eos_ids: Sequence[int] | None = None,
         progress: bool = False,
         *,
         sampling: Sampling | None = None,
@@ -185,13 +185,14 @@ class Engine:
         """Continue a ragged batch of prompts by up to `max_new_tokens` tokens each.
 
         A token of `eos_ids` or a stop string ends a sequence earlier. prompts: token ids as they
-        are, or texts as `Model.encode` reads them. sampling: None is greedy. seed, or key instead:
-        a typed key [] for the run, or keys [B], one per prompt (see `sampling.sequence_keys`); the
-        same key gives the same tokens. stop: texts that end a sequence where its new text first
-        holds one; the text is cut before it. on_text(i, piece): called with new text of prompt i as
-        it becomes final; the pieces of a prompt joined are its completion. Raises ValueError,
-        before anything runs, for an empty prompt, an id outside the vocabulary, prompt + new tokens
-        beyond the model's context, and text asked of a model without a tokenizer.
+        are, or texts as `Model.encode` reads them. eos_ids: None for the model's own, () for none.
+        sampling: None is greedy. seed, or key instead: a typed key [] for the run, or keys [B], one
+        per prompt (see `sampling.sequence_keys`); the same key gives the same tokens. stop: texts
+        that end a sequence where its new text, special tokens included, first holds one; the text
+        is cut before it. on_text(i, piece): called with new text of prompt i as it becomes final;
+        the pieces of a prompt joined are its completion. Raises ValueError, before anything runs,
+        for an empty prompt, an id outside the vocabulary, prompt + new tokens beyond the model's
+        context, and text asked of a model without a tokenizer.
         """
         batch = self.batch(prompts)
         if max_new_tokens < 1:
@@ -207,7 +208,7 @@ class Engine:
             )
         greedy = sampling is None or sampling.greedy
         drawn = None if greedy else (batch_keys(len(batch.length), seed, key), sampling.settings())
-        eos = frozenset(int(t) for t in eos_ids)
+        eos = frozenset(int(t) for t in (self.model.eos_ids if eos_ids is None else eos_ids))
         return generate.run(self, batch, max_new_tokens, eos, drawn, stop, on_text, progress)
 
     def score(

@@ -91,7 +91,8 @@ def run(
     texts = [None] * len(given)
     if listening:
         bytes_run = stops.byte_runs(model.tokenizer)
-        texts = [stops.Completion(model.decode, ids, stop, bytes_run) for ids in given]
+        special = stops.special_in(model.tokenizer, stop)
+        texts = [stops.Completion(model.decode, ids, stop, bytes_run, special) for ids in given]
     running = [Running(eos_ids, text) for text in texts]
 
     def took(*columns) -> np.ndarray:

@@ -5,13 +5,17 @@ the first token of a text may lose its leading space. So the text of the new tok
 prompt and new tokens together behind what it shares with the text of the prompt. It is read from a
 short window of tokens that always begins with some text that is final, so a token costs the same
 however long the sequence is.
+
+Special tokens are no text, but a stop string may hold some, such as "<|im_end|>". They are marks
+between characters of the text, and stop strings are searched for in the text with its marks.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 HOLE = "\ufffd"  # what bytes that are no whole character read as
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -21,7 +25,7 @@ class Completion:
     """The text of one sequence's new tokens, cut before the first stop string.
 
     decode: token ids to text. prompt: token ids. stop: the stop strings, as `check_stops` gives
-    them. run: see `byte_runs`.
+    them. run: see `byte_runs`. special: see `special_in`.
     """
 
     def __init__(
@@ -30,10 +34,13 @@ class Completion:
         prompt: Sequence[int],
         stop=(),
         run=lambda token, before: False,
+        special: Mapping[int, str] = MappingProxyType({}),
     ):
         self._decode = decode
         self._stop = stop
         self._run = run
+        self._special = special
+        self._marks: list[tuple[int, str]] = []  # characters before a special token, and its text
         self._open = False  # the tokens end in a run of bytes
         self._ids = list(prompt)
         # ids[start:border] precede what is not final yet
@@ -54,16 +61,20 @@ class Completion:
             now = self._final
         else:
             now = self._final + text.rstrip(HOLE)
-        found = [i for s in self._stop if (i := now.find(s, max(0, searched - len(s) + 1))) >= 0]
-        if found:
-            self._final, self.stopped = now[: min(found)], True
+        if token in self._special:
+            self._marks.append((len(now), self._special[token]))
+        ends = [i for s in self._stop if (i := self._find(now, s, searched)) is not None]
+        if ends:
+            self._final, self.stopped = now[: min(ends)], True
         return self.stopped
 
     def show(self) -> str:
         """The text that is new since the last call and that no further token can take back."""
         upto = len(self._final)
         if not self.stopped:
-            upto -= max((held(self._final, s) for s in self._stop), default=0)
+            marked, place = self._marked(self._final)
+            most = max((held(marked, s) for s in self._stop), default=0)
+            upto = place(len(marked) - most)
         piece = self._final[self._shown : upto]
         self._shown = max(self._shown, upto)
         return piece
@@ -74,6 +85,30 @@ class Completion:
             self._settle(self._rest())
             self.stopped = True
         return self._final
+
+    def _find(self, text: str, stop: str, searched: int) -> int | None:
+        """Where `stop` begins in `text`, of which no stop string ends before `searched`."""
+        if not self._marks:
+            at = text.find(stop, max(0, searched - len(stop) + 1))
+            return at if at >= 0 else None
+        marked, place = self._marked(text)
+        at = marked.find(stop)
+        return place(at) if at >= 0 else None
+
+    def _marked(self, text: str) -> tuple[str, Callable[[int], int]]:
+        """`text` with its marks, and the function from a place in it to that in `text`."""
+        pieces, start = [], 0
+        borders = []  # of each mark: where it begins, and where it ends, in the marked text
+        for place, mark in self._marks:
+            pieces += [text[start:place], mark]
+            start = place
+            end = sum(map(len, pieces))
+            borders.append((end - len(mark), end))
+
+        def of(at: int) -> int:
+            return at - sum(min(at, end) - begin for begin, end in borders if begin < at)
+
+        return "".join([*pieces, text[start:]]), of
 
     def _rest(self) -> str:
         """Text behind what is final."""
@@ -114,6 +149,15 @@ def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
                 f"{s!r}"
             )
     return tuple(dict.fromkeys(stops))
+
+
+def special_in(tokenizer, stop: Sequence[str]) -> dict[int, str]:
+    """Ids and texts of the special tokens that one of the stop strings holds."""
+    return {
+        i: token.content
+        for i, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special and any(token.content in s for s in stop)
+    }
 
 
 def byte_runs(tokenizer) -> Callable[[int, bool], bool]:

@@ -7,9 +7,9 @@
 | bundled | the model that comes with this package |
 | random:NAME | a named shape (`shapes.py`) with random weights |
 
-A folder has `config.json`, weights and, where present, `tokenizer.json` and
-`generation_config.json`. Weights are safetensors or, without those, `.bin` files (`weights.py`), in
-one file or in shards. `save` writes a folder that `load` and transformers both read.
+A folder has `config.json`, weights and, where present, `generation_config.json` and the files of a
+tokenizer (`tokenizer.py`). Weights are safetensors or, without those, `.bin` files (`weights.py`),
+in one file or in shards. `save` writes a folder that `load` and transformers both read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ import tokenizers
 
 from alisa_jax.calibration import Calibration
 from alisa_jax.models import hub, names
+from alisa_jax.models import tokenizer as text_side
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder, Params
 from alisa_jax.models.hf import CheckpointError, config_from_hf, config_to_hf
@@ -50,11 +51,14 @@ class Model:
 
     decoder: Decoder
     params: Params
-    tokenizer: tokenizers.Tokenizer | None  # None: no tokenizer.json, or random weights
+    tokenizer: tokenizers.Tokenizer | None  # None: a folder without one, or random weights
     name: str
-    bos_id: int | None
-    eos_ids: tuple[int, ...]
+    bos_id: int | None  # what the tokenizer puts before a text; None: nothing
+    eos_ids: tuple[int, ...]  # what ends a text, of generation_config.json or config.json
     source: str  # the folder it was read from, or "random:NAME"
+    text: text_side.TextSide | None = (
+        None  # names of special tokens and chat template, where files have them
+    )
 
     def calibration(self) -> Calibration | None:
         """The statistics that lie beside the weights as `calibration.json`, if any do."""
@@ -62,26 +66,38 @@ class Model:
         return Calibration.load(path) if self.source and path.is_file() else None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, after the model's BOS id where it has one.
+        """Token ids of `text` with what the tokenizer adds to it, a BOS for example.
 
-        Raises CheckpointError without a tokenizer.
+        They are those of transformers, but for a text that begins with the BOS token: it has that
+        token once. Raises CheckpointError without a tokenizer.
         """
-        ids = self._tokenizer().encode(text, add_special_tokens=False).ids
-        return ids if self.bos_id is None else [self.bos_id, *ids]
+        return self._text().encode(text)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of `messages`, such as [{"role": "user", "content": "Hello"}].
+
+        The model's chat template makes one text of them, which ends with the beginning of an answer
+        unless `add_generation_prompt` is false. Special tokens that it writes become their ids, and
+        none is added. Raises CheckpointError without a tokenizer, a chat template or jinja2, and
+        for messages that the template refuses.
+        """
+        return self._text().encode_chat(messages, add_generation_prompt)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, special tokens left out.
 
         Raises CheckpointError without a tokenizer.
         """
-        return self._tokenizer().decode(list(ids))
+        return self._text().tokenizer.decode(list(ids))
 
-    def _tokenizer(self) -> tokenizers.Tokenizer:
+    def _text(self) -> text_side.TextSide:
         if self.tokenizer is None:
             raise CheckpointError(
                 f"the model {self.name} has no tokenizer; give token ids instead of text."
             )
-        return self.tokenizer
+        return self.text or text_side.TextSide(self.tokenizer, self.bos_id, None, None, None)
 
 
 def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> Model:
@@ -124,15 +140,16 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
         wanted = dtype_named(stated, where=str(folder / CONFIG))
     generation = folder / "generation_config.json"
     ids = raw | (read_json(generation) if generation.exists() else {})
-    tokenizer = _read_tokenizer(folder / "tokenizer.json")  # cheap: before the weights
+    text = text_side.read(folder, raw)  # cheap: before the weights
     return Model(
         decoder=decoder,
         params=on_large_pages(read_params(folder, decoder, wanted)),
-        tokenizer=tokenizer,
+        tokenizer=None if text is None else text.tokenizer,
         name=called,
-        bos_id=_first(ids.get("bos_token_id")),
+        bos_id=_first(ids.get("bos_token_id")) if text is None else text.bos_id,
         eos_ids=_ids(ids.get("eos_token_id")),
         source=str(folder.resolve()),
+        text=text,
     )
 
 
@@ -147,11 +164,14 @@ def save(
 ) -> None:
     """Write the folder of a model: weights in `dtype` and, if given, tokenizer and special ids.
 
-    Every file appears whole or not at all, and `config.json` last, so a folder that has one is
-    complete. Raises CheckpointError where the folder cannot be written or `params` do not have the
-    shapes of `config`.
+    The tokenizer that is written puts `bos_id`, where it is given, before a text. Every file
+    appears whole or not at all, and `config.json` last, so a folder that has one is complete.
+    Raises CheckpointError where the folder cannot be written or `params` do not have the shapes of
+    `config`.
     """
     folder, wanted = Path(folder), dtype_named(dtype)
+    if tokenizer is not None:
+        tokenizer = text_side.with_bos(tokenizer, bos_id)
     raw = config_to_hf(config, wanted.name) | {
         "bos_token_id": bos_id,
         "eos_token_id": list(eos_ids) or None,
@@ -205,15 +225,6 @@ def _random(name: str, dtype: np.dtype, seed: int) -> Model:
     decoder = Decoder(SHAPES[shape])
     params = on_large_pages(decoder.init(jax.random.key(seed), dtype))
     return Model(decoder, params, None, name, None, (), name)
-
-
-def _read_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
-    if not path.exists():
-        return None
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path} is not a readable tokenizer: {error}.") from error
 
 
 def _ids(value: Any) -> tuple[int, ...]:

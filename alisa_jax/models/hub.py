@@ -2,8 +2,8 @@
 
 "owner/name", or "owner/name@revision" for a branch, a tag or a commit, is downloaded once into the
 cache of huggingface_hub, an extra of this package that is imported here alone and when it is
-needed. Only what `load` reads is taken: configuration, tokenizer and safetensors, or `.bin` weights
-where there are no others.
+needed. Only what `load` reads is taken: configuration, the files of a tokenizer, and safetensors,
+or `.bin` weights where there are no others.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from alisa_jax.models import bin
+from alisa_jax.models import bin, tokenizer
 from alisa_jax.models.hf import CheckpointError
 from alisa_jax.models.weights import BIN_INDEX, INDEX, WEIGHTS
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-_FILES = ("config.json", "generation_config.json", "tokenizer.json", "*.safetensors", INDEX)
+_FILES = ("config.json", "generation_config.json", *tokenizer.FILES, "*.safetensors", INDEX)
 _BIN_FILES = ("pytorch_model*.bin", BIN_INDEX)
 ALLOWED = "a local Hugging Face folder, 'owner/name' or 'owner/name@revision' of the hub"
 

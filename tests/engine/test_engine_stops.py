@@ -27,7 +27,7 @@ def bundled():
 
 @pytest.fixture(scope="module")
 def free(bundled):
-    return bundled.generate(PROMPTS, NEW)
+    return bundled.generate(PROMPTS, NEW, eos_ids=())
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +140,9 @@ def across_a_border(tokenizer, tokens):
 @pytest.mark.parametrize("s", [None, Sampling(0.8, top_k=50)], ids=["greedy", "sampled"])
 def test_a_stop_string_across_tokens_cuts_text_and_tokens_of_its_sequence_alone(bundled, free, s):
     tokenizer = bundled.model.tokenizer
-    unstopped = free if s is None else bundled.generate(PROMPTS, NEW, sampling=s, seed=4)
+    unstopped = free if s is None else bundled.generate(PROMPTS, NEW, eos_ids=(), sampling=s, seed=4)
     stop = across_a_border(tokenizer, unstopped.tokens[0])
-    ended = bundled.generate(PROMPTS, NEW, sampling=s, seed=4, stop=stop)
+    ended = bundled.generate(PROMPTS, NEW, eos_ids=(), sampling=s, seed=4, stop=stop)
     given = [bundled.model.encode(p) for p in PROMPTS]
     expected = [cuts(tokenizer, ids, t, stop) for ids, t in zip(given, unstopped.tokens, strict=True)]
     assert ended.compiles == 0
@@ -175,7 +175,9 @@ def test_nothing_depends_on_the_size_of_chunks(bundled, monkeypatch):
 def test_text_is_shown_while_it_is_made_and_held_back_only_while_a_stop_string_may_begin(bundled, free):
     pieces = []
     text = free.completions[1]
-    made = bundled.generate(PROMPTS[1:2], NEW, stop=text[-3:] + "never", on_text=lambda i, p: pieces.append((i, p)))
+    made = bundled.generate(
+        PROMPTS[1:2], NEW, eos_ids=(), stop=text[-3:] + "never", on_text=lambda i, p: pieces.append((i, p))
+    )
     assert made.completions == [text] and made.finish_reasons == ["length"]
     assert "".join(p for _, p in pieces) == text and {i for i, _ in pieces} == {0}
     assert len(pieces) >= NEW // generate.LISTENING_STEPS and all(p for _, p in pieces)
