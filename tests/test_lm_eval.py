@@ -8,6 +8,7 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 harness = pytest.importorskip("lm_eval")
 
@@ -296,15 +298,71 @@ def test_model_args_in_one_text_keep_the_commas_of_a_spec(small):
 def test_bos_stands_where_the_tokenizer_puts_it_or_where_it_is_asked_for(plain):
     assert plain.tok_encode("Once") == plain.model.encode("Once") == [1, 403]
     assert plain.tok_encode("<s> Once")[:2] == [1, 410] and plain.tok_encode("Once", add_special_tokens=False) == [403]
-    for given, ids in ((None, [317, 287]), (False, [317, 287]), (True, [0, 317, 287])):
+    for given, ids in ((None, [0, 317, 287]), (False, [317, 287]), (True, [0, 317, 287])):
         assert AlisaLM("bundled", add_bos_token=given).tok_encode("def f") == ids
+    assert AlisaLM("bundled", add_bos_token=True).tok_encode("<|bos|>def f") == [0, 317, 287]
     assert (plain.prefix_token_id, plain.eot_token_id) == (1, 2)
 
 
-def test_chat_templates_are_refused(folder, small):
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ '\n' ~ m.role ~ ': ' ~ m.content | trim }}{% endfor %}{% if add_generation_prompt %}{{ '\nTom:' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module", params=["with BOS", "without"])
+def chatty(small, stories, tmp_path_factory, request):
+    """The small model with a chat template, and a tokenizer that puts its BOS before a text or only names it."""
+    folder = tmp_path_factory.mktemp("chatty") / "model"
+    shutil.copytree(small, folder)
+    config = json.loads((stories / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if request.param == "without":
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.post_processor = tokenizers.processors.ByteLevel()
+        tokenizer.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+def test_texts_and_chats_become_the_ids_of_the_hugging_face_backend(chatty):
+    for name in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(name)
+    from lm_eval.models.huggingface import HFLM
+
+    history = [{"role": "user", "content": "One day "}, {"role": "assistant", "content": "Lily said "}]
+    system = [{"role": "system", "content": "Be kind."}, *history]
+    for given in (None, True, False):
+        ours = AlisaLM(chatty, add_bos_token=given, max_length=MAX_LENGTH)
+        theirs = HFLM(chatty, add_bos_token=given, dtype="float32", device="cpu", max_length=MAX_LENGTH)
+        for text in ("Once", " Once", "", "<s> Once", "<s>", "a <s> b", "</s>"):
+            assert ours.tok_encode(text) == theirs.tok_encode(text), (given, text)
+            assert ours.tok_encode(text, add_special_tokens=True) == theirs.tok_encode(text, add_special_tokens=True)
+        for messages, prompt in itertools.product((history, system, history[:1]), (True, False)):
+            text = ours.apply_chat_template(messages, prompt)
+            assert text == theirs.apply_chat_template(messages, prompt)
+            assert ours.tok_encode(text) == theirs.tok_encode(text) and ours.tok_encode(text).count(1) == 1
+        assert (ours.prefix_token_id, ours.eot_token_id) == (theirs.prefix_token_id, theirs.eot_token_id)
+        assert ours.chat_template(True) == theirs.chat_template(True) == TEMPLATE and ours.chat_template() is None
+
+
+def test_chat_templates_are_applied_as_the_hugging_face_backend_does(folder, chatty):
+    for name in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(name)
+    args, tasks = {"pretrained": chatty, "max_length": MAX_LENGTH}, ["tiny_choice"]
+    options = {"apply_chat_template": True, "system_instruction": "Be kind."}
+    ours = evaluate(folder, "alisa", args, tasks, **options)
+    theirs = evaluate(folder, "hf", args | {"dtype": "float32", "device": "cpu"}, tasks, **options)
+    pairs = zip(*(itertools.chain.from_iterable(answers(x, "tiny_choice")) for x in (ours, theirs)), strict=True)
+    for a, b in pairs:
+        assert abs(a[0] - b[0]) < 1e-3 and a[1] == b[1]
+
+
+def test_a_chat_needs_the_default_template_of_the_model(folder, small, chatty):
     args = {"pretrained": small, "max_length": MAX_LENGTH}
-    with pytest.raises(UserError, match="applies no chat templates"):
+    with pytest.raises(UserError, match="has no chat template; leave --apply_chat_template out"):
         evaluate(folder, "alisa", args, ["tiny_generate"], apply_chat_template=True)
+    with pytest.raises(UserError, match="the default chat template alone; got 'tools'"):
+        AlisaLM(chatty, max_length=MAX_LENGTH).chat_template("tools")
 
 
 def test_what_was_answered_is_kept_in_the_cache_of_the_harness(plain):

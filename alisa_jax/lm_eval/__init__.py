@@ -14,7 +14,6 @@ What is tokenised, how it is cut to `max_length` from the left and what a result
 the harness's backend for Hugging Face models, so that dense attention gives that backend's numbers.
 Two things differ: `max_length` is by default one token less, because the token that is predicted
 last has to lie in the model's context too, and sampling has no top-k of 50 unless it is asked for.
-There are no chat templates.
 """
 
 from __future__ import annotations
@@ -56,6 +55,7 @@ from alisa_jax.lm_eval.arguments import (
     pairs_of,
     sentences,
 )
+from alisa_jax.lm_eval.texts import Texts
 from alisa_jax.models.checkpoint import load
 from alisa_jax.offload.engine import Placed
 from alisa_jax.offload.serving import Serving
@@ -77,7 +77,7 @@ class AlisaLM(TemplateLM):
     context is read densely, which is where methods that cut prompts show. dtype: as of
     `alisa_jax.load`. batch_size: sequences at a time. max_length: most tokens that are read.
     max_gen_toks: new tokens where a task does not say. add_bos_token: whether the BOS token
-    precedes every text; by default as tokenizer.json says. seed: of sampling; request i draws from
+    precedes every text; by default as the tokenizer says. seed: of sampling; request i draws from
     `sequence_keys(seed, [i])`. device and max_batch_size, which the harness always hands over,
     speak of PyTorch: JAX_PLATFORMS says where JAX runs.
 
@@ -117,7 +117,6 @@ class AlisaLM(TemplateLM):
         self.max_gen_toks = count("max_gen_toks", max_gen_toks)
         self.protocol = protocol
         self.seed = seed
-        self.add_bos_token = add_bos_token
         with sentences():
             self.named = {  # as they are printed
                 "policy": spec.to_text(policies.parse(policy), policies.POLICIES),
@@ -129,9 +128,8 @@ class AlisaLM(TemplateLM):
             sequence_keys(seed, [0])
             self.model = load(name, dtype)
             if self.model.tokenizer is None:
-                raise UserError(
-                    f"the model {name} has no tokenizer.json, and the harness speaks text"
-                )
+                raise UserError(f"the model {name} has no tokenizer, and the harness speaks text")
+            self.texts = Texts(self.model, add_bos_token)
             self.engine = Engine(self.model, policy, codec, route, attention_impl)
             c = self.model.decoder.config
             most = c.max_positions - 1
@@ -162,42 +160,30 @@ class AlisaLM(TemplateLM):
         return cls.create_from_arg_obj(given, additional_config)
 
     @property
-    def eot_token_id(self) -> int:
-        ids = [*self.model.eos_ids, self.model.bos_id]
-        return next((i for i in ids if i != self.model.bos_id), ids[0])
+    def eot_token_id(self) -> int | None:
+        return self.texts.eot_id
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text without context: BOS, else the end of text."""
-        token = self.eot_token_id if self.model.bos_id is None else self.model.bos_id
-        if token is None:
-            raise UserError(
-                f"the model {self.model.name} has neither a BOS nor an EOS token to begin a text "
-                "with"
-            )
-        return token
+        return self.texts.prefix_id
 
     @property
     def tokenizer_name(self) -> str:
         return self.model.name.replace("/", "__")
 
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The model's chat template, which the harness keeps with the results."""
+        if not chat_template:
+            return None
+        return self.texts.template("default" if chat_template is True else chat_template)
+
     def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
-        raise UserError(
-            "the model alisa applies no chat templates; leave --apply_chat_template out"
-        )
+        return self.texts.chat(chat_history, add_generation_prompt)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs
     ) -> list[int]:
-        """Token ids; None: special tokens as `add_bos_token` says, none where the text has BOS."""
-        tokenizer = self.model.tokenizer
-        if add_special_tokens is None:
-            bos = tokenizer.decode([self.prefix_token_id], skip_special_tokens=False)
-            begun = bool(bos) and string.startswith(bos)
-            if self.add_bos_token and not begun:
-                return self.model.encode(string)
-            add_special_tokens = self.add_bos_token is None and not begun
-        return tokenizer.encode(string, add_special_tokens=add_special_tokens).ids
+        return self.texts.encode(string, add_special_tokens)
 
     def get_model_info(self) -> dict:
         """What the harness adds to the settings in its results."""

@@ -95,12 +95,17 @@ class TextSide(NamedTuple):
         return ids[1:] if twice else ids
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> str:
         """The messages as one text; see `chat.render`."""
         named = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         special = {name: token for name, token in named.items() if token is not None}
-        return chat.render(self.chat_template, messages, special, add_generation_prompt)
+        return chat.render(
+            self.chat_template, messages, special, add_generation_prompt, continue_final_message
+        )
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True

@@ -63,7 +63,7 @@ class Text:
 def read(path: str) -> Source:
     """Read a UTF-8 file or `bundled:heldout`; raises UserError for a missing, empty or non-UTF-8 file.
 
-    The hash is that of the file's bytes; for `bundled:heldout` it is the one the training record names.
+    A byte-order mark is no text. The hash is that of the file's bytes; for `bundled:heldout` it is the one the training record names.
     """
     if path == BUNDLED:
         from eval.text import episodes
@@ -75,7 +75,7 @@ def read(path: str) -> Source:
     except OSError as error:
         raise UserError(f"cannot read the text {path!r}: {error.strerror}") from None
     try:
-        characters = data.decode("utf-8")
+        characters = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"the text {path!r} is not UTF-8: byte {error.start} cannot be decoded") from None
     if not characters.strip():
