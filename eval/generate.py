@@ -1,13 +1,15 @@
 """Continue prompts with a model under a KV policy: greedy or sampled, one by one or a file of them.
 
     python -m eval.generate --prompt='def fibonacci(n):' --max_new_tokens=64 --stream
+    python -m eval.generate --model=FOLDER --chat --system='Answer in one word.' --prompt='What is the capital of France?'
     python -m eval.generate --prompts_file=prompts.jsonl --policy='swa(kv_sparsity=0.8)' --temperature=0.8 --top_p=0.95 \\
         --stop=$'\\n\\n' --out=completions.jsonl
 
 A prompts file is .txt (one prompt a line; empty lines are left out) or .jsonl (one object a line with a text "prompt" and
 perhaps an "id"). Prompts run `--batch` at a time, in the order of the file. A sequence ends with one of the model's stop
 tokens, with a `--stop` string (which is not part of the completion), or after `--max_new_tokens`. Prompt number i draws
-from its own key, made of `--seed` and i: neither the batch nor a resumed run changes what it gets.
+from its own key, made of `--seed` and i: neither the batch nor a resumed run changes what it gets. With `--chat` a prompt is
+what a user says, and the model's chat template makes a text of it, behind what `--system` says (extra `chat`).
 
 Each finished prompt is one record: `completion`, its `tokens`, `finish_reason` and the settings. `prefill_s`, `decode_s` and
 `batch_tokens_per_s` (new tokens of all sequences / (prefill_s + decode_s)) are those of its batch of `batch` sequences; they
@@ -57,6 +59,8 @@ def config(argv: Sequence[str]) -> tuple[flags.FlagValues, tuple[Prompt, ...], o
     flags.DEFINE_integer("top_k", 0, "Draw from so many tokens at most; 0: from all.", **where)
     flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens that hold this probability; 1: from all.", **where)
     flags.DEFINE_multi_string("stop", [], "A text that ends a completion; may be given several times.", **where)
+    flags.DEFINE_bool("chat", False, "Each prompt is a message of a user, by the model's chat template.", **where)
+    flags.DEFINE_string("system", None, "With --chat: the message of the system, before that of the user.", **where)
     flags.DEFINE_integer("batch", 8, "Prompts that run together.", 1, **where)
     flags.DEFINE_bool("stream", False, "Show the completion of --prompt as it comes.", **where)
     common.impl_flag(values)
@@ -65,6 +69,8 @@ def config(argv: Sequence[str]) -> tuple[flags.FlagValues, tuple[Prompt, ...], o
         raise UserError("give one of --prompt and --prompts_file, and not both")
     if values.stream and (values.prompt is None or values.json):
         raise UserError("--stream shows one text on stdout: it goes with --prompt, and not with --json")
+    if values.system is not None and not values.chat:
+        raise UserError("--system is a message of a chat: it goes with --chat")
     if not 0 <= values.seed < 2**32:
         raise UserError(f"--seed must be in 0..{2**32 - 1}, got {values.seed}")
     if values.model.startswith("random:"):
@@ -73,6 +79,8 @@ def config(argv: Sequence[str]) -> tuple[flags.FlagValues, tuple[Prompt, ...], o
         prompts = (Prompt(0, None, _utf8(values.prompt, "--prompt")),)
     else:
         prompts = read(values.prompts_file)
+    if values.system is not None:
+        values.system = _utf8(values.system, "--system")
     values.policy = inputs.policy(values.policy)
     values.codec = inputs.codec(values.codec)
     values.stop = _stops(values.stop)
@@ -91,6 +99,30 @@ def settings(values) -> dict:
         "stop": list(values.stop),
         "seed": values.seed,
     }
+
+
+def chat_fields(values) -> dict:
+    """What `--chat` adds to a cell: nothing, unless it was given."""
+    said = {} if values.system is None else {"system": values.system}
+    return {"chat": True} | said if values.chat else {}
+
+
+def finished(results, cell: dict) -> dict | None:
+    """The record of a cell; that of a chat is none of a text, though it holds all of its fields."""
+    found = results.find(cell)
+    same = found is not None and all(found.get(name) == cell.get(name) for name in ("chat", "system"))
+    return found if same else None
+
+
+def encode(model, text: str, values) -> list[int]:
+    """Token ids of a prompt: of a text, or of a chat. Raises UserError for a model without a chat template."""
+    if not values.chat:
+        return model.encode(text)
+    system = [] if values.system is None else [{"role": "system", "content": values.system}]
+    try:
+        return model.encode_chat([*system, {"role": "user", "content": text}])
+    except ValueError as error:
+        raise UserError(f"--chat: {str(error).removesuffix('.')}") from None
 
 
 def read(path: str) -> tuple[Prompt, ...]:
@@ -170,11 +202,12 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
             "prompt_index": p.index,
             "prompt_id": p.id,
             "prompt": p.text,
+            **chat_fields(values),
             **common.impl_field(values.attention_impl),
         }
         for p in prompts
     ]
-    records = [None if results is None or values.rerun else results.find(cell) for cell in cells]
+    records = [None if results is None or values.rerun else finished(results, cell) for cell in cells]
     waiting = [i for i, found in enumerate(records) if found is None]
     reused = len(cells) - len(waiting)
 
@@ -182,7 +215,7 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
         model = inputs.model(load, values.model)
         inputs.tokenizer(model)
         engine = inputs.engine(make_engine, model, values.policy, values.codec, values.attention_impl)
-        encoded = {i: model.encode(prompts[i].text) for i in waiting}
+        encoded = {i: encode(model, prompts[i].text, values) for i in waiting}
         check(engine, encoded, values.max_new_tokens)
         groups = [waiting[i : i + values.batch] for i in range(0, len(waiting), values.batch)]
         if values.stream:

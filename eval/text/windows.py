@@ -63,7 +63,8 @@ class Text:
 def read(path: str) -> Source:
     """Read a UTF-8 file or `bundled:heldout`; raises UserError for a missing, empty or non-UTF-8 file.
 
-    A byte-order mark is no text. The hash is that of the file's bytes; for `bundled:heldout` it is the one the training record names.
+    A byte-order mark is no text. The hash is that of the file's bytes; for `bundled:heldout` it is the one the training
+    record names.
     """
     if path == BUNDLED:
         from eval.text import episodes
@@ -83,8 +84,17 @@ def read(path: str) -> Source:
     return Source(Path(path).name, hashlib.sha256(data).hexdigest(), characters)
 
 
+def without_bos(characters: str, tokenizer) -> str:
+    """The text without the BOS that it begins with, where the tokenizer puts one before every text: windows have it."""
+    from alisa_jax.models import tokenizer as text_side
+
+    before, _ = text_side.around(tokenizer)
+    return characters.removeprefix(tokenizer.id_to_token(before[0])) if before else characters
+
+
 def tokenize(characters: str, tokenizer, max_tokens: int | None = None) -> Text:
     """Encode without special tokens, keep at most the first `max_tokens`, cut back to a whole character."""
+    characters = without_bos(characters, tokenizer)
     encoding = tokenizer.encode(characters, add_special_tokens=False)
     offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
     ends = np.maximum.accumulate(offsets[:, 1])
@@ -136,7 +146,7 @@ def sample(source: Source, tokenizer, context: int, stride: int, count: int, bos
     Where the text has document ends, each window is the beginning of another document that fills it, and the text
     is these documents: a window with a piece of one story and a piece of the next is neither. Raises UserError as `plan`.
     """
-    documents = [document.strip() for document in source.characters.split(DOCUMENT_END)]
+    documents = [without_bos(document.strip(), tokenizer) for document in source.characters.split(DOCUMENT_END)]
     if len(documents) == 1:
         text = tokenize(source.characters, tokenizer)
         windows = plan(len(text.tokens), context, stride, bos)

@@ -12,13 +12,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import alisa_jax
 from alisa_jax.engine import sequence_keys
-from alisa_jax.models import Decoder
+from alisa_jax.models import CheckpointError, Decoder
 from eval import generate
 from eval.script import common
 
 pytestmark = pytest.mark.slow
 
-WORDS = ("<bos>", "the", "cat", "sat", "mat", "dog")
+WORDS = ("<bos>", "the", "cat", "sat", "mat", "dog", "<user>", "<end>")
 
 
 class WordEngine:
@@ -73,7 +73,15 @@ def bench(tmp_path):
     def load(name):
         setup.loads.append(name)
         encode = lambda text: [0, *tokenizer.encode(text).ids]
-        return SimpleNamespace(tokenizer=setup.tokenizer, encode=encode, eos_ids=(7,), name="tiny")
+
+        def encode_chat(messages):
+            if any(message["content"] == "refused" for message in messages):
+                raise CheckpointError("the chat template refuses the messages: no.")
+            return [0, *(i for m in messages for i in [6, *tokenizer.encode(m["content"]).ids, 7])]
+
+        return SimpleNamespace(
+            tokenizer=setup.tokenizer, encode=encode, encode_chat=encode_chat, eos_ids=(7,), name="tiny"
+        )
 
     def call(*flags):
         argv = ["generate", f"--model={folder}", *flags]
@@ -133,6 +141,21 @@ def test_a_record_says_what_was_made_from_what_and_how(bench, capsys):
     (call,) = bench.calls
     assert call.prompts == [[0, 1, 2]] and call.eos_ids == (7,) and call.stop == ("\n\n", "end")
     assert call.sampling == alisa_jax.Sampling(0.7, 9, 0.9) and call.on_text is None
+
+
+def test_with_chat_prompts_are_messages_of_a_user(bench, capsys, tmp_path):
+    flags = ["--prompt=the cat", "--max_new_tokens=4", "--json", f"--out={tmp_path / 'out.jsonl'}"]
+    settings = (["--chat"], ["--chat", "--system=dog"], [], [])
+    found = []
+    for given in settings:
+        assert bench.call(*flags, *given) == 0
+        (record,), _ = records_of(capsys)
+        found.append({key: record[key] for key in ("chat", "system") if key in record})
+    assert [call.prompts for call in bench.calls] == [[[0, 6, 1, 2, 7]], [[0, 6, 5, 7, 6, 1, 2, 7]], [[0, 1, 2]]]
+    assert found == [{"chat": True}, {"chat": True, "system": "dog"}, {}, {}]
+    assert bench.call(*flags, "--system=dog") == 2 and "--system is a message of a chat" in capsys.readouterr().err
+    assert bench.call(*flags, "--chat", "--system=refused") == 2
+    assert "--chat: the chat template refuses the messages: no\n" in capsys.readouterr().err
 
 
 def test_prompts_run_in_batches_each_with_the_key_of_its_place(bench, capsys):

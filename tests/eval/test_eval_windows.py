@@ -1,12 +1,13 @@
 """Windows: which tokens are scored, and how many bytes and words they are."""
 
+import hashlib
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from eval.script.common import UserError, ratio_stderr
 from eval.text import windows
@@ -136,6 +137,27 @@ def test_sequences_begin_with_bos_where_there_is_one():
     text = windows.Text(np.arange(10, dtype=np.int32), np.ones(10, int), np.ones(10, int))
     assert windows.sequence(text, windows.Window(3, 4, 6), 99) == [99, 3, 4, 5]
     assert windows.sequence(text, windows.Window(3, 4, 6), None) == [3, 4, 5]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "t.txt").write_bytes("\ufeffthe cat\r\n".encode())
+    source = windows.read(str(tmp_path / "t.txt"))
+    assert source.characters == "the cat\r\n"
+    assert source.sha256 == hashlib.sha256("\ufeffthe cat\r\n".encode()).hexdigest()
+
+
+def test_a_bos_that_the_text_has_is_not_there_twice(byte_level):
+    marked = Tokenizer.from_str(byte_level.to_str())
+    marked.add_special_tokens(["<s>"])
+    bos_id = marked.token_to_id("<s>")
+    marked.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos_id)])
+    for characters, tokenizer in ((TEXT, marked), (f"<s>{TEXT}", marked), (TEXT, byte_level)):
+        text = windows.tokenize(characters, tokenizer)
+        assert text.tokens.tolist() == byte_level.encode(TEXT).ids
+        assert text.byte_count.sum() == len(TEXT.encode())
+    joined = windows.Source("t.txt", "0", f"<s>{TEXT}<|endoftext|>\n<s>{TEXT}")
+    text, plan = windows.sample(joined, marked, 17, 16, 2, True)
+    assert [text.tokens[w.start : w.stop].tolist() for w in plan] == [byte_level.encode(TEXT.strip()).ids[:16]] * 2
 
 
 def test_reading_refuses_missing_empty_and_non_utf8_files(tmp_path):
