@@ -184,12 +184,12 @@ def bundled():
 def test_texts_hold_the_whole_prompt_and_stop_strings_end_what_is_new(bundled):
     texts = ["def fibonacci(n):\n    if n < 2:\n        return n\n    return fib", "import os\nimport"]
     assert len(bundled.model.encode(texts[0])) > 6
-    free = bundled.generate(texts, 10)
+    free = bundled.generate(texts, 10, eos_ids=())
     for text, whole, new, tokens in zip(texts, free.texts, free.completions, free.tokens, strict=True):
         assert whole == text + new and len(tokens) == 10 and new
     stop = free.completions[0][len(free.completions[0]) // 2 :][:2]
     pieces = [[], []]
-    stopped = bundled.generate(texts, 10, stop=stop, on_text=lambda i, piece: pieces[i].append(piece))
+    stopped = bundled.generate(texts, 10, eos_ids=(), stop=stop, on_text=lambda i, piece: pieces[i].append(piece))
     for i, text in enumerate(texts):
         at = free.completions[i].find(stop)
         wanted = free.completions[i] if at < 0 else free.completions[i][:at]

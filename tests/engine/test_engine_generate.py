@@ -38,7 +38,7 @@ def together(some, story_ids):
         if policy not in done:
             lengths, new = CASES[policy]
             prompts = [s[:n] for s, n in zip(story_ids, lengths)]
-            done[policy] = prompts, new, some(policy).generate(prompts, new)
+            done[policy] = prompts, new, some(policy).generate(prompts, new, eos_ids=())
         return done[policy]
 
     return get
@@ -61,7 +61,7 @@ def test_a_ragged_batch_gives_what_its_prompts_give_one_by_one(some, together, p
     prompts, new, batch = together(policy)
     checked = 0
     for prompt, tokens, margins in zip(prompts, batch.tokens, batch.margins, strict=True):
-        alone = some(policy).generate([prompt], new)
+        alone = some(policy).generate([prompt], new, eos_ids=())
         assert len(tokens) == len(alone.tokens[0]) == new
         checked += agreed(tokens, margins, alone.tokens[0], alone.margins[0])
     assert checked > 0.8 * len(prompts) * new
@@ -80,7 +80,7 @@ def test_padding_on_either_side_changes_nothing(some, together, side):
     for i, prompt in enumerate(prompts):
         place = slice(T - len(prompt), T) if side == "left" else slice(0, len(prompt))
         tokens[i, place], mask[i, place] = prompt, 1
-    again = some(SWA).generate(Batch.from_padded(tokens, mask), new)
+    again = some(SWA).generate(Batch.from_padded(tokens, mask), new, eos_ids=())
     assert again.tokens == batch.tokens
     assert again.compiles == 0
 
@@ -111,7 +111,7 @@ def test_a_stop_token_right_after_the_prompt_is_all_that_is_returned(some, toget
 
 def test_the_same_call_gives_the_same_bits(some, together):
     prompts, new, first = together(SWA)
-    second = some(SWA).generate(prompts, new)
+    second = some(SWA).generate(prompts, new, eos_ids=())
     assert second.tokens == first.tokens
     for a, b in zip(first.margins, second.margins, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -222,3 +222,69 @@ def test_text_is_refused_where_there_is_no_tokenizer(random_model):
         ):
             engine.generate([[1]], 2, **arguments)
     assert engine.compiles == 0
+
+
+MARKS = ("<|im_end|>", "<|eot|>")
+
+
+@pytest.fixture(scope="module")
+def marked():
+    """A tokenizer of one token a letter or special token; special tokens are ids 4 and 5."""
+    made = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate("ab c")}, merges=[]))
+    made.decoder = decoders.Fuse()
+    made.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS])
+    return made
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(st.lists(st.integers(0, 5), max_size=14), st.data())
+def test_stop_strings_may_hold_special_tokens(marked, new, data):
+    part = st.sampled_from([*"ab c", *MARKS])
+    some = st.lists(part, min_size=1, max_size=3).map("".join)
+    stop = data.draw(st.lists(some, min_size=1, max_size=3))
+    special = stops.special_in(marked, stop)
+    assert special == {i: mark for i, mark in enumerate(MARKS, start=4) if any(mark in s for s in stop)}
+    text = stops.Completion(lambda ids: marked.decode(list(ids)), [0], stop, stops.byte_runs(marked), special)
+    pieces, taken = [], 0
+    for token in new:
+        taken += 1
+        hit = text.push(token)
+        pieces.append(text.show())
+        if hit:
+            break
+    whole = text.end()
+    assert "".join([*pieces, text.show()]) == whole
+    for n in range(len(new) + 1):  # the first number of tokens whose text, special tokens included, holds a stop string
+        full = marked.decode(new[:n], skip_special_tokens=False)
+        for i in set(range(4, 6)) - set(special):  # those that no stop string names are no text at all
+            full = full.replace(MARKS[i - 4], "")
+        found = [i for s in stop if (i := full.find(s)) >= 0]
+        if found:
+            cut = full[: min(found)]
+            assert (whole, taken) == (cut.replace(MARKS[0], "").replace(MARKS[1], ""), n)
+            return
+    assert (whole, taken) == (marked.decode(new), len(new))
+
+
+def test_a_special_token_as_a_stop_string_ends_a_completion(bundled, free):
+    row, tokens = max(enumerate(free.tokens), key=lambda pair: (1 in pair[1], pair[1].index(1) if 1 in pair[1] else 0))
+    n, pieces = tokens.index(1) + 1, []
+    made = bundled.generate(PROMPTS, NEW, eos_ids=(), stop="<|eos|>", on_text=lambda i, p: pieces.append((i, p)))
+    assert made.finish_reasons[row] == "stop_string" and made.tokens[row] == tokens[:n]
+    given = bundled.model.encode(PROMPTS[row])
+    before, after = bundled.model.decode(given), bundled.model.decode(given + tokens[: n - 1])
+    assert made.completions[row] == after[len(before) :]
+    assert "".join(p for i, p in pieces if i == row) == made.completions[row]
+
+
+def test_a_sequence_ends_at_the_model_s_own_eos_unless_told_otherwise(bundled, free):
+    assert bundled.model.eos_ids == (1,)
+    made = bundled.generate(PROMPTS, NEW)
+    for tokens, whole, reason in zip(made.tokens, free.tokens, made.finish_reasons, strict=True):
+        n = whole.index(1) + 1 if 1 in whole else NEW
+        assert tokens == whole[:n] and reason == ("stop_token" if 1 in whole else "length")
+    assert "stop_token" in made.finish_reasons
+    other = max(free.tokens[0])
+    assert bundled.generate(PROMPTS[:1], NEW, eos_ids=[other]).tokens == [
+        free.tokens[0][: free.tokens[0].index(other) + 1]
+    ]

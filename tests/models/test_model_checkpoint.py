@@ -163,7 +163,8 @@ def test_special_ids_and_tokenizer_are_read(tmp_path, llama_params):
     save(LLAMA, llama_params, tmp_path, "bfloat16", tokenizer, bos_id=1, eos_ids=(2, 5))
     model = load(tmp_path)
     assert (model.bos_id, model.eos_ids) == (1, (2, 5))
-    assert model.tokenizer.encode("b a c").ids == [1, 0, 2]
+    assert model.tokenizer.encode("b a c", add_special_tokens=False).ids == [1, 0, 2]
+    assert model.encode("a c") == [1, 0, 2] and model.encode("b a c") == [1, 0, 2]  # a BOS of the text is one
 
 
 def test_generation_config_wins_and_config_stands_in(folder):

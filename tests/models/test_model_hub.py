@@ -12,6 +12,7 @@ import pytest
 from alisa_jax.models import CheckpointError, ModelConfig, hub, load, save
 from eval.script import inputs
 from eval.script.common import UserError
+from tests.models import tokenizer_kinds as kinds
 
 CONFIG = ModelConfig(
     arch="llama",
@@ -115,6 +116,36 @@ def test_a_local_folder_of_that_name_wins(fake, tiny, params):
     save(CONFIG, other, "owner/tiny-1.0")
     model = load("owner/tiny-1.0")
     assert same(model.params, other) and model.name == "tiny-1.0" and fake.calls == []
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_the_files_of_a_tokenizer_are_taken_with_it(fake, tiny, parts):
+    kind = kinds.kind("gpt2", "bos")
+    kind.write(tiny.parent / "kind")
+    if parts:  # as OPT's repositories
+        kind.tokenizer.model.save(str(tiny))
+        config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}
+        kinds.write_json(tiny / "tokenizer_config.json", config)
+        kinds.write_json(tiny / "special_tokens_map.json", {"bos_token": "</s>", "eos_token": "</s>"})
+        kinds.write_json(tiny / "added_tokens.json", {"<tool>": 420})
+    else:
+        shutil.copyfile(tiny.parent / "kind" / "tokenizer.json", tiny / "tokenizer.json")
+        kinds.write_json(tiny / "tokenizer_config.json", kind.config)
+    (tiny / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (tiny / "tokenizer.model").write_bytes(b"not needed beside the others")
+    model = load("owner/tiny-1.0")
+    assert model.encode("Hello <s>") == load(tiny).encode("Hello <s>")
+    assert (model.bos_id, model.encode("Hello")[0]) == ((2, 2) if parts else (1, 1))
+    assert model.text.chat_template == "{{ messages[0].content }}"
+    if parts:
+        assert model.encode("a<tool>")[-1] == 420
+
+
+def test_a_sentencepiece_model_alone_is_refused(fake, tiny):
+    (tiny / "tokenizer.model").write_bytes(b"sentencepiece")
+    with pytest.raises(CheckpointError, match="has tokenizer.model and no tokenizer.json; write one") as error:
+        load("owner/tiny-1.0")
+    assert one_sentence(str(error.value))
 
 
 def test_bin_files_are_taken_where_there_are_no_others(fake, tiny, params):
