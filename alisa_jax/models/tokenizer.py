@@ -37,8 +37,9 @@ from alisa_jax.models.hf import CheckpointError
 from alisa_jax.models.weights import read_json
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-VOCAB, MERGES, SENTENCEPIECE = "vocab.json", "merges.txt", "tokenizer.model"
-SPECIAL_MAP, ADDED, TEMPLATE = "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"
+VOCAB, MERGES = "vocab.json", "merges.txt"
+SPECIAL_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
+SENTENCEPIECE, TEMPLATE = "tokenizer.model", "chat_template.jinja"
 FILES = (TOKENIZER, TOKENIZER_CONFIG, VOCAB, MERGES, SENTENCEPIECE, SPECIAL_MAP, ADDED, TEMPLATE)
 
 END = "<|endoftext|>"
