@@ -203,10 +203,17 @@ def check_shots(task: Task, shots: int) -> None:
 
 
 def encode(model, context: str, continuation: str) -> tuple[list[int], int]:
-    """Token ids of the two texts joined, and how many of them, at the end, are the continuation."""
-    kept = context.rstrip()
+    """Token ids of the two texts joined, and how many of them, at the end, are the continuation.
+
+    What the tokenizer puts behind a text, an EOS, is left out: it is no part of the continuation.
+    """
+    from alisa_jax.models import tokenizer as text_side
+
+    _, behind = text_side.around(model.tokenizer)
+    context_tokens = len(model.encode(context.rstrip())) - len(behind)
     whole = model.encode(context + continuation)
-    return whole, len(whole) - len(model.encode(kept))
+    whole = whole[: len(whole) - len(behind)]
+    return whole, len(whole) - context_tokens
 
 
 @dataclass(frozen=True, eq=False)

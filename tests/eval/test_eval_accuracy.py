@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from eval import accuracy
 from eval.script import common
@@ -260,6 +260,16 @@ def test_the_datasets_library_itself_gives_the_same_words(name, model, tokenizer
     task = tasks.from_hub(name)
     made = tasks.Choices(task, model, shots=0, seed=0, limit=1)
     assert words(made, tokenizer)[task.items[0].label] == (prompt, right) and len(task.items) == 3
+
+
+def test_an_eos_that_the_tokenizer_puts_behind_a_text_is_not_scored(model, tokenizer):
+    plain = tasks.encode(model, "the cat ", "sat")
+    closing = Tokenizer.from_str(tokenizer.to_str())
+    closing.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <bos>", special_tokens=[("<bos>", 0)]
+    )  # here the end of text is the BOS
+    closed = SimpleNamespace(tokenizer=closing, encode=lambda text: closing.encode(text).ids)
+    assert tasks.encode(closed, "the cat ", "sat") == plain == (model.encode("the cat sat"), 4)
 
 
 # Values on a known model.
