@@ -37,9 +37,10 @@ from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder, Params
 from alisa_jax.models.hf import CheckpointError, config_from_hf, config_to_hf
 from alisa_jax.models.pages import on_large_pages
-from alisa_jax.models.params import cast, dtype_named, expected_tensors, read_params, slots_of
+from alisa_jax.models.params import cast, dtype_named, read_params
 from alisa_jax.models.shapes import SHAPES
-from alisa_jax.models.weights import WEIGHTS, read_json
+from alisa_jax.models.slots import expected_tensors, slots_of
+from alisa_jax.models.weights import WEIGHTS, open_weights, read_json
 
 BUNDLED = Path(__file__).resolve().parent.parent / "bundled" / "pylib_1m"
 CONFIG, CALIBRATION = "config.json", "calibration.json"
@@ -113,7 +114,10 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
     Raises:
       CheckpointError: in one sentence, for an unknown name, a path that is no folder, a name of
         the hub that cannot be had, a missing or damaged file, an unsupported architecture or
-        setting, and a tensor missing or of a wrong shape or type.
+        setting, and a tensor missing, of a wrong shape or type, or of no use to the model.
+
+    Warns (CheckpointWarning) of what is assumed where `config.json` is silent, and where the
+    tensors say otherwise: see `agree.py`.
     """
     name = os.fspath(name_or_path)
     wanted = None if dtype is None else dtype_named(dtype)
@@ -132,7 +136,7 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
         )
     raw = read_json(folder / CONFIG)
     try:
-        decoder = Decoder(config_from_hf(raw))
+        config = config_from_hf(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     stated = raw.get("dtype") or raw.get("torch_dtype")
@@ -141,9 +145,10 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
     generation = folder / "generation_config.json"
     ids = raw | (read_json(generation) if generation.exists() else {})
     text = text_side.read(folder, raw)  # cheap: before the weights
+    decoder, params = read_params(open_weights(folder), config, wanted, folder)
     return Model(
         decoder=decoder,
-        params=on_large_pages(read_params(folder, decoder, wanted)),
+        params=params,
         tokenizer=None if text is None else text.tokenizer,
         name=called,
         bos_id=_first(ids.get("bos_token_id")) if text is None else text.bos_id,

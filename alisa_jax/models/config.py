@@ -23,7 +23,12 @@ _SIZES = (
     "d_ff",
     "max_positions",
 )
+# Folders that are llama models under a name of their own.
+FAMILIES = ("mistral", "qwen2", "qwen3")
 _FIELDS_OF_ONE = (
+    ("qkv_bias", "llama"),
+    ("qk_norm", "llama"),
+    ("family", "llama"),
     ("rotary_frac", "gpt_neox"),
     ("parallel_residual", "gpt_neox"),
     ("norm_before", "opt"),
@@ -64,6 +69,9 @@ class ModelConfig:
     parallel_residual: bool = False  # gpt_neox: attention and MLP both read the layer's input
     norm_before: bool = True  # opt: False has norms after each half and none at the end (opt-350m)
     embed_dim: int | None = None  # opt: width of a token table that is projected to D; None: D
+    qkv_bias: bool = False  # llama: biases of q, k and v alone
+    qk_norm: bool = False  # llama: RMSNorm of each head of q and k, before their rotation
+    family: str | None = None  # llama: one of FAMILIES that its folder names; changes no arithmetic
 
     def __post_init__(self):
         if self.arch not in ARCHITECTURES:
@@ -99,6 +107,13 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} is of {arch} models; for {self.arch} it must be {default}."
                 )
+        if self.family is not None and self.family not in FAMILIES:
+            raise ValueError(f"family is {self.family!r}; allowed are {', '.join(FAMILIES)}.")
+        if self.attention_bias and self.qkv_bias:
+            raise ValueError("attention_bias holds those of q, k and v; qkv_bias must be False.")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn":
+            if not self.rope_theta > 1:
+                raise ValueError(f"rope_theta is {self.rope_theta}; yarn needs one above 1.")
         if not 0 < self.rotary_frac <= 1:
             raise ValueError(
                 f"rotary_frac is {self.rotary_frac}; it must be above 0 and at most 1."
@@ -133,4 +148,4 @@ class ModelConfig:
 
 
 def _whole(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31

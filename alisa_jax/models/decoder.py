@@ -78,8 +78,9 @@ class Decoder:
 
         `attend(q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]) -> (out [B, T, N, H], aux)`. It is
         called once. q and k carry their positions (rotated, but for opt); with rotate=False they
-        are as they were projected. q is not scaled: `attend` multiplies logits by H ** -0.5. Raises
-        ValueError where x, positions or the output of `attend` have the wrong shape.
+        are as they were before their rotation. q is not scaled: `attend` multiplies logits by
+        H ** -0.5. Raises ValueError where x, positions or the output of `attend` have the wrong
+        shape.
         """
         c = self.config
         sizes = check("B T D", x, {"D": c.d_model}, name="x")
@@ -108,12 +109,12 @@ class Decoder:
         c = self.config
         q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
         norm = c.d_model if c.arch == "llama" else 2 * c.d_model
-        biases = c.attention_bias * (q + 2 * kv + c.d_model) + c.mlp_bias * (
-            self._mlp_maps() * c.d_ff
-        )
+        biases = (c.attention_bias or c.qkv_bias) * (q + 2 * kv) + c.attention_bias * c.d_model
+        biases += c.mlp_bias * self._mlp_maps() * c.d_ff
         if c.mlp_bias:
             biases += c.d_model - c.d_ff  # the last map's bias is as wide as the model
         total = c.n_layers * (self._block_weights() + biases + 2 * norm) + c.norm_before * norm
+        total += c.qk_norm * c.n_layers * 2 * c.head_dim
         if embedding:
             total += (
                 c.vocab_size * c.table_dim * (1 if c.tie_embeddings else 2) + self._projections()

@@ -2,16 +2,17 @@
 
 | model_type | variants that are read and written |
 | --- | --- |
-| llama | grouped-query attention, biases, rotary scaling default, linear or llama3 |
+| llama | grouped-query attention, biases, rotary scaling default, linear, llama3 or yarn |
+| mistral | as llama, up to its window |
+| qwen2 | as llama with biases of q, k and v alone; Qwen2 and Qwen2.5 |
+| qwen3 | as llama with norms of q and k, head by head |
 | opt | norms before or after each half, with or without biases, projected embeddings (opt-350m) |
 | gpt_neox | parallel or sequential residuals, any even rotated share, attention biases, scalings |
 
 All of them with a tied or an untied head and the activations of `ACTIVATIONS`; gpt_neox with the
 scalings of llama. Pure functions on dictionaries; files are read and written in `checkpoint.py`.
-Both spellings of the rotary settings are read: `rope_theta` at the top (`rotary_emb_base` and
-`rotary_pct` for gpt_neox) with an optional `rope_scaling`, and the newer `rope_parameters` (or
-`rope_scaling`) that holds them all. A setting that would change the arithmetic and is not
-implemented is refused, never ignored.
+Where a setting is absent it has the value that transformers gives it. A setting that would change
+the arithmetic and is not implemented is refused, never ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +21,18 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from alisa_jax.models.config import ARCHITECTURES, ModelConfig, RopeScaling
+from alisa_jax.models.config import FAMILIES, ModelConfig
+from alisa_jax.models.context import CONTEXTS, context_of, stated_positions
+from alisa_jax.models.rotary import rope_from_hf, rope_scaling_to_hf
+from alisa_jax.models.settings import (
+    CheckpointError,
+    choice,
+    flag,
+    number,
+    shown,
+    size,
+    value,
+)
 
 # What checkpoints call the functions of `layers.activation`; the spellings of one function differ
 # in rounding alone. The first of each is the one that is written.
@@ -40,20 +52,20 @@ ACTIVATIONS = types.MappingProxyType(
 )
 
 
-class CheckpointError(ValueError):
-    """A model folder or name that cannot be used; the message says why in one sentence."""
+_OPT_NORM_EPS = 1e-5
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """The `ModelConfig` of a parsed `config.json`.
 
-    Raises CheckpointError for an unsupported architecture or setting, a missing or a wrong value.
+    Warns of what `context_of` warns of. Raises CheckpointError for an unsupported architecture or
+    setting, a missing or a wrong value.
     """
     arch = raw.get("model_type")
-    if arch not in ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in CONTEXTS:
         raise CheckpointError(
-            f"model_type {arch!r} is not a supported architecture; supported are "
-            f"{', '.join(ARCHITECTURES)}."
+            f"model_type {shown(arch)} is not a supported architecture; supported are "
+            f"{', '.join(CONTEXTS)}."
         )
     if raw.get("quantization_config") is not None:
         raise CheckpointError(
@@ -61,10 +73,10 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
             "float32, float16 and bfloat16 weights."
         )
     try:
-        return _READERS[arch](raw)
+        return _READERS.get(arch, _llama_from_hf)(raw)
     except CheckpointError:
         raise
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise CheckpointError(f"the configuration is not usable: {error}") from error
 
 
@@ -83,19 +95,19 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     }
     act = next(name for name, meant in ACTIVATIONS.items() if meant == c.act)
     if c.arch == "llama":
-        return raw | {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "intermediate_size": c.d_ff,
-            "num_key_value_heads": c.n_kv_heads,
-            "head_dim": c.head_dim,
-            "hidden_act": act,
-            "rms_norm_eps": c.norm_eps,
-            "rope_theta": c.rope_theta,
-            "rope_scaling": _rope_scaling_to_hf(c.rope_scaling),
-            "attention_bias": c.attention_bias,
-            "mlp_bias": c.mlp_bias,
-        }
+        return (
+            raw
+            | _family_to_hf(c)
+            | {
+                "intermediate_size": c.d_ff,
+                "num_key_value_heads": c.n_kv_heads,
+                "head_dim": c.head_dim,
+                "hidden_act": act,
+                "rms_norm_eps": c.norm_eps,
+                "rope_theta": c.rope_theta,
+                "rope_scaling": rope_scaling_to_hf(c.rope_scaling),
+            }
+        )
     if c.arch == "gpt_neox":
         if not c.mlp_bias:
             raise CheckpointError(
@@ -109,7 +121,7 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
             "layer_norm_eps": c.norm_eps,
             "rotary_emb_base": c.rope_theta,
             "rotary_pct": c.rotary_frac,
-            "rope_scaling": _rope_scaling_to_hf(c.rope_scaling),
+            "rope_scaling": rope_scaling_to_hf(c.rope_scaling),
             "use_parallel_residual": c.parallel_residual,
             "attention_bias": c.attention_bias,
         }
@@ -130,26 +142,29 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-_OPT_NORM_EPS = 1e-5
-
-
-def _need(raw: Mapping[str, Any], key: str) -> Any:
-    if raw.get(key) is None:
-        raise CheckpointError(f"the configuration has no {key}.")
-    return raw[key]
-
-
-def _size(raw: Mapping[str, Any], key: str) -> int:
-    value = _need(raw, key)
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{key} is {value!r}; it must be a whole number of at least 1.")
-    return value
-
-
-def _or(raw: Mapping[str, Any], key: str, default: Any) -> Any:
-    """The value of `key`, or `default` where it is absent or null."""
-    value = raw.get(key)
-    return default if value is None else value
+def _family_to_hf(c: ModelConfig) -> dict[str, Any]:
+    """What a llama model calls itself: its family, or the first that can say what it holds."""
+    biases = {"attention_bias": c.attention_bias}
+    plain = not (c.qkv_bias or c.qk_norm)
+    said = {
+        "mistral": (plain and not c.attention_bias, "MistralForCausalLM", {"sliding_window": None}),
+        "qwen2": (c.qkv_bias and not c.qk_norm, "Qwen2ForCausalLM", {"use_sliding_window": False}),
+        "qwen3": (
+            c.qk_norm and not c.qkv_bias,
+            "Qwen3ForCausalLM",
+            biases | {"use_sliding_window": False},
+        ),
+    }
+    said = {family: (can and not c.mlp_bias, *rest) for family, (can, *rest) in said.items()}
+    said["llama"] = (plain, "LlamaForCausalLM", biases | {"mlp_bias": c.mlp_bias})
+    for family in (c.family or "llama", "llama", "qwen2", "qwen3"):
+        can, architecture, settings = said[family]
+        if can:
+            return {"architectures": [architecture], "model_type": family} | settings
+    raise CheckpointError(
+        f"no folder can say attention_bias={c.attention_bias}, qkv_bias={c.qkv_bias}, "
+        f"mlp_bias={c.mlp_bias} and qk_norm={c.qk_norm} together."
+    )
 
 
 def _head_dim(d_model: int, n_heads: int) -> int:
@@ -161,70 +176,73 @@ def _head_dim(d_model: int, n_heads: int) -> int:
     return d_model // n_heads
 
 
-def _act(raw: Mapping[str, Any], key: str, default: str) -> str:
-    name = _or(raw, key, default)
-    if name not in ACTIVATIONS:
-        raise CheckpointError(
-            f"{key} {name!r} is not supported; supported are {', '.join(ACTIVATIONS)}."
-        )
-    return ACTIVATIONS[name]
+def _common(raw: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """The fields that all families read alike; tied: where the file does not say."""
+    return {
+        "vocab_size": size(raw, "vocab_size"),
+        "d_model": size(raw, "hidden_size"),
+        "n_layers": size(raw, "num_hidden_layers"),
+        "n_heads": size(raw, "num_attention_heads"),
+        "max_positions": context_of(raw),
+        "tie_embeddings": flag(raw, "tie_word_embeddings", tied),
+    }
 
 
 def _llama_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    d_model, n_heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
-    max_positions = _or(raw, "max_position_embeddings", 2048)
-    theta, scaling, share = _rope_from_hf(raw, max_positions)
-    if share not in (None, 1.0):
+    family, common = raw["model_type"], _common(raw, tied=False)
+    n_heads = common["n_heads"]
+    theta, scaling, share = rope_from_hf(
+        raw, stated_positions(raw), "rope_theta", "partial_rotary_factor", 1.0
+    )
+    if share != 1:
         raise CheckpointError(
-            f"partial_rotary_factor {share} is not supported for a llama model; it must be 1."
+            f"partial_rotary_factor {share} is not supported for a {family} model; it must be 1."
         )
-    head_dim = raw.get("head_dim")
+    if value(raw, "head_dim") is not None or family == "qwen3":
+        head_dim = size(raw, "head_dim", 128)
+    else:
+        head_dim = _head_dim(common["d_model"], n_heads)
+    kv_heads = {"llama": n_heads, "mistral": 8}.get(family, 32)
     return ModelConfig(
         arch="llama",
-        vocab_size=_size(raw, "vocab_size"),
-        d_model=d_model,
-        n_layers=_size(raw, "num_hidden_layers"),
-        n_heads=n_heads,
-        n_kv_heads=_or(raw, "num_key_value_heads", n_heads),
-        head_dim=_head_dim(d_model, n_heads) if head_dim is None else head_dim,
-        d_ff=_size(raw, "intermediate_size"),
-        max_positions=max_positions,
-        norm_eps=_or(raw, "rms_norm_eps", 1e-6),
+        **common,
+        n_kv_heads=size(raw, "num_key_value_heads", kv_heads),
+        head_dim=head_dim,
+        d_ff=size(raw, "intermediate_size"),
+        norm_eps=number(raw, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_embeddings=_or(raw, "tie_word_embeddings", False),
-        act=_act(raw, "hidden_act", "silu"),
-        attention_bias=_or(raw, "attention_bias", False),
-        mlp_bias=_or(raw, "mlp_bias", False),
+        act=choice(raw, "hidden_act", ACTIVATIONS, "silu"),
+        attention_bias=family in ("llama", "qwen3") and flag(raw, "attention_bias", False),
+        mlp_bias=family == "llama" and flag(raw, "mlp_bias", False),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        family=family if family in FAMILIES else None,
     )
 
 
 def _opt_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    d_model, n_heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
-    before, width = _or(raw, "do_layer_norm_before", True), _or(raw, "word_embed_proj_dim", d_model)
+    common, before = _common(raw, tied=True), flag(raw, "do_layer_norm_before", True)
+    d_model, n_heads = (common["d_model"], common["n_heads"])
+    width = size(raw, "word_embed_proj_dim", d_model)
     for key, allowed in (
         ("layer_norm_elementwise_affine", True),
         ("_remove_final_layer_norm", False),
     ):
-        if _or(raw, key, allowed) != allowed and (before or key != "_remove_final_layer_norm"):
+        if flag(raw, key, allowed) != allowed and (before or key != "_remove_final_layer_norm"):
             raise CheckpointError(
                 f"an opt model with {key}={str(not allowed).lower()} is not supported; "
                 f"it must be {str(allowed).lower()}."
             )
-    bias = _or(raw, "enable_bias", True)
+    bias = flag(raw, "enable_bias", True)
     return ModelConfig(
         arch="opt",
-        vocab_size=_size(raw, "vocab_size"),
-        d_model=d_model,
-        n_layers=_size(raw, "num_hidden_layers"),
-        n_heads=n_heads,
+        **common,
         n_kv_heads=n_heads,
         head_dim=_head_dim(d_model, n_heads),
-        d_ff=_size(raw, "ffn_dim"),
-        max_positions=_or(raw, "max_position_embeddings", 2048),
+        d_ff=size(raw, "ffn_dim"),
         norm_eps=_OPT_NORM_EPS,
-        tie_embeddings=_or(raw, "tie_word_embeddings", True),
-        act=_act(raw, "activation_function", "relu"),
+        act=choice(raw, "activation_function", ACTIVATIONS, "relu"),
         attention_bias=bias,
         mlp_bias=bias,
         norm_before=before,
@@ -233,78 +251,26 @@ def _opt_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _neox_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    d_model, n_heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
-    max_positions = _or(raw, "max_position_embeddings", 2048)
-    theta, scaling, share = _rope_from_hf(raw, max_positions)
+    common = _common(raw, tied=False)
+    d_model, n_heads = (common["d_model"], common["n_heads"])
+    theta, scaling, share = rope_from_hf(
+        raw, stated_positions(raw), "rotary_emb_base", "rotary_pct", 0.25
+    )
     return ModelConfig(
         arch="gpt_neox",
-        vocab_size=_size(raw, "vocab_size"),
-        d_model=d_model,
-        n_layers=_size(raw, "num_hidden_layers"),
-        n_heads=n_heads,
+        **common,
         n_kv_heads=n_heads,
         head_dim=_head_dim(d_model, n_heads),
-        d_ff=_size(raw, "intermediate_size"),
-        max_positions=max_positions,
-        norm_eps=_or(raw, "layer_norm_eps", 1e-5),
+        d_ff=size(raw, "intermediate_size"),
+        norm_eps=number(raw, "layer_norm_eps", 1e-5),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_embeddings=_or(raw, "tie_word_embeddings", False),
-        act=_act(raw, "hidden_act", "gelu"),
-        attention_bias=_or(raw, "attention_bias", True),
+        act=choice(raw, "hidden_act", ACTIVATIONS, "gelu"),
+        attention_bias=flag(raw, "attention_bias", True),
         mlp_bias=True,
-        rotary_frac=0.25 if share is None else share,
-        parallel_residual=_or(raw, "use_parallel_residual", True),
+        rotary_frac=share,
+        parallel_residual=flag(raw, "use_parallel_residual", True),
     )
 
 
-_READERS = types.MappingProxyType(
-    {"llama": _llama_from_hf, "opt": _opt_from_hf, "gpt_neox": _neox_from_hf}
-)
-
-
-def _rope_from_hf(
-    raw: Mapping[str, Any], max_positions: int
-) -> tuple[float, RopeScaling | None, float | None]:
-    """(theta, scaling, rotated share where stated) of any spelling; `rope_parameters` wins."""
-    rope = _or(raw, "rope_parameters", _or(raw, "rope_scaling", {}))
-    if not isinstance(rope, Mapping):
-        raise CheckpointError(f"the rotary settings are {rope!r}; they must be an object or null.")
-    theta = float(
-        _or(rope, "rope_theta", _or(raw, "rotary_emb_base", _or(raw, "rope_theta", 10000.0)))
-    )
-    share = _or(
-        rope, "partial_rotary_factor", _or(raw, "rotary_pct", raw.get("partial_rotary_factor"))
-    )
-    kind = _or(rope, "rope_type", _or(rope, "type", "default"))
-    if kind == "default":
-        return theta, None, share
-    if kind == "linear":
-        return theta, RopeScaling("linear", float(_need(rope, "factor"))), share
-    if kind == "llama3":
-        original = _or(raw, "original_max_position_embeddings", max_positions)
-        scaling = RopeScaling(
-            "llama3",
-            float(_need(rope, "factor")),
-            float(_need(rope, "low_freq_factor")),
-            float(_need(rope, "high_freq_factor")),
-            int(_or(rope, "original_max_position_embeddings", original)),
-        )
-        return theta, scaling, share
-    raise CheckpointError(
-        f"rotary scaling {kind!r} is not supported; supported are default, linear, llama3."
-    )
-
-
-def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    if scaling.kind == "linear":
-        return {"rope_type": "linear", "type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_positions,
-    }
+_READERS = types.MappingProxyType({"opt": _opt_from_hf, "gpt_neox": _neox_from_hf})

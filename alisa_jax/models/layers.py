@@ -58,7 +58,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; x [B, T, D]."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; x [..., D]."""
 
     eps: float
     param_dtype: DType = jnp.float32
@@ -68,7 +68,8 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * scale).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):

@@ -1,5 +1,9 @@
 """The LLaMA family (arXiv 2302.13971; grouped-query attention: arXiv 2307.09288, section 2.2).
 
+Mistral (arXiv 2310.06825) is this within its window. Qwen2 (arXiv 2407.10671) has biases on q, k
+and v alone; Qwen3 (arXiv 2505.09388) normalises q and k, each head by itself, before they are
+rotated.
+
     x = x + o(attend(rotate(q(n)), rotate(k(n)), v(n)))        n = RMSNorm(x)
     x = x + down(act(gate(n)) * up(n))                         n = RMSNorm(x)
 
@@ -35,7 +39,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     param_dtype: DType = jnp.float32
-    rotate: bool = True  # False: q and k as they were projected
+    rotate: bool = True  # False: q and k before their rotation
 
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array, attend):
@@ -47,16 +51,19 @@ class Block(nn.Module):
             return Linear(features, bias, scale, dtype, name=name)
 
         def heads(name, count):
-            y = linear(name, count * c.head_dim, c.attention_bias)(n)
+            y = linear(name, count * c.head_dim, c.attention_bias or c.qkv_bias)(n)
             return y.reshape(B, T, count, c.head_dim)
 
+        def placed(name, count):
+            y = heads(name, count)
+            if c.qk_norm:
+                y = RMSNorm(c.norm_eps, dtype, name=f"{name}_norm")(y)
+            return rotate(y, positions if self.rotate else None, c.rope_theta, c.rope_scaling)
+
         n = RMSNorm(c.norm_eps, dtype, name="attn_norm")(x)
-        q = heads("q", c.n_heads)
-        k = heads("k", c.n_kv_heads)
+        q = placed("q", c.n_heads)
+        k = placed("k", c.n_kv_heads)
         v = heads("v", c.n_kv_heads)
-        if self.rotate:
-            q = rotate(q, positions, c.rope_theta, c.rope_scaling)
-            k = rotate(k, positions, c.rope_theta, c.rope_scaling)
         out, aux = attend(q, k, v)
         out = out.reshape(B, T, c.n_heads * c.head_dim)
         x = x + linear("o", c.d_model, c.attention_bias, residual)(out)

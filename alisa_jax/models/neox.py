@@ -39,7 +39,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     param_dtype: DType = jnp.float32
-    rotate: bool = True  # False: q and k as they were projected
+    rotate: bool = True  # False: q and k before their rotation
 
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array, attend):
@@ -57,9 +57,9 @@ class Block(nn.Module):
         q = heads("q")
         k = heads("k")
         v = heads("v")
-        if self.rotate:
-            q = rotate(q, positions, c.rope_theta, c.rope_scaling, c.rotary_dims)
-            k = rotate(k, positions, c.rope_theta, c.rope_scaling, c.rotary_dims)
+        at = positions if self.rotate else None
+        q = rotate(q, at, c.rope_theta, c.rope_scaling, c.rotary_dims)
+        k = rotate(k, at, c.rope_theta, c.rope_scaling, c.rotary_dims)
         out, aux = attend(q, k, v)
         a = linear("o", D, c.attention_bias, residual)(out.reshape(B, T, D))
 

@@ -34,7 +34,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from alisa_jax.models import chat
 from alisa_jax.models.hf import CheckpointError
-from alisa_jax.models.weights import read_json
+from alisa_jax.models.weights import read_json, refuse_pointer
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 VOCAB, MERGES = "vocab.json", "merges.txt"
@@ -324,13 +324,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _from_file(make: Callable[[str], Any], path: Path):
+    refuse_pointer(path)
     try:
         return make(str(path))
     except Exception as error:  # the library raises bare Exception
-        with path.open("rb") as file:
-            pointer = file.read(40).startswith(b"version https://git-lfs")
-        why = "a pointer of git-lfs, not the file itself" if pointer else str(error)
-        raise CheckpointError(f"{path} is not a readable tokenizer: {why}.") from error
+        raise CheckpointError(f"{path} is not a readable tokenizer: {error}.") from error
 
 
 def _convert(folder: Path, what: str) -> str:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROPE_SCALINGS = ("linear", "llama3")
+ROPE_SCALINGS = ("linear", "llama3", "yarn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,21 +32,30 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the trained context.
 
     `linear` divides every frequency by `factor` (position interpolation, arXiv 2306.15595, section
-    3.2). `llama3`, which alone has the last three fields, goes by wavelength:
+    3.2). `llama3` goes by wavelength:
 
         above original_max_positions / low_freq_factor     divided by `factor`
         below original_max_positions / high_freq_factor    unchanged
         between                                            frequencies are interpolated linearly in
                                                            original_max_positions / wavelength
 
+    `yarn` (arXiv 2309.00071, section 3.2) goes by the index of the pair: from the pair that makes
+    `beta_fast` turns within original_max_positions to the one that makes `beta_slow`, rounded
+    outwards with `truncate`, the share that is divided by `factor` grows linearly from 0 to 1. The
+    rotated channels of q and k are multiplied by `attention_factor` (section 3.3).
+
     Raises ValueError for a value out of its range.
     """
 
     kind: str
     factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_max_positions: int = 8192  # llama3, yarn
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float = 1.0  # yarn
+    truncate: bool = True  # yarn
 
     def __post_init__(self):
         if self.kind not in ROPE_SCALINGS:
@@ -55,18 +64,26 @@ class RopeScaling:
             )
         if not self.factor > 0:
             raise ValueError(f"rope scaling factor is {self.factor}; it must be above 0.")
-        if self.kind == "llama3":
-            if not 0 < self.low_freq_factor < self.high_freq_factor:
-                raise ValueError(
-                    f"rope scaling has low_freq_factor={self.low_freq_factor} and "
-                    f"high_freq_factor={self.high_freq_factor}; they must be above 0 and in this "
-                    "order."
-                )
-            if self.original_max_positions < 1:
-                raise ValueError(
-                    f"rope scaling has original_max_positions={self.original_max_positions}; it "
-                    "must be at least 1."
-                )
+        if self.kind != "linear" and self.original_max_positions < 1:
+            raise ValueError(
+                f"rope scaling has original_max_positions={self.original_max_positions}; it "
+                "must be at least 1."
+            )
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope scaling has low_freq_factor={self.low_freq_factor} and "
+                f"high_freq_factor={self.high_freq_factor}; they must be above 0 and in this order."
+            )
+        if self.kind == "yarn" and not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(
+                f"rope scaling has beta_slow={self.beta_slow} and beta_fast={self.beta_fast}; they "
+                "must be above 0 and in this order."
+            )
+        if not self.attention_factor > 0 or (self.kind != "yarn" and self.attention_factor != 1):
+            raise ValueError(
+                f"rope scaling {self.kind} has attention_factor={self.attention_factor}; it must "
+                f"be {'above 0' if self.kind == 'yarn' else '1'}."
+            )
 
 
 def inverse_frequencies(dims: int, theta: float, scaling: RopeScaling | None = None) -> np.ndarray:
@@ -79,29 +96,54 @@ def inverse_frequencies(dims: int, theta: float, scaling: RopeScaling | None = N
         return freq
     if scaling.kind == "linear":
         return freq / scaling.factor
-    # full turns within the trained context
-    turns = scaling.original_max_positions * freq / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: fast, unchanged; 0: slow, divided
+    if scaling.kind == "llama3":  # by full turns within the trained context
+        turns = scaling.original_max_positions * freq / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: unchanged; 0: divided
+    else:
+        keep = 1.0 - np.clip(_ramp(dims, theta, scaling), 0.0, 1.0)
     return freq * (keep + (1.0 - keep) / scaling.factor)
+
+
+def _ramp(dims: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Of each pair: 0 at the one that makes `beta_fast` turns, 1 at the one of `beta_slow`."""
+
+    def pair(turns: float) -> float:
+        return dims * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / wide
+
+    wide = 2 * math.log(theta)
+    first, last = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dims - 1)
+    return (np.arange(dims // 2) - first) / ((last - first) or 0.001)
 
 
 def rotate(
     x: jax.Array,  # [B, T, N, H]
-    positions: jax.Array,  # [B, T] int32
+    positions: jax.Array | None,  # [B, T] int32; None: not rotated yet
     theta: float,
     scaling: RopeScaling | None = None,
     dims: int | None = None,  # R; None: all H channels
 ) -> jax.Array:
     """x with its leading `dims` channels rotated by its positions: [B, T, N, H] in the type of x.
 
-    Worked in float32.
+    Worked in float32. They are multiplied by the scaling's `attention_factor` as well, and without
+    positions that is all, so that `turned` need not know of it.
     """
     dims = x.shape[-1] if dims is None else dims
+    gain = 1.0 if scaling is None else scaling.attention_factor
+    if positions is None and gain == 1:
+        return x
+    head = x[..., :dims].astype(jnp.float32)
+    if positions is None:
+        return jnp.concatenate([(head * gain).astype(x.dtype), x[..., dims:]], axis=-1)
     freq = jnp.asarray(inverse_frequencies(dims, theta, scaling), jnp.float32)
     angle = positions.astype(jnp.float32)[:, :, None, None] * freq[None, None, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x[..., :dims].astype(jnp.float32), 2, axis=-1)
+    if gain != 1:
+        cos, sin = (gain * cos, gain * sin)
+    first, second = jnp.split(head, 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([turned.astype(x.dtype), x[..., dims:]], axis=-1)
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from alisa_jax.models import CheckpointError, ModelConfig, RopeScaling
+from alisa_jax.models import CheckpointError, CheckpointWarning, ModelConfig, RopeScaling
 from alisa_jax.models.hf import config_from_hf, config_to_hf
 
 LLAMA = ModelConfig(
@@ -88,7 +88,8 @@ def test_old_llama_files_leave_out_what_was_fixed_then():
         "num_attention_heads": 6,
         "intermediate_size": 37,
     }
-    config = config_from_hf(raw)
+    with pytest.warns(CheckpointWarning, match="no max_position_embeddings; 2048 are assumed"):
+        config = config_from_hf(raw)
     assert (config.n_kv_heads, config.head_dim, config.rope_theta, config.max_positions) == (6, 10, 1e4, 2048)
     assert (config.norm_eps, config.tie_embeddings, config.act) == (1e-6, False, "silu")
 
@@ -118,7 +119,8 @@ def test_old_pythia_files_leave_out_what_was_fixed_then():
         "num_attention_heads": 3,
         "intermediate_size": 41,
     }
-    config = config_from_hf(raw)
+    with pytest.warns(CheckpointWarning, match="no max_position_embeddings; 2048 are assumed"):
+        config = config_from_hf(raw)
     assert (config.head_dim, config.rotary_dims, config.rope_theta, config.max_positions) == (16, 4, 1e4, 2048)
     assert (config.norm_eps, config.tie_embeddings, config.act) == (1e-5, False, "gelu")
     assert config.parallel_residual and config.attention_bias and config.mlp_bias
@@ -169,7 +171,7 @@ def test_configurations_survive_the_round_trip(config):
         ({"num_key_value_heads": 4}, "not a multiple of n_kv_heads=4"),
         ({"head_dim": None}, "hidden_size 23 is not a multiple of num_attention_heads 6"),
         ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported; supported are silu, "),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "'longrope' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "has no factor"),
         ({"rope_scaling": 3}, "must be an object or null"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
@@ -183,7 +185,7 @@ def test_a_llama_setting_that_is_not_supported_is_refused(changes, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"word_embed_proj_dim": -17}, "embed_dim is -17"),
+        ({"word_embed_proj_dim": -17}, "word_embed_proj_dim is -17"),
         ({"activation_function": "gelu_10"}, "activation_function 'gelu_10' is not supported"),
         ({"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=false"),
         ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm=true"),
@@ -201,7 +203,7 @@ def test_an_opt_variant_that_is_not_supported_is_refused(changes, message):
         ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported"),
         ({"num_attention_heads": 5}, "hidden_size 48 is not a multiple of num_attention_heads 5"),
         ({"rotary_pct": 0.2}, "head_dim is 16 of which a share of 0.2 is rotated; rotary positions need an even"),
-        ({"rotary_pct": 0.0}, "rotary_frac is 0.0"),
+        ({"rotary_pct": 0.0}, "rotary_pct is 0.0"),
         ({"rotary_pct": 1.5}, "rotary_frac is 1.5"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rotary scaling 'dynamic' is not supported"),
         ({"intermediate_size": None}, "has no intermediate_size"),

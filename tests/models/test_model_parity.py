@@ -23,6 +23,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
     "rope_theta": 500.0,
 }
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 24,
+    "beta_fast": 3.0,
+    "beta_slow": 0.5,
+    "rope_theta": 500.0,
+}
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 66,
@@ -66,6 +74,7 @@ CASES = {
         {"head_dim": 10, "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 700.0}},
     ),
     "llama_biases": ("llama", {"head_dim": 22, "attention_bias": True, "mlp_bias": True}),
+    "llama_yarn": ("llama", {"head_dim": 26, "rope_parameters": YARN | {"mscale": 1.5, "mscale_all_dim": 0.5}}),
     "opt_tied": ("opt", {}),
     "opt_untied_gelu": ("opt", {"tie_word_embeddings": False, "activation_function": "gelu"}),
     "opt_without_biases": ("opt", {"enable_bias": False}),
@@ -89,6 +98,7 @@ CASES = {
             },
         },
     ),
+    "neox_yarn": ("gpt_neox", {"rope_parameters": YARN | {"partial_rotary_factor": 0.5, "truncate": False}}),
 }
 MODELS = {
     "llama": (SIZES, transformers.LlamaConfig, transformers.LlamaForCausalLM),
