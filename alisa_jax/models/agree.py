@@ -109,8 +109,9 @@ def _tied_names(config: ModelConfig, where: Where) -> tuple[str | None, str | No
 
 def _same(config: ModelConfig, where: Where, table: str, head: str, source: str | Path) -> bool:
     shape = (config.vocab_size, config.table_dim)
-    first, second = (read_tensor(where[name], name, shape, source) for name in (table, head))
-    return np.array_equal(*(x.astype(np.float32, copy=False) for x in (first, second)))
+    first = read_tensor(where[table], table, shape, source).astype(np.float32, copy=False)
+    second = read_tensor(where[head], head, shape, source).astype(np.float32, copy=False)
+    return np.array_equal(first, second)
 
 
 def _refuse(unread: list[str], source: str | Path) -> None:

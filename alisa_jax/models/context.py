@@ -31,7 +31,8 @@ def context_of(raw: Mapping[str, Any]) -> int:
     Within the window attention is that of the other models. Warns where the window ends the
     context, and where no positions are stated. Raises CheckpointError for a wrong value.
     """
-    stated, window = (stated_positions(raw), _window(raw))
+    stated = stated_positions(raw)
+    window = _window(raw)
     if value(raw, "max_position_embeddings") is None:
         _warn(
             f"the configuration has no max_position_embeddings; {stated} are assumed, as "
@@ -58,23 +59,22 @@ def _window(raw: Mapping[str, Any]) -> int | None:
     family = raw.get("model_type")
     if family not in FAMILIES:
         return None
-    stated = "sliding_window" not in raw or raw["sliding_window"] is not None
+    none = "sliding_window" in raw and raw["sliding_window"] is None
+    window = None if none else size(raw, "sliding_window", _WINDOW)
     if family == "mistral":
-        return size(raw, "sliding_window", _WINDOW) if stated else None
+        return window
+    first = size(raw, "max_window_layers", 28, least=0)  # so many layers attend to all
     kinds = value(raw, "layer_types", [])
     if not isinstance(kinds, list) or any(
         not isinstance(kind, str) or kind not in _LAYERS for kind in kinds
     ):
         raise CheckpointError("layer_types must be a list of full_attention and sliding_attention.")
-    if not flag(raw, "use_sliding_window", False) or not stated:
+    if not flag(raw, "use_sliding_window", False) or none:
         if "sliding_attention" in kinds:
             raise CheckpointError("layer_types has sliding_attention, and no window is in use.")
         return None
-    window = size(raw, "sliding_window", _WINDOW)
     if kinds:
         return window if "sliding_attention" in kinds else None
-    key = "max_window_layers"  # so many layers, the first, attend to all
-    first = 0 if value(raw, key) == 0 else size(raw, key, 28)
     return window if first < size(raw, "num_hidden_layers") else None
 
 

@@ -189,7 +189,8 @@ def _common(raw: Mapping[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def _llama_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    family, common = raw["model_type"], _common(raw, tied=False)
+    family = raw["model_type"]
+    common = _common(raw, tied=False)
     n_heads = common["n_heads"]
     theta, scaling, share = rope_from_hf(
         raw, stated_positions(raw), "rope_theta", "partial_rotary_factor", 1.0
@@ -222,8 +223,10 @@ def _llama_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _opt_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    common, before = _common(raw, tied=True), flag(raw, "do_layer_norm_before", True)
-    d_model, n_heads = (common["d_model"], common["n_heads"])
+    common = _common(raw, tied=True)
+    before = flag(raw, "do_layer_norm_before", True)
+    d_model = common["d_model"]
+    n_heads = common["n_heads"]
     width = size(raw, "word_embed_proj_dim", d_model)
     for key, allowed in (
         ("layer_norm_elementwise_affine", True),
@@ -252,7 +255,8 @@ def _opt_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
 def _neox_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     common = _common(raw, tied=False)
-    d_model, n_heads = (common["d_model"], common["n_heads"])
+    d_model = common["d_model"]
+    n_heads = common["n_heads"]
     theta, scaling, share = rope_from_hf(
         raw, stated_positions(raw), "rotary_emb_base", "rotary_pct", 0.25
     )

@@ -42,7 +42,7 @@ def _on_cpu() -> bool:
 def _block(arrays: Sequence[tuple[tuple[int, ...], np.dtype]]) -> list[np.ndarray]:
     """Arrays one behind the other: for a block of some MiB NumPy asks for large pages."""
     sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in arrays]
-    starts, end = ([], 0)
+    starts, end = [], 0
     for size in sizes:
         starts.append(end)
         end += math.ceil(size / _ALIGNED_BYTES) * _ALIGNED_BYTES

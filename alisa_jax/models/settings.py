@@ -27,12 +27,12 @@ def value(raw: Mapping[str, Any], key: str, default: Any = None) -> Any:
     return default if found is None else found
 
 
-def size(raw: Mapping[str, Any], key: str, default: Any = _NEEDED) -> int:
-    """A whole number of at least 1."""
+def size(raw: Mapping[str, Any], key: str, default: Any = _NEEDED, least: int = 1) -> int:
+    """A whole number of at least `least`."""
     found = _found(raw, key, default)
-    if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= _MOST:
+    if not isinstance(found, int) or isinstance(found, bool) or not least <= found <= _MOST:
         raise CheckpointError(
-            f"{key} is {shown(found)}; it must be a whole number of at least 1, below 2**31."
+            f"{key} is {shown(found)}; it must be a whole number of at least {least}, below 2**31."
         )
     return found
 

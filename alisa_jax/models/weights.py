@@ -57,7 +57,8 @@ class Safetensors:
             length = int.from_bytes(file.read(8), "little")
             self._tensors = json.loads(file.read(length))
         self._tensors.pop("__metadata__", None)
-        self._path, self._start = (path, 8 + length)
+        self._path = path
+        self._start = 8 + length
 
     def keys(self) -> list[str]:
         return list(self._tensors)

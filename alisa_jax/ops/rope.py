@@ -142,7 +142,8 @@ def rotate(
     angle = positions.astype(jnp.float32)[:, :, None, None] * freq[None, None, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if gain != 1:
-        cos, sin = (gain * cos, gain * sin)
+        cos = gain * cos
+        sin = gain * sin
     first, second = jnp.split(head, 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return jnp.concatenate([turned.astype(x.dtype), x[..., dims:]], axis=-1)

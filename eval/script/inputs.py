@@ -84,27 +84,30 @@ def card(name: str) -> Card:
     The hash covers names, sizes and the first 16 MiB of config.json and of every safetensors file of the
     folder, or of every .bin file where it has none. A name of the hub is downloaded.
     """
-    if name.startswith("random:"):
-        from alisa_jax.models import shapes
+    from alisa_jax.models import CheckpointError, context, shapes, weights
 
+    if name.startswith("random:"):
         shape = name.removeprefix("random:")
         if shape not in shapes.SHAPES:
             raise UserError(f"--model: unknown random model {shape!r}; known: {', '.join(sorted(shapes.SHAPES))}")
         return Card(name, None, shapes.SHAPES[shape].max_positions)
     folder, called = locate(name)
     try:
-        positions = json.loads((folder / "config.json").read_bytes())["max_position_embeddings"]
+        weights.refuse_pointer(folder / "config.json")
+        positions = context.context_of(json.loads((folder / "config.json").read_bytes()))
         digest = hashlib.sha256()
-        weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-        for path in [folder / "config.json", *weights]:
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+        for path in [folder / "config.json", *files]:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             with open(path, "rb") as file:
                 digest.update(file.read(HASHED_BYTES_PER_FILE))
     except OSError as error:
         raise UserError(f"--model: no model at {name!r}: {error.strerror} ({Path(error.filename).name})") from None
-    except (ValueError, KeyError, TypeError):
+    except CheckpointError as error:
+        raise UserError(f"--model: {error}") from None
+    except (ValueError, AttributeError):
         raise UserError(f"--model: the config.json of {name!r} is no model configuration") from None
-    return Card(called, digest.hexdigest(), int(positions))
+    return Card(called, digest.hexdigest(), positions)
 
 
 def locate(name: str) -> tuple[Path, str]:

@@ -47,3 +47,9 @@ def random_params():
         return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def causal_forward():
+    """`dense_forward` step by step, for models that run once each: nothing is compiled but single operations."""
+    return forward
