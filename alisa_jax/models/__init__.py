@@ -1,4 +1,4 @@
-"""Decoders (OPT, LLaMA and GPT-NeoX), from Hugging Face folders or with random weights."""
+"""Decoders (OPT, LLaMA-like, GPT-NeoX), from Hugging Face folders or with random weights."""
 
 from alisa_jax.models.checkpoint import CheckpointError, Model, load, save
 from alisa_jax.models.decoder import Decoder, ModelConfig, RopeScaling

@@ -1,5 +1,6 @@
-"""What the scripts share: where compiled programs are kept, and files that are written in one step."""
+"""What the scripts share: where compiled programs are kept, files that are written in one step, and a model's card."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from eval.script import common
+from alisa_jax.models import CheckpointWarning
+from eval.script import common, inputs
 
 NAMES = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -90,3 +92,27 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(common.UserError, match="cannot write 'b.md'"):
         common.write(tmp_path / "b.md", "three")
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_card_of_a_model_has_the_context_that_load_gives_it(tmp_path):
+    raw = {"model_type": "mistral", "sliding_window": None}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.warns(CheckpointWarning, match="no max_position_embeddings; 131072 are assumed"):
+        assert inputs.card(str(tmp_path)).max_positions == 131072
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"max_position_embeddings": 64, "sliding_window": 48}))
+    with pytest.warns(CheckpointWarning, match="its context is 48 tokens here, not 64"):
+        assert inputs.card(str(tmp_path)).max_positions == 48
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"max_position_embeddings": "64"}', "--model: max_position_embeddings is '64'; it must be a whole number"),
+        ("version https://git-lfs.github.com/spec/v1\n", "config.json is a pointer of git-lfs"),
+        ("[]", "is no model configuration"),
+    ],
+)
+def test_the_card_of_a_model_says_what_is_wrong_with_its_configuration(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(common.UserError, match=message):
+        inputs.card(str(tmp_path))
