@@ -299,7 +299,7 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path):
         (damaged / "tokenizer.json").write_bytes(content)
         refused(damaged, message)
     (damaged / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    refused(damaged, "tokenizer.json is not a readable tokenizer: a pointer of git-lfs")
+    refused(damaged, "tokenizer.json is a pointer of git-lfs and not the file itself")
     two = kinds.kind("gpt2", "none")
     two.tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} {START} $A", special_tokens=[(BOS, 1), (START, 3)]
