@@ -4,7 +4,9 @@
 | --- | --- |
 | a folder | a Hugging Face folder |
 | owner/name, owner/name@revision | the same from the hub (`hub.py`), if there is no such folder |
+| a file FILE.gguf | a model of llama.cpp (`gguf.py`) |
 | bundled | the model that comes with this package |
+| smollm2-135m | SmolLM2-135M-Instruct, where `make real-model` has fetched it |
 | random:NAME | a named shape (`shapes.py`) with random weights |
 
 A folder has `config.json`, weights and, where present, `generation_config.json` and the files of a
@@ -31,7 +33,7 @@ import safetensors.numpy
 import tokenizers
 
 from alisa_jax.calibration import Calibration
-from alisa_jax.models import hub, names
+from alisa_jax.models import gguf, gguf_config, gguf_tokenizer, hub, names, smollm2
 from alisa_jax.models import tokenizer as text_side
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder, Params
@@ -102,13 +104,14 @@ class Model:
 
 
 def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> Model:
-    """Load a model: a Hugging Face folder, a name of the hub, "bundled", or "random:NAME".
+    """Load a model: a Hugging Face folder, a GGUF file, or a name; see the table above.
 
     Args:
-      name_or_path: the folder or the name; see the table above. NAME is one of `SHAPES`.
+      name_or_path: the folder, the file or the name. NAME is one of `SHAPES`.
       dtype: "float32", "float16" or "bfloat16" (or the NumPy type). None keeps the type that
         `config.json` states, or that of the token table where it states none; random weights are
-        then float32, and so is the bundled model, whose file is bfloat16 to be small.
+        then float32, and so are quantised ones and the bundled model, whose file is bfloat16 to be
+        small.
       seed: of random weights; not used otherwise.
 
     Raises:
@@ -125,14 +128,16 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
         wanted = np.dtype("float32")
     if name.startswith("random:"):
         return _random(name, np.dtype("float32") if wanted is None else wanted, seed)
-    folder, called = (BUNDLED, name) if name == "bundled" else hub.locate(name)
+    folder, called = locate(name)
+    if folder.suffix == gguf.SUFFIX and folder.is_file():
+        return _from_gguf(folder, called, wanted)
     if not folder.is_dir():
         if name == "bundled":
             raise CheckpointError("the bundled model is not part of this installation.")
-        what = "is a file, not a folder" if folder.exists() else "is not a folder"
+        what = f"is a file, and no {gguf.SUFFIX}" if folder.exists() else "is not a folder"
         raise CheckpointError(
-            f"{name!r} {what}; give {hub.ALLOWED}, 'bundled', or 'random:NAME' with NAME one of "
-            f"{', '.join(SHAPES)}."
+            f"{name!r} {what}; give {hub.ALLOWED}, a file FILE{gguf.SUFFIX}, 'bundled', "
+            f"{smollm2.NAME!r}, or 'random:NAME' with NAME one of {', '.join(SHAPES)}."
         )
     raw = read_json(folder / CONFIG)
     try:
@@ -217,6 +222,37 @@ def save(
                 )
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the folder {folder} cannot be written: {error}") from error
+
+
+def locate(name: str) -> tuple[Path, str]:
+    """Where a model other than a random one lies, and what to call it; see `hub.locate`."""
+    if name == "bundled":
+        return BUNDLED, name
+    if name == smollm2.NAME:
+        return smollm2.find(), name
+    path, called = hub.locate(name)
+    return path, called.removesuffix(gguf.SUFFIX)
+
+
+def _from_gguf(path: Path, called: str, dtype: np.dtype | None) -> Model:
+    file = gguf.GgufFile(path)
+    raw = gguf_config.to_hf(file)
+    try:
+        config = config_from_hf(raw)
+        side, eos_ids = gguf_tokenizer.text_side(file.metadata)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    decoder, params = read_params(dict.fromkeys(file.keys(), file), config, dtype, path)
+    return Model(
+        decoder=decoder,
+        params=params,
+        tokenizer=None if side is None else side.tokenizer,
+        name=called,
+        bos_id=None if side is None else side.bos_id,
+        eos_ids=eos_ids,
+        source=str(path.resolve()),
+        text=side,
+    )
 
 
 def _random(name: str, dtype: np.dtype, seed: int) -> Model:
