@@ -3,7 +3,7 @@
     magic, version, two counts      little-endian, versions 2 and 3
     metadata                        keys with typed values (`gguf_config.py`, `gguf_tokenizer.py`)
     infos                           name, shape, type and place of each tensor
-    data                            the tensors, most of them as blocks of quantised numbers
+    data                            the tensors, most of them in blocks of quantised numbers
 
 The head is read here, checked as it is read: it holds a hundred thousand short strings, for which
 the reader of the package `gguf` needs seconds. Blocks are dequantised by that package, an extra of
@@ -29,6 +29,7 @@ SUFFIX, MAGIC = ".gguf", b"GGUF"
 ROPE_FREQS = "rope_freqs.weight"  # divisors of the rotary frequencies; no parameter
 _ALIGNMENT = 32  # of tensors, where the file does not say
 _MOST_DIMS = 4
+_AT_ONCE = 2**18  # numbers that are dequantised together, a multiple of every block
 _TEXT, _ARRAY = 8, 9
 _NUMBERS = types.MappingProxyType(
     {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -86,12 +87,12 @@ class GgufFile:
                 start = file.read(len(MAGIC))
                 if start != MAGIC:
                     raise CheckpointError(f"{path} is not a GGUF file: it begins with {start!r}.")
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.metadata, self.infos = _read_head(self._data, self._quants)
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    self.metadata, self.infos = _read_head(data, path, self._quants)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}" if str(path) not in str(error) else str(error))
+        except CheckpointError:
+            raise
         except (struct.error, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path} is truncated or damaged: {error}.") from error
         pieces = self.metadata.get("split.count", 0)
@@ -99,9 +100,7 @@ class GgufFile:
             raise CheckpointError(
                 f"{path} is one of {pieces} pieces of a model; merge them into one file first."
             )
-        self._stored = {
-            self._name(name): name for name in self.infos if name != ROPE_FREQS
-        }
+        self._stored = {self._name(name): name for name in self.infos if name != ROPE_FREQS}
 
     def __str__(self) -> str:
         return str(self.path)
@@ -135,13 +134,19 @@ class GgufFile:
     def read_stored(self, stored: str) -> np.ndarray:
         """The tensor that the file calls `stored`, as it lies."""
         info = self.infos[stored]
-        raw = np.frombuffer(self._data, np.uint8, info.n_bytes, info.start)
+        raw = np.fromfile(self.path, np.uint8, info.n_bytes, offset=info.start)
         plain = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(info.kind)
         if plain is not None:
             return raw.view(plain).reshape(info.shape)
         kind = self._quants.GGMLQuantizationType[info.kind]
-        rows = math.prod(info.shape[:-1])
-        return self._quants.dequantize(raw.reshape(rows, -1), kind).reshape(info.shape)
+        block, block_bytes = self._quants.GGML_QUANT_SIZES[kind]
+        out, blocks = np.empty(math.prod(info.shape), np.float32), raw.reshape(-1, block_bytes)
+        step = _AT_ONCE // block
+        for start in range(0, len(blocks), step):
+            row = blocks[start : start + step].reshape(1, -1)
+            place = out[start * block : (start + step) * block]
+            place[:] = self._quants.dequantize(row, kind)[0]
+        return out.reshape(info.shape)
 
     def _name(self, stored: str) -> str:
         """The Hugging Face name of a tensor."""
@@ -196,16 +201,16 @@ class _Cursor:
         return values
 
 
-def _read_head(data: mmap.mmap, quants: Any) -> tuple[dict[str, Any], dict[str, Info]]:
+def _read_head(data: mmap.mmap, path: Path, quants: Any) -> tuple[dict[str, Any], dict[str, Info]]:
     """(metadata, where each tensor lies)."""
     cursor = _Cursor(data)
     cursor.at = len(MAGIC)
     version = cursor.number("I")
     if version not in (2, 3):
         raise CheckpointError(
-            "the file is for big-endian machines, which is not read."
+            f"{path} is for big-endian machines, which is not read."
             if version & 0xFFFF == 0
-            else f"the file has version {version} of GGUF; read are 2 and 3."
+            else f"{path} has version {version} of GGUF; read are 2 and 3."
         )
     n_tensors, n_values = cursor.number("Q"), cursor.number("Q")
     metadata: dict[str, Any] = {}

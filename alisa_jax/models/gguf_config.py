@@ -7,6 +7,7 @@ arithmetic unseen, and is refused.
 from __future__ import annotations
 
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from alisa_jax.models.gguf import ROPE_FREQS, GgufFile
 from alisa_jax.models.hf import CheckpointError
 from alisa_jax.ops.rope import RopeScaling, inverse_frequencies
 
+_TYPES = types.MappingProxyType({"F16": "float16", "BF16": "bfloat16"})  # of others: float32
 _MODEL_TYPES = types.MappingProxyType({"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"})
 _READ = types.MappingProxyType(
     {
@@ -47,8 +49,16 @@ _SCALING = frozenset({"type", "factor", "original_context_length"})
 _LLAMA3 = (1.0, 4.0, 8192)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """`to_hf` of the file at `path`."""
+    return to_hf(GgufFile(path))
+
+
 def to_hf(file: GgufFile) -> dict[str, Any]:
-    """What `config_from_hf` reads. Raises CheckpointError for what is not supported or missing."""
+    """What `config_from_hf` reads; "torch_dtype" is the type in which the token table is read.
+
+    Raises CheckpointError for what is not supported or missing.
+    """
     arch = file.metadata.get("general.architecture")
     if arch not in _MODEL_TYPES:
         raise CheckpointError(
@@ -71,7 +81,8 @@ def to_hf(file: GgufFile) -> dict[str, Any]:
     held = set(file.keys())
     if "model.embed_tokens.weight" not in held:
         raise CheckpointError(f"{file} has no tensor token_embd.weight.")
-    raw["vocab_size"] = file.describe("model.embed_tokens.weight")[0][0]
+    table, kind = file.describe("model.embed_tokens.weight")
+    raw["vocab_size"], raw["torch_dtype"] = table[0], _TYPES.get(kind, "float32")
     raw["tie_word_embeddings"] = "lm_head.weight" not in held
     raw["attention_bias"] = any(name.endswith("self_attn.q_proj.bias") for name in held)
     raw["mlp_bias"] = any(name.endswith("mlp.up_proj.bias") for name in held)

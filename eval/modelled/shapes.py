@@ -3,8 +3,6 @@
 What is wrong raises UserError with one sentence.
 """
 
-import json
-
 from alisa_jax import codecs
 from alisa_jax.models import hf, shapes
 from alisa_jax.models.config import ModelConfig
@@ -22,14 +20,14 @@ arXiv 2304.01373, table 1. This page is what `python -m eval.plan --models` prin
 
 
 def config(name: str) -> ModelConfig:
-    """The configuration behind random:NAME, NAME, bundled, a folder or a name of the hub; weights are not read."""
+    """The configuration behind random:NAME, NAME, or what `inputs.locate` knows; weights are not read."""
     if name.removeprefix("random:") in shapes.SHAPES:
         return shapes.SHAPES[name.removeprefix("random:")]
     folder, _ = inputs.locate(name)
-    if not folder.is_dir():
+    if not folder.exists():
         raise UserError(f"--model: {name!r} is no folder; known shapes: {', '.join(shapes.SHAPES)}")
     try:
-        return hf.config_from_hf(json.loads((folder / "config.json").read_text()))
+        return hf.config_from_hf(inputs.configuration(folder))
     except OSError as error:
         raise UserError(f"--model: {name!r} has no readable config.json: {error.strerror}") from None
     except ValueError as error:

@@ -29,7 +29,12 @@ def shared_flags(model: str, text: str, out: str | None) -> flags.FlagValues:
     """Flags that every script has, in a fresh container: nothing is global, scripts are functions."""
     values = flags.FlagValues()
     where = {"flag_values": values}
-    flags.DEFINE_string("model", model, "A Hugging Face folder, random:NAME, or bundled.", **where)
+    flags.DEFINE_string(
+        "model",
+        model,
+        "A Hugging Face folder, a .gguf file, random:NAME, bundled, or smollm2-135m.",
+        **where,
+    )
     flags.DEFINE_string("text", text, "A UTF-8 file, or bundled:heldout (held-out standard library source).", **where)
     flags.DEFINE_integer("seed", 0, "Seed of everything drawn at random; written into every record.", **where)
     flags.DEFINE_string(

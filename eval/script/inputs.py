@@ -82,7 +82,7 @@ def card(name: str) -> Card:
     """Read the model's size, and hash what identifies it: its configuration and weights.
 
     The hash covers names, sizes and the first 16 MiB of config.json and of every safetensors file of the
-    folder, or of every .bin file where it has none. A name of the hub is downloaded.
+    folder, or of every .bin file where it has none, or of a .gguf file. A name of the hub is downloaded.
     """
     from alisa_jax.models import CheckpointError, context, shapes, weights
 
@@ -93,11 +93,12 @@ def card(name: str) -> Card:
         return Card(name, None, shapes.SHAPES[shape].max_positions)
     folder, called = locate(name)
     try:
-        weights.refuse_pointer(folder / "config.json")
-        positions = context.context_of(json.loads((folder / "config.json").read_bytes()))
+        if not folder.is_file():
+            weights.refuse_pointer(folder / "config.json")
+        positions = context.context_of(configuration(folder))
         digest = hashlib.sha256()
         files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-        for path in [folder / "config.json", *files]:
+        for path in [folder] if folder.is_file() else [folder / "config.json", *files]:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             with open(path, "rb") as file:
                 digest.update(file.read(HASHED_BYTES_PER_FILE))
@@ -110,14 +111,27 @@ def card(name: str) -> Card:
     return Card(called, digest.hexdigest(), positions)
 
 
-def locate(name: str) -> tuple[Path, str]:
-    """The folder of `bundled`, a folder or a name of the hub, which is downloaded, and what to call the model."""
-    from alisa_jax.models import checkpoint, hub
+def configuration(where: Path) -> dict:
+    """What the config.json of a folder says, or what a .gguf file has in its place.
 
-    if name == "bundled":
-        return Path(checkpoint.BUNDLED), name
+    Raises OSError or ValueError for a config.json that cannot be read, UserError for such a file.
+    """
+    if not where.is_file():
+        return json.loads((where / "config.json").read_bytes())
+    from alisa_jax.models import gguf_config
+
     try:
-        return hub.locate(name)
+        return gguf_config.read(where)
+    except ValueError as error:
+        raise UserError(f"--model: {error}") from None
+
+
+def locate(name: str) -> tuple[Path, str]:
+    """The folder or the .gguf file of a model, which is downloaded where it is of the hub, and what to call the model."""
+    from alisa_jax.models import checkpoint
+
+    try:
+        return checkpoint.locate(name)
     except ValueError as error:
         raise UserError(f"--model: {error}") from None
 

@@ -3,7 +3,6 @@
 All of it follows from the configuration of a model; no weights are read. Every function raises UserError with one sentence.
 """
 
-import json
 import math
 from dataclasses import dataclass
 
@@ -85,7 +84,7 @@ def dtype(model: str, asked: str | None) -> str:
         return asked
     if model == "bundled" or model.startswith("random:"):
         return "float32"
-    raw = json.loads((inputs.locate(model)[0] / "config.json").read_text())
+    raw = inputs.configuration(inputs.locate(model)[0])
     stated = raw.get("dtype") or raw.get("torch_dtype")
     if stated not in shapes.ELEMENT_BYTES:
         known = ", ".join(shapes.ELEMENT_BYTES)
@@ -94,8 +93,11 @@ def dtype(model: str, asked: str | None) -> str:
 
 
 def has_tokenizer(model: str) -> bool:
-    """Whether the model comes with one."""
-    return not model.startswith("random:") and (inputs.locate(model)[0] / "tokenizer.json").is_file()
+    """Whether the model comes with one; a .gguf file does."""
+    if model.startswith("random:"):
+        return False
+    where, _ = inputs.locate(model)
+    return where.is_file() or (where / "tokenizer.json").is_file()
 
 
 def dense_kv_bytes(config: ModelConfig, dtype: str, batch: int, tokens: int) -> float:
