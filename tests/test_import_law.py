@@ -13,8 +13,8 @@ A module imports from strictly lower layers or from its own package. Further:
 
 * alisa_jax imports, besides itself, the standard library and its dependencies: no configs, no eval;
 * pallas_kernels imports itself, jax, NumPy, the standard library; Triton and Mosaic in its backend.py only;
-* torch, huggingface_hub, jinja2 and lm_eval, which are extras, are imported in the modules that `OPTIONAL` names, and
-  inside functions, but for lm_eval, whose classes `alisa_jax.lm_eval` inherits;
+* torch, huggingface_hub, jinja2, gguf and lm_eval, which are extras, are imported in the modules that `OPTIONAL` names,
+  and inside functions, but for lm_eval, whose classes `alisa_jax.lm_eval` inherits;
 * nothing mutable lives at the level of a module or a class: a list, dict or set there is a tuple, a frozenset
   or a ``MappingProxyType({...})`` (tables inside it may be plain dicts), arrays are made in functions, no
   function says ``global``; ``__all__`` is free;
@@ -51,6 +51,7 @@ OPTIONAL = {
     "torch": ("alisa_jax/models/bin.py", "pallas_kernels/peers.py"),
     "huggingface_hub": ("alisa_jax/models/hub.py",),
     "jinja2": ("alisa_jax/models/chat.py",),
+    "gguf": ("alisa_jax/models/gguf.py",),
     "lm_eval": ("alisa_jax/lm_eval/__init__.py",),
 }
 MEMORY = {"memory_kind", "with_memory_kind", "TransferToMemoryKind"}
