@@ -145,7 +145,12 @@ class GgufFile:
         for start in range(0, len(blocks), step):
             row = blocks[start : start + step].reshape(1, -1)
             place = out[start * block : (start + step) * block]
-            place[:] = self._quants.dequantize(row, kind)[0]
+            with np.errstate(all="ignore"):
+                place[:] = self._quants.dequantize(row, kind)[0]
+            if not np.isfinite(place).all():
+                raise CheckpointError(
+                    f"{self.path} is damaged: the tensor {stored} has blocks that are no numbers."
+                )
         return out.reshape(info.shape)
 
     def _name(self, stored: str) -> str:

@@ -81,6 +81,7 @@ def to_hf(file: GgufFile) -> dict[str, Any]:
     held = set(file.keys())
     if "model.embed_tokens.weight" not in held:
         raise CheckpointError(f"{file} has no tensor token_embd.weight.")
+    _check_sizes(file, given.get("block_count"))
     table, kind = file.describe("model.embed_tokens.weight")
     raw["vocab_size"], raw["torch_dtype"] = table[0], _TYPES.get(kind, "float32")
     raw["tie_word_embeddings"] = "lm_head.weight" not in held
@@ -101,6 +102,20 @@ def to_hf(file: GgufFile) -> dict[str, Any]:
             )
     raw["rope_scaling"] = _rope_scaling(file, given, head_dim, raw["rope_theta"])
     return raw
+
+
+def _check_sizes(file: GgufFile, layers: Any) -> None:
+    """Raise CheckpointError where the tensors are not of `layers` layers and of every token."""
+    names = (name.split(".") for name in file.keys())
+    held = 1 + max((int(name[2]) for name in names if name[1] == "layers"), default=-1)
+    if layers is not None and layers != held:
+        raise CheckpointError(
+            f"{file} has block_count = {layers}, and the tensors of {held} layers."
+        )
+    rows = file.describe("model.embed_tokens.weight")[0][0]
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) > rows:
+        raise CheckpointError(f"{file} has {len(tokens)} tokens, and a table of {rows}.")
 
 
 def _head_dim(raw: dict[str, Any]) -> int | None:
