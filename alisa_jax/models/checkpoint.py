@@ -129,6 +129,8 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
     if name.startswith("random:"):
         return _random(name, np.dtype("float32") if wanted is None else wanted, seed)
     folder, called = locate(name)
+    if name == smollm2.NAME:
+        smollm2.check(folder)
     if folder.suffix == gguf.SUFFIX and folder.is_file():
         return _from_gguf(folder, called, wanted)
     if not folder.is_dir():

@@ -26,17 +26,21 @@ def path() -> Path:
 
 
 def find() -> Path:
-    """The file. Raises CheckpointError where it is not there, or is another."""
+    """The file. Raises CheckpointError where it is not there."""
     file = path()
     if not file.is_file():
         raise CheckpointError(f"{NAME!r} is not on this machine; `make real-model` fetches it.")
+    return file
+
+
+def check(file: Path) -> None:
+    """Raise CheckpointError for another file than the one that is known here."""
     found = sha256(file)
     if found != SHA256:
         raise CheckpointError(
             f"{file} is not the {NAME!r} that is known here: its SHA-256 is {found} and not "
             f"{SHA256}; remove it, and `make real-model` fetches it anew."
         )
-    return file
 
 
 def sha256(file: Path) -> str:
