@@ -213,12 +213,12 @@ def save(
         if tokenizer is not None:
             with _whole(folder / "tokenizer.json") as partial:
                 partial.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-        generation = {"bos_token_id": bos_id, "eos_token_id": list(eos_ids) or None}
-        for file, content in (
-            (folder / "generation_config.json", generation),
-            (folder / CONFIG, raw),
-        ):
-            with _whole(file) as partial:
+        special = {"bos_token_id": bos_id, "eos_token_id": list(eos_ids) or None}
+        files = {"generation_config.json": special, CONFIG: raw}
+        if tokenizer is not None:
+            files = {text_side.TOKENIZER_CONFIG: dict(text_side.AS_IT_STANDS)} | files
+        for file, content in files.items():
+            with _whole(folder / file) as partial:
                 partial.write_text(
                     json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8"
                 )

@@ -40,6 +40,8 @@ TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 VOCAB, MERGES = "vocab.json", "merges.txt"
 SPECIAL_MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
 SENTENCEPIECE, TEMPLATE = "tokenizer.model", "chat_template.jinja"
+# transformers then takes tokenizer.json as it stands, too
+AS_IT_STANDS = MappingProxyType({"tokenizer_class": "PreTrainedTokenizerFast"})
 FILES = (TOKENIZER, TOKENIZER_CONFIG, VOCAB, MERGES, SENTENCEPIECE, SPECIAL_MAP, ADDED, TEMPLATE)
 
 END = "<|endoftext|>"
@@ -66,16 +68,9 @@ DEFAULTS = MappingProxyType(  # special tokens of a class where the folder names
         "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     }
 )
-QWEN2_PIECES = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
+QWEN2_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -167,23 +162,33 @@ def read(folder: Path, config: Mapping[str, Any] | None = None) -> TextSide | No
     CheckpointError, in one sentence, for a damaged file and for a tokenizer that transformers has
     to convert first.
     """
-    said = _json(folder / TOKENIZER_CONFIG)
-    whole, parts = folder / TOKENIZER, (folder / VOCAB).exists() or (folder / MERGES).exists()
-    if not whole.exists() and not parts:
+    if not any((folder / name).exists() for name in (TOKENIZER, VOCAB, MERGES)):
         if (folder / SENTENCEPIECE).exists():
             raise CheckpointError(_convert(folder, SENTENCEPIECE))
         return None
+    said = _json(folder / TOKENIZER_CONFIG)
     if config is None:
         config = _json(folder / "config.json")
-    kind = _class(said, config)
-    if whole.exists():
-        tokenizer = _from_file(tokenizers.Tokenizer.from_file, whole)
+    try:
+        return _read(folder, said, _class(said, config))
+    except CheckpointError:
+        raise
+    except Exception as error:  # fields of a wrong type, and the bare Exception of the library
+        raise CheckpointError(
+            f"the tokenizer files of {folder} cannot be used: {type(error).__name__}, {error}."
+        ) from error
+
+
+def _read(folder: Path, said: Mapping[str, Any], kind: str) -> TextSide:
+    whole = (folder / TOKENIZER).exists()
+    if whole:
+        tokenizer = _from_file(tokenizers.Tokenizer.from_file, folder / TOKENIZER)
     else:
         tokenizer = _byte_level(folder, kind, said)
     bos, eos = _add_special_tokens(tokenizer, folder, kind, said)
-    if kind == "GPTNeoXTokenizer" and whole.exists():
+    if kind == "GPTNeoXTokenizer" and whole:
         tokenizer.post_processor = None  # the class adds nothing, whatever the file says
-    elif not whole.exists():
+    elif not whole:
         ends = [
             (str(token), tokenizer.token_to_id(str(token))) if token and said.get(flag) else None
             for token, flag in ((bos, "add_bos_token"), (eos, "add_eos_token"))
@@ -196,8 +201,8 @@ def read(folder: Path, config: Mapping[str, Any] | None = None) -> TextSide | No
 
 def _class(said: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """The tokenizer's class as transformers chooses it, or "" for none in particular."""
-    usual = CLASS_OF.get(config.get("model_type"), "")
-    if config.get("model_type") == "qwen2" and usual:
+    usual = CLASS_OF.get(str(config.get("model_type")), "")
+    if config.get("model_type") == "qwen2":
         return usual  # whatever the folder says
     name = said.get("tokenizer_class") or config.get("tokenizer_class") or usual
     return str(name).removesuffix("Fast")
@@ -313,7 +318,7 @@ def _chat_template(folder: Path, said: Mapping[str, Any]) -> str | None:
         return _from_file(lambda name: Path(name).read_text(encoding="utf-8"), path)
     given = said.get("chat_template")
     if isinstance(given, list):
-        given = {each["name"]: each["template"] for each in given if isinstance(each, dict)}
+        given = {each.get("name"): each.get("template") for each in given}
     if isinstance(given, dict):
         given = given.get("default")
     return given if isinstance(given, str) else None

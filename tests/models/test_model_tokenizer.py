@@ -1,5 +1,6 @@
 """Text to ids and back for every kind of tokenizer, against transformers reading the same folder."""
 
+import dataclasses
 import itertools
 import shutil
 
@@ -146,6 +147,10 @@ def test_save_writes_a_tokenizer_that_puts_its_bos_before_a_text(tmp_path, rando
         model = load(tmp_path)
         assert given.to_str() == before  # that of the caller is as it was
         assert model.bos_id == wanted == model.encode("a")[0] and model.encode("a").count(wanted) == 1
+    sizes = dict(arch="gpt_neox", n_kv_heads=2, head_dim=11, rotary_frac=0.4, act="gelu", mlp_bias=True)
+    neox = dataclasses.replace(CONFIG, **sizes, attention_bias=True, parallel_residual=True)  # whose class adds nothing
+    save(neox, random_params(neox), tmp_path / "neox", "float32", given, bos_id=1)
+    assert load(tmp_path / "neox").bos_id == 1
     with pytest.raises(CheckpointError, match="bos_id=9999 is no token of the tokenizer"):
         save(CONFIG, params, tmp_path, "float32", given, bos_id=9999)
 
@@ -300,6 +305,10 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path):
         refused(damaged, message)
     (damaged / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     refused(damaged, "tokenizer.json is a pointer of git-lfs and not the file itself")
+    wrong = kind.write(tmp_path / "wrong")
+    for config in ({"added_tokens_decoder": {"x": {}}}, {"chat_template": [1]}, {"extra_special_tokens": 5}):
+        write_json(wrong / "tokenizer_config.json", config)
+        refused(wrong, "the tokenizer files of .*wrong cannot be used: ")
     two = kinds.kind("gpt2", "none")
     two.tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} {START} $A", special_tokens=[(BOS, 1), (START, 3)]
