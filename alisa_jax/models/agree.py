@@ -41,11 +41,7 @@ def agree(
     Raises CheckpointError for a tensor that is missing, of a wrong shape or type, or that no
     parameter is read from.
     """
-    if config.n_layers > len(where):  # before shapes are worked out, layer by layer
-        raise CheckpointError(
-            f"{source} holds {len(where)} tensors, and its configuration has {config.n_layers} "
-            "layers."
-        )
+    _refuse_absurd(config, where, source)
     said: list[str] = []
     biased = _with_biases(config, where)
     if biased != config:
@@ -74,6 +70,21 @@ def agree(
     for text in said:
         warnings.warn(f"{source} {text}.", CheckpointWarning, stacklevel=2)
     return biased, found
+
+
+def _refuse_absurd(config: ModelConfig, where: Where, source: str | Path) -> None:
+    """Refuse what would take long, or much memory, before a shape could be compared."""
+    if config.n_layers > len(where):
+        raise CheckpointError(
+            f"{source} holds {len(where)} tensors, and its configuration has {config.n_layers} "
+            "layers."
+        )
+    widest = max(max(file.describe(name)[0], default=1) for name, file in where.items())
+    if config.head_dim > widest:
+        raise CheckpointError(
+            f"{source} holds no tensor of more than {widest} rows or columns, and its "
+            f"configuration has heads of {config.head_dim} channels."
+        )
 
 
 def _stored(name: str, where: Where) -> str | None:

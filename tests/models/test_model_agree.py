@@ -101,10 +101,23 @@ def test_a_configuration_with_fewer_layers_than_the_file_is_refused(folder, rand
     assert one_sentence(error)
 
 
-def test_a_configuration_with_absurdly_many_layers_is_refused_at_once(folder, random_params):
-    written(LLAMA, folder, random_params(LLAMA), num_hidden_layers=2**30)
-    with pytest.raises(CheckpointError, match="holds 21 tensors, and its configuration has 1073741824 layers"):
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_hidden_layers": 2**30}, "holds 21 tensors, and its configuration has 1073741824 layers"),
+        (
+            {"head_dim": 2**30},
+            "of more than 29 rows or columns, and its configuration has heads of 1073741824 channels",
+        ),
+        ({"vocab_size": 2**31 - 1}, r"has shape \(29, 24\), and the configuration needs \(2147483647, 24\)"),
+        ({"vocab_size": 2**31}, "vocab_size is 2147483648; it must be a whole number of at least 1, below 2"),
+    ],
+)
+def test_an_absurd_size_is_refused_before_anything_is_made_of_it(folder, random_params, changes, message):
+    written(LLAMA, folder, random_params(LLAMA), **changes)
+    with pytest.raises(CheckpointError, match=message) as error:
         load(folder)
+    assert one_sentence(error)
 
 
 @pytest.mark.parametrize(

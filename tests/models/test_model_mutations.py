@@ -196,12 +196,13 @@ def for_oracle(raw, tensors):
             raw["enable_bias"] = True
     qkv = all_have(*(f"self_attn.{name}_proj" for name in "qkv"))
     mlp = all_have(*(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
-    if family in ("llama", "mistral", "qwen2") and (mlp or (qkv and family != "qwen2")):
+    out = all_have("self_attn.o_proj")
+    if family in ("llama", "mistral", "qwen2") and (mlp or (qkv and (out or family != "qwen2"))):
         raw |= {"model_type": "llama", "attention_bias": qkv, "mlp_bias": mlp}
     if family == "qwen3":
         hypothesis.assume(not mlp)  # no folder of transformers has both
         raw["attention_bias"] = qkv
-    if raw.get("attention_bias") and family != "gpt_neox" and not all_have("self_attn.o_proj"):
+    if raw.get("attention_bias") and family != "gpt_neox" and not out:
         for name in [name for name in tensors if name.endswith("o_proj.weight")]:
             tensors.setdefault(name.replace("weight", "bias"), torch.zeros(24))
     return raw, tensors
