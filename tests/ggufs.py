@@ -53,7 +53,7 @@ def random_blocks(rng, shape, kind):
     block, size = gguf.GGML_QUANT_SIZES[KINDS[kind]]
     blocks = rng.integers(0, 256, (np.prod(shape) // block, size), dtype=np.uint8)
     for at in HALVES[kind]:
-        blocks[:, at : at + 2] = rng.uniform(-0.01, 0.01, (len(blocks), 1)).astype(np.float16).view(np.uint8)
+        blocks[:, at : at + 2] = rng.uniform(-2e-4, 2e-4, (len(blocks), 1)).astype(np.float16).view(np.uint8)
     return blocks.reshape(*shape[:-1], -1)
 
 

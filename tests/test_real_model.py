@@ -6,6 +6,7 @@ float32) were read once: `AutoModelForCausalLM.from_pretrained(folder, gguf_file
 
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +19,14 @@ WINDOWS, CONTEXT, STRIDE = 8, 512, 511
 TRANSFORMERS = 19.5119
 OF_WINDOWS = [15.659, 16.875, 19.922, 22.465, 16.409, 19.414, 26.123, 21.346]
 FIRST_IDS = [3717, 446, 12928, 21777, 310, 2078, 21777, 446, 3717, 3717]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def optimised_programs():
+    """Compiled as for a user: these programs run long enough to need it."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +84,8 @@ def test_decoding_gives_what_one_pass_gives(model, windows, reference):
 
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_int8_is_within_half_a_percent(axis, model, windows, reference):
-    found = scored(model, windows[:2], f"int8(axis={axis})", "prefill_mask")
-    assert perplexity(found) == pytest.approx(perplexity(reference[:2]), rel=0.005)
+    found = scored(model, windows[:1], f"int8(axis={axis})", "prefill_mask")
+    assert perplexity(found) == pytest.approx(perplexity(reference[:1]), rel=0.005)
 
 
 @pytest.mark.full(sample=0)
