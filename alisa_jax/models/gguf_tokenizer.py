@@ -22,7 +22,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from alisa_jax.models.hf import CheckpointError
 from alisa_jax.models.tokenizer import TextSide
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # types of tokens
+_NORMAL, _UNKNOWN = 1, 2  # types of tokens
+_CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "\u2581"
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # of text, of a turn, of a message
 
@@ -241,16 +242,14 @@ def _add_ends(
     tokenizer: tokenizers.Tokenizer, values: _Values, bos: int | None, eos: int | None
 ) -> None:
     """Have BOS before and EOS behind what is encoded with special tokens; None: neither."""
-    ends = {"bos": bos, "eos": eos}
-    special = [(values.token(index), index) for index in ends.values() if index is not None]
-    before, behind = (
-        [] if ends[end] is None else [values.token(ends[end])] for end in ("bos", "eos")
-    )
+    special = {values.token(index): index for index in (bos, eos) if index is not None}
+    before = [] if bos is None else [values.token(bos)]
+    behind = [] if eos is None else [values.token(eos)]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *behind],
         pair=[*before, "$A", *behind, *(f"{token}:1" for token in before), "$B:1"]
         + [f"{token}:1" for token in behind],
-        special_tokens=list(dict(special).items()),
+        special_tokens=list(special.items()),
     )
 
 

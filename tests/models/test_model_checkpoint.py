@@ -360,7 +360,7 @@ def test_an_unknown_name_lists_what_is_known(name, message):
 
 
 def test_a_file_is_not_a_folder(whole):
-    with pytest.raises(CheckpointError, match="is a file, not a folder"):
+    with pytest.raises(CheckpointError, match="is a file, and no .gguf; give a local Hugging Face folder"):
         load(whole / "config.json")
 
 
