@@ -16,12 +16,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from alisa_jax.ops import products
 
 LEVELS = 255.0  # steps between the least and the greatest code, -128 and 127
 TINY = 2.0**-100  # the smallest step: that of a group of zeros
 LARGE_TILE, SMALL_TILE = 2**20, 2**16  # elements
+ZERO = np.int32(0)  # a Python 0 is int64 where JAX_ENABLE_X64 is set, and indices are of one type
 SHARE = 32  # a tile has one in so many of all elements, within the bounds above
 
 
@@ -124,9 +126,9 @@ def _tile(rows, b, k, first, heads, tokens, values):
     """The tile of `rows` at sequence b, head k and token `first`: float32 [heads, tokens, H]."""
 
     def cut(x):
-        at = [start if n > 1 else 0 for n, start in zip(x.shape, (b, k, first))]
+        at = [start if n > 1 else ZERO for n, start in zip(x.shape, (b, k, first))]
         size = [min(n, wanted) for n, wanted in zip(x.shape, (1, heads, tokens))]
-        return jax.lax.dynamic_slice(x, (*at, 0), (*size, x.shape[3]))[0]
+        return jax.lax.dynamic_slice(x, (*at, ZERO), (*size, x.shape[3]))[0]
 
     return values(*map(cut, rows))
 
@@ -142,14 +144,19 @@ def _by_tiles(rows, whole_tokens, share, H: int, made: jax.Array, body: Callable
     def of_sequence(b, made):
         def of_heads(k, made):
             def tile(t, made):
-                first = jnp.minimum(t * tokens, M - tokens) if across > 1 else 0
+                first = jnp.minimum(t * tokens, M - tokens) if across > 1 else ZERO
                 return body(made, (b, k * heads), t, first, heads, tokens)
 
-            return jax.lax.fori_loop(0, across, tile, made)
+            return _loop(across, tile, made)
 
-        return jax.lax.fori_loop(0, K // heads, of_heads, made)
+        return _loop(K // heads, of_heads, made)
 
-    return jax.lax.fori_loop(0, B, of_sequence, made)
+    return _loop(B, of_sequence, made)
+
+
+def _loop(count: int, body: Callable, made: jax.Array) -> jax.Array:
+    """`made = body(i, made)` for i from 0 to `count` - 1, int32 under any setting of JAX."""
+    return jax.lax.fori_loop(0, count, lambda i, made: body(i.astype(jnp.int32), made), made)
 
 
 def _logits_by_tiles(q, rows, values, whole_tokens, share):
@@ -158,9 +165,9 @@ def _logits_by_tiles(q, rows, values, whole_tokens, share):
 
     def body(z, at, t, first, heads, tokens):
         tile = _tile(rows, *at, first, heads, tokens, values)
-        queries = jax.lax.dynamic_slice(q, (*at, 0, 0), (1, heads, G, H))[0]
+        queries = jax.lax.dynamic_slice(q, (*at, ZERO, ZERO), (1, heads, G, H))[0]
         part = products.logits(queries, tile)
-        return jax.lax.dynamic_update_slice(z, part[None], (*at, 0, first))
+        return jax.lax.dynamic_update_slice(z, part[None], (*at, ZERO, first))
 
     return _by_tiles(rows, whole_tokens, share, H, jnp.zeros((B, K, G, M), jnp.float32), body)
 
@@ -170,13 +177,13 @@ def _mix_by_tiles(p, rows, H, values, whole_tokens, share):
 
     def body(o, at, t, first, heads, tokens):
         tile = _tile(rows, *at, first, heads, tokens, values)
-        weights = jax.lax.dynamic_slice(p, (*at, 0, first), (1, heads, G, tokens))[0]
+        weights = jax.lax.dynamic_slice(p, (*at, ZERO, first), (1, heads, G, tokens))[0]
         if M % tokens:  # the last tile overlaps the one before it: each token counts once
             seen = first + jax.lax.broadcasted_iota(jnp.int32, weights.shape, 2)
             weights = jnp.where(seen >= t * tokens, weights, jnp.float32(0.0))
         part = jnp.einsum("rgt,rth->rgh", weights, tile, preferred_element_type=jnp.float32)
         if M > tokens:
-            part = part + jax.lax.dynamic_slice(o, (*at, 0, 0), (1, heads, G, H))[0]
-        return jax.lax.dynamic_update_slice(o, part[None], (*at, 0, 0))
+            part = part + jax.lax.dynamic_slice(o, (*at, ZERO, ZERO), (1, heads, G, H))[0]
+        return jax.lax.dynamic_update_slice(o, part[None], (*at, ZERO, ZERO))
 
     return _by_tiles(rows, whole_tokens, share, H, jnp.zeros((B, K, G, H), jnp.float32), body)

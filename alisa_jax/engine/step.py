@@ -155,7 +155,7 @@ def generate_chunk(
     `sampling.Draw` or `Forced`, or None for greedy steps.
     """
     B = token.shape[0]
-    empty = jnp.zeros((B, CHUNK_STEPS))
+    empty = jnp.zeros((B, CHUNK_STEPS), jnp.float32)
     out = Chunk(
         jnp.zeros((B, CHUNK_STEPS), jnp.int32), empty, empty, token, done, jnp.zeros((), jnp.int32)
     )
@@ -165,9 +165,9 @@ def generate_chunk(
         logits, kv, _ = decode(decoder, params, kv, out.token)
         token, margin, logprob = sampling.next_token(logits, draw, out.steps)
         return Chunk(
-            jax.lax.dynamic_update_slice(out.tokens, token[:, None], (0, out.steps)),
-            jax.lax.dynamic_update_slice(out.margins, margin[:, None], (0, out.steps)),
-            jax.lax.dynamic_update_slice(out.logprobs, logprob[:, None], (0, out.steps)),
+            _column(out.tokens, token, out.steps),
+            _column(out.margins, margin, out.steps),
+            _column(out.logprobs, logprob, out.steps),
             token,
             out.done | is_stop(token, eos),
             out.steps + 1,
@@ -178,6 +178,11 @@ def generate_chunk(
         return (out.steps < n) & ~jnp.all(out.done) & ((out.steps == 0) | ~waits(kv))
 
     return jax.lax.while_loop(goes_on, body, (out, kv))
+
+
+def _column(x: jax.Array, new: jax.Array, at) -> jax.Array:
+    """x [B, n] with `new` [B] in column `at` [] int32."""
+    return jax.lax.dynamic_update_slice_in_dim(x, new[:, None], at, axis=1)
 
 
 class Scored(NamedTuple):
@@ -200,7 +205,11 @@ def score_chunk(
     L = len(kv)
     none = jnp.zeros((L,), jnp.int32)
     zero = Scored(
-        jnp.zeros(tokens.shape), jnp.zeros(tokens.shape, jnp.bool_), jnp.zeros((L,)), none, none
+        jnp.zeros(tokens.shape, jnp.float32),
+        jnp.zeros(tokens.shape, jnp.bool_),
+        jnp.zeros((L,), jnp.float32),
+        none,
+        none,
     )
 
     def body(i, carry):
@@ -216,8 +225,8 @@ def score_chunk(
         loads = jnp.stack([t.loads for t in taps])
         clipped = jnp.stack([t.clipped for t in taps])
         return Scored(
-            jax.lax.dynamic_update_slice(out.logprobs, logprob[:, None], (0, i)),
-            jax.lax.dynamic_update_slice(out.correct, correct[:, None], (0, i)),
+            _column(out.logprobs, logprob, i),
+            _column(out.correct, correct, i),
             out.attended + jnp.sum(jnp.where(counts[None], share, jnp.float32(0.0)), axis=1),
             out.loads + jnp.sum(jnp.where(counts[None], loads, 0), axis=1, dtype=jnp.int32),
             out.clipped + jnp.sum(jnp.where(counts[None], clipped, 0), axis=1, dtype=jnp.int32),
@@ -229,7 +238,8 @@ def score_chunk(
 def judge(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
     """logits [..., V], target [...] -> nats of the target, and whether it is the greedy token."""
     chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return chosen - jax.nn.logsumexp(logits, axis=-1), best == target
 
 
 def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):

@@ -51,7 +51,7 @@ def at_least_one(count: np.ndarray) -> np.ndarray:
 
 
 def lookup(table: np.ndarray, length):
-    """table[length] for a traced `length`; lengths beyond the table read its last entry.
+    """table[length], int32, for a traced `length`; lengths beyond the table read its last entry.
 
     Repetitions of the last entry are cut off, so a constant budget is a short table at any context.
     """
@@ -59,4 +59,4 @@ def lookup(table: np.ndarray, length):
 
     table = np.asarray(table)
     table = table[: int(np.flatnonzero(table != table[-1]).max(initial=-1)) + 2]
-    return jnp.asarray(table)[jnp.minimum(length, len(table) - 1)]
+    return jnp.asarray(table, jnp.int32)[jnp.minimum(length, len(table) - 1)]

@@ -177,12 +177,13 @@ def _changes(
     is_out = best_out > -jnp.inf
     add = _all_before(is_out & ((nth < fills) | (listed & take(is_in, rival) & better)))
     unlisted = _all_before(add | ~listed) & is_out & ~listed
-    full = add & absent & (jnp.cumsum(add & absent, axis=-1) > most)
-    add = add & (jnp.cumsum(full, axis=-1) == 0)
+    full = add & absent & (jnp.cumsum(add & absent, axis=-1, dtype=jnp.int32) > most)
+    add = add & (jnp.cumsum(full, axis=-1, dtype=jnp.int32) == 0)
     more = jnp.any(full) | jnp.any(unlisted) | jnp.any(over > drops) | jnp.any(add[..., -1])
-    return add, is_in & (nth < drops + jnp.sum(add & (nth >= fills), axis=-1, keepdims=True)), more
+    fresh = jnp.sum(add & (nth >= fills), axis=-1, keepdims=True, dtype=jnp.int32)
+    return add, is_in & (nth < drops + fresh), more
 
 
 def _all_before(x: jax.Array) -> jax.Array:
     """[B, P, E] bool: `x` is true here and at all earlier places."""
-    return jnp.cumsum(~x, axis=-1) == 0
+    return jnp.cumsum(~x, axis=-1, dtype=jnp.int32) == 0

@@ -79,7 +79,7 @@ def push(sums: WindowSum, row: jax.Array, length: jax.Array, widths: np.ndarray)
     """
     R, S = sums.ring.shape[0], sums.hi.shape[-1]
     row = on_grid(row, sums.heads, R)
-    ring = jax.lax.dynamic_update_slice(sums.ring, row[None], (jnp.mod(sums.step, R), 0, 0, 0))
+    ring = jax.lax.dynamic_update_slice_in_dim(sums.ring, row[None], jnp.mod(sums.step, R), axis=0)
     ages, signs = correction(widths)
     age = jnp.asarray(ages)[jnp.minimum(length, S - 1)]
     sign = jnp.asarray(signs)[jnp.minimum(length, S - 1)]

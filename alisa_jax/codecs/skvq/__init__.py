@@ -173,7 +173,7 @@ class SlidingCodec(Codec):
     def empty(self, shape, layout, side):
         B, H = shape[0], shape[3]
         K = shape[1] if layout == "slots" else shape[2]
-        like = jax.eval_shape(lambda: self._encoded(jnp.zeros(shape), layout, side))
+        like = jax.eval_shape(lambda: self._encoded(jnp.zeros(shape, jnp.float32), layout, side))
         none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
         recent = Recent.empty(self.reach, B, K, H, jnp.dtype(self.raw.dtype), layout)
         return Held(none, recent, side)
