@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alisa_jax.calibration import Calibration
-from alisa_jax.engine import generate, prompts, shared, step, stops
+from alisa_jax.engine import finite, generate, prompts, shared, step, stops
 from alisa_jax.engine.batch import Batch
 from alisa_jax.engine.generate import Generated
 from alisa_jax.engine.layers import assemble
@@ -157,6 +157,12 @@ class Engine:
                 f"calibration_tokens={length.min()} or fewer, or axis=token"
             )
 
+    def validate_prompts(self, length: np.ndarray, new_tokens: int) -> None:
+        """Raise ValueError unless prompts of `length` [B] tokens can go on for `new_tokens`."""
+        fed = self.policy.feeds(length)
+        self.validate(int(fed.max()) + new_tokens, int(length.max()))
+        self.check_calibration(fed)
+
     def init(self, B: int, context_tokens: int, room: int | None = None):
         """Empty states for B sequences of up to `context_tokens` tokens; room: see `step.init`."""
         return step.init(self.model.decoder, self.layers, B, bucket(context_tokens), room)
@@ -197,9 +203,7 @@ class Engine:
         batch = self.batch(prompts)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-        longest = int(batch.length.max())
-        self.validate(int(self.policy.feeds(longest)) + max_new_tokens, longest)
-        self.check_calibration(self.policy.feeds(batch.length))
+        self.validate_prompts(batch.length, max_new_tokens)
         stop = stops.check_stops(stop)
         if self.model.tokenizer is None and (stop or on_text is not None):
             raise ValueError(
@@ -280,8 +284,10 @@ class Engine:
         logprobs, correct, attended, loads, clipped = out
         c = self.model.decoder.config
         ends = list(zip(decoded - wanted, decoded, strict=True))
+        rows = [row[a:b] for row, (a, b) in zip(logprobs, ends, strict=True)]
+        finite.check(rows, self.model, finite.SCORED, batch.length - wanted)
         return Scores(
-            [row[a:b] for row, (a, b) in zip(logprobs, ends, strict=True)],
+            rows,
             [row[a:b] for row, (a, b) in zip(correct, ends, strict=True)],
             attended / max(1, counted),
             loads / max(1, counted),

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alisa_jax.engine import prompts, step, stops
+from alisa_jax.engine import finite, prompts, step, stops
 from alisa_jax.engine.batch import Batch
 from alisa_jax.engine.progress import progress_bar
 from alisa_jax.engine.sampling import Draw, Settings
@@ -98,7 +98,9 @@ def run(
     def took(*columns) -> np.ndarray:
         """Append a chunk's tokens, margins and log-probabilities [B, n]; returns [B] bool: done."""
         for i, sequence in enumerate(running):
+            made = len(sequence.tokens)
             sequence.take(*(c[i] for c in columns), max_new_tokens)
+            finite.check([sequence.logprobs[made:]], model, finite.NEW, [made], i)
             if on_text is not None and (piece := sequence.text.show()):
                 on_text(i, piece)
         return np.array([s.reason is not None for s in running])

@@ -14,7 +14,8 @@ Face's processors.
 Token number j of a sequence draws its noise from `fold_in(key of the sequence, j)`, one number per
 vocabulary entry: it depends neither on the neighbours in the batch nor on the size of the chunks
 and buckets that steps run in. All arithmetic is float32. A logit that is NaN counts as -inf and one
-of +inf as the largest finite number; where no logit is left, the token is 0.
+of +inf as the largest finite number; where no logit is left, the token is 0. The log-probability
+is then NaN, and so it is where any logit is: a run ends there (`finite.py`).
 """
 
 from __future__ import annotations
@@ -166,10 +167,11 @@ def next_token(
     draw: None is greedy. step: [] int32, steps since `draw` was made. margin: by how much the token
     won: its logit minus the best of the others (below 0 where it is forced and another is better),
     or, when drawn, of x / T + g over what is kept (inf where one is). log-probability: of the token
-    under the model's own distribution, in nats, whatever the sampling.
+    under the model's own distribution, in nats, whatever the sampling; NaN where a logit is NaN or
+    all are -inf.
     """
-    logits = clean(logits)
-    compared = logits
+    given = bounded(logits)
+    logits = compared = clean(given)
     if isinstance(draw, Draw):
         keys = jax.vmap(jax.random.fold_in, (0, None))(draw.keys, draw.made + step)
         compared = scores(logits, keys, draw.settings)
@@ -178,14 +180,19 @@ def next_token(
         margin = lead(logits, token)
     else:
         token, margin = pick(compared)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, margin, chosen - jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(given, token[:, None], axis=-1)[:, 0]
+    return token, margin, chosen - jax.nn.logsumexp(given, axis=-1)
+
+
+def bounded(logits: jax.Array) -> jax.Array:
+    """float32 logits without +inf."""
+    return jnp.minimum(logits.astype(jnp.float32), jnp.float32(LARGEST))
 
 
 def clean(logits: jax.Array) -> jax.Array:
     """float32 logits without NaN and +inf."""
-    logits = logits.astype(jnp.float32)
-    return jnp.where(jnp.isnan(logits), -jnp.inf, jnp.minimum(logits, jnp.float32(LARGEST)))
+    logits = bounded(logits)
+    return jnp.where(jnp.isnan(logits), -jnp.inf, logits)
 
 
 def pick(scores: jax.Array) -> tuple[jax.Array, jax.Array]:

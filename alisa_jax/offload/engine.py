@@ -142,9 +142,7 @@ class Placed:
         batch = self.engine.batch(prompts)
         if new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {new_tokens}")
-        longest, feeds = int(batch.length.max()), self.engine.policy.feeds
-        self.engine.validate(int(feeds(longest)) + new_tokens, longest)
-        self.engine.check_calibration(feeds(batch.length))
+        self.engine.validate_prompts(batch.length, new_tokens)
         reading = time.perf_counter()
         batch = condensed(self.engine, batch)
         reading = time.perf_counter() - reading
@@ -155,9 +153,9 @@ class Placed:
         with progress_bar(progress, new_tokens * setting.batch, str(self.controller)) as shown:
             for part in self.controller.groups(setting):
                 rows = slice(first, first + part.batch)
-                first = rows.stop
                 text = None if forced is None else forced[rows]
-                run = kind(self, part, meter, batch.tokens[rows], batch.length[rows], text)
+                run = kind(self, part, meter, batch.tokens[rows], batch.length[rows], text, first)
+                first = rows.stop
                 run.run(lambda tokens, batch=part.batch: shown.update(tokens * batch))
                 runs.append(run)
         columns = [

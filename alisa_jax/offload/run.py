@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alisa_jax.engine import step
+from alisa_jax.engine import finite, step
 from alisa_jax.engine.sampling import Forced
 from alisa_jax.kv.state import tree_bytes
 from alisa_jax.offload import settings
@@ -19,17 +19,28 @@ from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Rows, Setting, Span
 
 
 class PlacedRun:
-    """The prompt, the loop, stores and drops of a run; `placed` is the `offload.engine.Placed`."""
+    """The prompt, the loop, stores and drops of a run; `placed` is the `offload.engine.Placed`.
+
+    first: which sequence of the batch is the first of this run.
+    """
 
     layout_of_pages = ""
 
     def __init__(
-        self, placed, setting: Setting, meter: Meter, tokens: np.ndarray, length: np.ndarray, forced
+        self,
+        placed,
+        setting: Setting,
+        meter: Meter,
+        tokens: np.ndarray,
+        length: np.ndarray,
+        forced,
+        first: int = 0,
     ):
         self.placed = placed
         self.setting = setting
         self.meter = meter
         self.forced = forced
+        self.first = first
         self.programs = placed.programs
         self.controller, self.params = placed.controller, placed.engine.model.params
         self.tokens, self.length = tokens, length
@@ -238,6 +249,9 @@ class PlacedRun:
     def _take(self, chosen) -> None:
         """Take in (tokens, margins, log-probabilities), [B] or [B, n]."""
         arrays = [np.array(x) for x in chosen]  # copies: what is kept keeps no device array alive
+        rows = arrays[2].reshape(self.setting.batch, -1)
+        firsts = [self.made] * len(rows)
+        finite.check(rows, self.placed.engine.model, finite.NEW, firsts, self.first)
         for column, new in zip(self.columns, arrays, strict=True):
             column.append(new if new.ndim == 2 else new[:, None])
         self.token = jnp.asarray(arrays[0] if arrays[0].ndim == 1 else arrays[0][:, -1])

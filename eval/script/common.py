@@ -53,6 +53,20 @@ def shared_flags(model: str, text: str, out: str | None) -> flags.FlagValues:
     return values
 
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def dtype_flag(values: flags.FlagValues) -> None:
+    """`--dtype`, for the scripts that load a model."""
+    flags.DEFINE_enum(
+        "dtype",
+        "auto",
+        DTYPES,
+        "Type that the weights are held in and computed with; auto: float32 on a CPU, elsewhere that of the model's file.",
+        flag_values=values,
+    )
+
+
 def impl_flag(values: flags.FlagValues) -> None:
     """`--attention_impl`, for the scripts that run an engine or two."""
     flags.DEFINE_enum(
@@ -114,6 +128,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
     except HelpRequested as text:
         print(text)
     except UserError as error:
+        say(f"error: {error}")
+        return EXIT_MISTAKE
+    except FloatingPointError as error:  # what the model computed is no number: nothing is reported of it
         say(f"error: {error}")
         return EXIT_MISTAKE
     except KeyboardInterrupt:
