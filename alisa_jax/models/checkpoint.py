@@ -33,7 +33,7 @@ import safetensors.numpy
 import tokenizers
 
 from alisa_jax.calibration import Calibration
-from alisa_jax.models import gguf, gguf_config, gguf_tokenizer, hub, names, smollm2
+from alisa_jax.models import dtypes, gguf, gguf_config, gguf_tokenizer, hub, names, smollm2
 from alisa_jax.models import tokenizer as text_side
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder, Params
@@ -103,15 +103,15 @@ class Model:
         return self.text or text_side.TextSide(self.tokenizer, self.bos_id, None, None, None)
 
 
-def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> Model:
+def load(name_or_path: str | os.PathLike, dtype: Any = "auto", seed: int = 0) -> Model:
     """Load a model: a Hugging Face folder, a GGUF file, or a name; see the table above.
 
     Args:
       name_or_path: the folder, the file or the name. NAME is one of `SHAPES`.
-      dtype: "float32", "float16" or "bfloat16" (or the NumPy type). None keeps the type that
-        `config.json` states, or that of the token table where it states none; random weights are
-        then float32, and so are quantised ones and the bundled model, whose file is bfloat16 to be
-        small.
+      dtype: "float32", "float16" or "bfloat16" (or the NumPy type). "auto", or None, is float32
+        on a CPU, and elsewhere the type that `config.json` states, or that of the token table where
+        it states none; random weights are then float32, and so are quantised ones and the bundled
+        model, whose file is bfloat16 to be small.
       seed: of random weights; not used otherwise.
 
     Raises:
@@ -123,16 +123,17 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
     tensors say otherwise: see `agree.py`.
     """
     name = os.fspath(name_or_path)
-    wanted = None if dtype is None else dtype_named(dtype)
-    if wanted is None and name == "bundled":
-        wanted = np.dtype("float32")
+    if dtypes.is_auto(dtype) and (name == "bundled" or name.startswith("random:")):
+        dtype = "float32"
+    if not dtypes.is_auto(dtype):
+        dtype = dtype_named(dtype)  # what is wrong is said before anything is read
     if name.startswith("random:"):
-        return _random(name, np.dtype("float32") if wanted is None else wanted, seed)
+        return _random(name, dtype, seed)
     folder, called = locate(name)
     if name == smollm2.NAME:
         smollm2.check(folder)
     if folder.suffix == gguf.SUFFIX and folder.is_file():
-        return _from_gguf(folder, called, wanted)
+        return _from_gguf(folder, called, dtype)
     if not folder.is_dir():
         if name == "bundled":
             raise CheckpointError("the bundled model is not part of this installation.")
@@ -147,8 +148,7 @@ def load(name_or_path: str | os.PathLike, dtype: Any = None, seed: int = 0) -> M
     except CheckpointError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from error
     stated = raw.get("dtype") or raw.get("torch_dtype")
-    if wanted is None and stated is not None:
-        wanted = dtype_named(stated, where=str(folder / CONFIG))
+    wanted = dtypes.resolve(dtype, stated, where=str(folder / CONFIG))
     generation = folder / "generation_config.json"
     ids = raw | (read_json(generation) if generation.exists() else {})
     text = text_side.read(folder, raw)  # cheap: before the weights
@@ -236,7 +236,7 @@ def locate(name: str) -> tuple[Path, str]:
     return path, called.removesuffix(gguf.SUFFIX)
 
 
-def _from_gguf(path: Path, called: str, dtype: np.dtype | None) -> Model:
+def _from_gguf(path: Path, called: str, dtype: Any) -> Model:
     file = gguf.GgufFile(path)
     raw = gguf_config.to_hf(file)
     try:
@@ -244,7 +244,8 @@ def _from_gguf(path: Path, called: str, dtype: np.dtype | None) -> Model:
         side, eos_ids = gguf_tokenizer.text_side(file.metadata)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    decoder, params = read_params(dict.fromkeys(file.keys(), file), config, dtype, path)
+    wanted = dtypes.resolve(dtype, raw["torch_dtype"])
+    decoder, params = read_params(dict.fromkeys(file.keys(), file), config, wanted, path)
     return Model(
         decoder=decoder,
         params=params,

@@ -74,10 +74,10 @@ def one_sentence(error):
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_bits_of_a_bin_are_those_of_safetensors(params, tmp_path, dtype, zipped):
     save(CONFIG, params, tmp_path, dtype)
-    want = load(tmp_path).params
+    want = load(tmp_path, dtype).params
     assert {leaf.dtype for leaf in jax.tree.leaves(want)} == {np.dtype(jax.numpy.dtype(dtype))}
     to_bin(tmp_path, _use_new_zipfile_serialization=zipped)
-    assert equal(load(tmp_path).params, want)
+    assert equal(load(tmp_path, dtype).params, want)
 
 
 def test_every_bit_pattern_of_bfloat16_survives(folder):

@@ -124,7 +124,7 @@ def one_sentence(error):
 def test_load_returns_what_save_wrote(config, dtype, tmp_path, random_params):
     params = in_dtype(random_params(config, 7), dtype)
     save(config, params, tmp_path, dtype)
-    model = load(tmp_path)
+    model = load(tmp_path, dtype)
     assert model.decoder == Decoder(config) and equal(model.params, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(dtype)}
     assert (model.tokenizer, model.bos_id, model.eos_ids) == (None, None, ())
@@ -136,7 +136,7 @@ def test_stored_bfloat16_bits_survive(folder):
     stored = bits.view(ml_dtypes.bfloat16)
     edit_tensors(folder, lambda tensors: tensors.update({DOWN: stored}))
     edit_json(folder / "config.json", torch_dtype="bfloat16")
-    read = np.asarray(load(folder).params["blocks"][1]["down"]["weight"])
+    read = np.asarray(load(folder, "bfloat16").params["blocks"][1]["down"]["weight"])
     np.testing.assert_array_equal(read.view(np.uint16), bits)
 
 
@@ -146,7 +146,22 @@ def test_dtype_argument_wins_over_the_file(whole, llama_params):
         assert equal(model.params, in_dtype(llama_params, "bfloat16"))
 
 
-def test_without_a_stated_type_the_token_table_decides(folder):
+def held(model):
+    (found,) = {leaf.dtype.name for leaf in jax.tree.leaves(model.params)}
+    return found
+
+
+@pytest.mark.parametrize("stated", ["bfloat16", "float16", "float32"])
+def test_auto_is_float32_on_a_cpu_and_the_files_type_elsewhere(folder, monkeypatch, stated):
+    edit_json(folder / "config.json", torch_dtype=stated)
+    assert held(load(folder)) == held(load(folder, "auto")) == held(load(folder, None)) == "float32"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert held(load(folder)) == held(load(folder, "auto")) == stated
+    assert held(load("bundled")) == "float32"  # whose file is bfloat16 to be small
+
+
+def test_without_a_stated_type_the_token_table_decides(folder, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     edit_json(folder / "config.json", torch_dtype="absent")
     edit_tensors(
         folder,
