@@ -106,12 +106,13 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     flags.DEFINE_enum("protocol", "decode", PROTOCOLS, "How the policy is applied.", **where)
     flags.DEFINE_string("figure", None, "PNG file. Default: --out with the ending .png.", **where)
     paired.jobs_flag(setup)
+    common.dtype_flag(setup)
     common.parse(setup, argv, __doc__)
     table = read(setup.config, setup.only)
     source = windows.read(setup.text)
-    card = inputs.card(setup.model)
+    card = inputs.card(setup.model, setup.dtype)
     results = inputs.results(setup.out)
-    sample = paired.draw(load, setup.model, card, source, table.sizes, setup.seed)
+    sample = paired.draw(inputs.loading(load, setup.dtype), setup.model, card, source, table.sizes, setup.seed)
     points = {("dense", "raw", 0.0): None}
     points |= {(v.policy(s), v.codec, s): None for s in table.sparsities for v in table.variants}
     cells = [

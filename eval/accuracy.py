@@ -37,7 +37,7 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from eval.script import common, inputs, measure
+from eval.script import common, hashes, inputs, measure
 from eval.script.common import UserError
 from eval.text import planted, tasks, windows
 
@@ -67,6 +67,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string(
         "samples", None, "JSON-lines file of single items: what was asked and what was chosen.", **where
     )
+    common.dtype_flag(values)
     common.impl_flag(values)
     common.parse(values, argv, __doc__)
     names = tuple(dict.fromkeys(values.task))
@@ -107,13 +108,13 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     """flags -> config -> load -> loop -> records. The arguments beside `argv` are for tests."""
     values = config(argv)
     inputs.check_impl(values.attention_impl)
-    card = inputs.card(values.model)
+    card = inputs.card(values.model, values.dtype)
     if set(values.task) & set(planted.NAMES):
         planted.check_lengths(values.lengths, values.depths, card.max_positions, card.name)
     source = windows.read(values.text) if "needle" in values.task else None
     read = {name: _read(name, values) for name in values.task if name in tasks.NAMES}
     results, samples = inputs.results(values.out), Samples(values.samples)
-    model = inputs.model(load, values.model)
+    model = inputs.model(inputs.loading(load, values.dtype), values.model)
     inputs.tokenizer(model)
     made = [_made(name, values, read, source, model) for name in values.task]
     for task in made:
@@ -181,6 +182,7 @@ def cell(task, policy: str, values, card: inputs.Card) -> dict:
         "script": "eval.accuracy",
         **card.fields(),
         **task.fields,
+        "ids_sha256": hashes.of_ids(task.sequences),
         "policy": policy,
         "codec": values.codec,
         "placement": "resident",

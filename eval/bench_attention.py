@@ -38,14 +38,15 @@ def main(argv: Sequence[str]) -> None:
     flags.DEFINE_integer("heads", 12, "Heads, each with its own keys and values.", lower_bound=1, **where)
     flags.DEFINE_integer("steps", 200, "Consecutive decode steps.", lower_bound=1, **where)
     flags.DEFINE_multi_integer("layers", None, "A layer to replay (repeatable; default: all).", **where)
+    common.dtype_flag(values)
     common.parse(values, argv, __doc__)
     text = inputs.policy(values.policy)
     if not values.steps < values.context:
         raise UserError(f"--steps must be below --context, {values.context}, got {values.steps}")
     source = windows.read(values.text)
-    card = inputs.card(values.model)
+    card = inputs.card(values.model, values.dtype)
     results = inputs.results(values.out)
-    model = inputs.model(inputs.load, values.model)
+    model = inputs.model(inputs.loading(inputs.load, values.dtype), values.model)
     n_layers, n_heads = model.decoder.config.n_layers, model.decoder.config.n_heads
     if values.heads % n_heads:
         raise UserError(f"--heads must be a multiple of {n_heads}, the query heads of {card.name}, got {values.heads}")

@@ -49,11 +49,12 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_multi_string("also", None, "A policy that reads prompts whole (repeatable; default: snapkv).", **where)
     flags.DEFINE_integer("batch", 1, "Prompts that are read together.", **one)
     flags.DEFINE_integer("repeats", 5, "Timed runs of each; the table shows medians.", lower_bound=5, **where)
-    flags.DEFINE_enum("dtype", "float32", tuple(shapes.ELEMENT_BYTES), "Type of the weights.", **where)
+    common.dtype_flag(values)
     common.impl_flag(values)
     common.parse(values, argv, __doc__)
     if not values.model.startswith("random:"):
         raise UserError(f"--model must be random:NAME, as only its shape matters here, got {values.model!r}")
+    values.dtype = inputs.resolved(values.model, values.dtype)
     for length in values.lengths:
         if length <= values.tokens:
             raise UserError(f"--lengths must be above --tokens, {values.tokens}, for a choice to be made, got {length}")

@@ -47,6 +47,7 @@ def config(argv: Sequence[str]) -> tuple[flags.FlagValues, inputs.Card]:
     flags.DEFINE_integer("digits", 9, "Significant digits of every number; 9 keep float32 as it is.", 1, 9, **where)
     flags.DEFINE_string("out", None, "The file to write, such as calibration.json.", **where)
     flags.DEFINE_bool("rerun", False, "Write --out anew where it is there already.", **where)
+    common.dtype_flag(values)
     common.parse(values, argv, __doc__)
     if not 0 <= values.seed < 2**32:
         raise UserError(f"--seed must be in 0..{2**32 - 1}, got {values.seed}")
@@ -56,7 +57,7 @@ def config(argv: Sequence[str]) -> tuple[flags.FlagValues, inputs.Card]:
     if out.is_dir() or (out.exists() and not values.rerun):
         what = "a folder: give the file to write" if out.is_dir() else "there already; --rerun writes it anew"
         raise UserError(f"--out: {values.out!r} is {what}")
-    card = inputs.card(values.model)
+    card = inputs.card(values.model, values.dtype)
     if card.sha256 is None:
         raise UserError(f"--model: {card.name} has no tokenizer.json, which a text needs")
     block = min(BLOCK_TOKENS, card.max_positions) if values.block_tokens is None else values.block_tokens
@@ -123,7 +124,7 @@ def main(argv: Sequence[str], load: Callable = inputs.load) -> None:
     """flags -> config -> load -> dense pass -> file and record. The argument beside `argv` is for tests."""
     values, card = config(argv)
     source = read(values.text)
-    model = inputs.model(load, values.model)
+    model = inputs.model(inputs.loading(load, values.dtype), values.model)
     start = time.perf_counter()
     tokens = blocks(source, model, values)
     from alisa_jax.analysis.calibrate import calibrate

@@ -77,6 +77,7 @@ def config(argv: Sequence[str]) -> Config:
     flags.DEFINE_integer("repeats", 3, "Timed runs; 0 for no times.", 0, **where)
     flags.DEFINE_string("figure", None, "PNG file; needs matplotlib.", **where)
     flags.DEFINE_string("page", None, "Markdown file of the tables.", **where)
+    common.dtype_flag(values)
     common.impl_flag(values)
     common.parse(values, argv, __doc__)
     for share in values.share:
@@ -91,7 +92,7 @@ def config(argv: Sequence[str]) -> Config:
         depths = ()
     if not depths:
         raise UserError(f"--depths must be numbers with commas between them, got {','.join(values.depths)!r}")
-    card = inputs.card(values.model)
+    card = inputs.card(values.model, values.dtype)
     most = card.max_positions - values.new_tokens
     prompt = min(PROMPT_TOKENS, most) if values.prompt_tokens is None else values.prompt_tokens
     if not 32 <= prompt <= most:
@@ -115,7 +116,7 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     inputs.check_impl(values.attention_impl)
     source = windows.read(values.text)
     results = inputs.results(values.out)
-    model = inputs.model(load, values.model)
+    model = inputs.model(inputs.loading(load, values.dtype), values.model)
     sample = compare_sample.draw(model, source, sizes, setup.tasks, values.seed)
     entries, refused = compare_rows.candidates(model, setup.shares, setup.codecs, setup.methods, sizes)
     reused = 0

@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from eval.script import common, inputs
+from eval.script import common, hashes, inputs
 from eval.script.common import UserError
 
 HEAD_PROMPT, HEAD_COMPLETION = "--- prompt", "--- continuation"
@@ -63,6 +63,7 @@ def config(argv: Sequence[str]) -> tuple[flags.FlagValues, tuple[Prompt, ...], o
     flags.DEFINE_string("system", None, "With --chat: the message of the system, before that of the user.", **where)
     flags.DEFINE_integer("batch", 8, "Prompts that run together.", 1, **where)
     flags.DEFINE_bool("stream", False, "Show the completion of --prompt as it comes.", **where)
+    common.dtype_flag(values)
     common.impl_flag(values)
     common.parse(values, argv, __doc__)
     if (values.prompt is None) == (values.prompts_file is None):
@@ -187,13 +188,16 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     """flags -> config -> load -> loop -> records. The arguments beside `argv` are for tests."""
     values, prompts, sampling = config(argv)
     inputs.check_impl(values.attention_impl)
-    card = inputs.card(values.model)
-    if values.max_new_tokens >= card.max_positions:
+    card = inputs.card(values.model, values.dtype)
+    if values.max_new_tokens >= card.max_positions and not inputs.endless(values.policy):
         raise UserError(
             f"--max_new_tokens must be below {card.max_positions}, the context of {card.name}, got {values.max_new_tokens}"
         )
     inputs.check_policy(values.policy, values.max_new_tokens + 1)
     results = inputs.results(values.out)
+    model = inputs.model(inputs.loading(load, values.dtype), values.model)
+    inputs.tokenizer(model)
+    encoded = [encode(model, p.text, values) for p in prompts]
     cells = [
         {
             "script": "eval.generate",
@@ -203,20 +207,18 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
             "prompt_id": p.id,
             "prompt": p.text,
             **chat_fields(values),
+            "ids_sha256": hashes.of_ids([ids]),
             **common.impl_field(values.attention_impl),
         }
-        for p in prompts
+        for p, ids in zip(prompts, encoded, strict=True)
     ]
     records = [None if results is None or values.rerun else finished(results, cell) for cell in cells]
     waiting = [i for i, found in enumerate(records) if found is None]
     reused = len(cells) - len(waiting)
 
     if waiting:
-        model = inputs.model(load, values.model)
-        inputs.tokenizer(model)
         engine = inputs.engine(make_engine, model, values.policy, values.codec, values.attention_impl)
-        encoded = {i: encode(model, prompts[i].text, values) for i in waiting}
-        check(engine, encoded, values.max_new_tokens)
+        check(engine, {i: encoded[i] for i in waiting}, values.max_new_tokens)
         groups = [waiting[i : i + values.batch] for i in range(0, len(waiting), values.batch)]
         if values.stream:
             print(HEAD_PROMPT, prompts[0].text, HEAD_COMPLETION, sep="\n", flush=True)
@@ -235,8 +237,7 @@ def check(engine, encoded: dict[int, list[int]], new: int) -> None:
     """Raise UserError where a prompt (by its index) is one that the engine cannot continue by `new` tokens."""
     for i, ids in encoded.items():
         try:
-            engine.validate(len(ids) + new)
-            engine.check_calibration(np.array([len(ids)]))
+            engine.validate_prompts(np.array([len(ids)]), new)
         except ValueError as error:
             raise UserError(f"prompt {i} of {len(ids)} tokens with --max_new_tokens={new}: {error}") from None
 

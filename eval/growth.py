@@ -62,7 +62,6 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_integer("layers", 8, "Layers of the model.", **one)
     flags.DEFINE_integer("vocab_size", 512, "Tokens that the model's head knows.", **one)
     flags.DEFINE_integer("batch", 1, "Sequences.", **one)
-    flags.DEFINE_enum("dtype", "float32", tuple(shapes.ELEMENT_BYTES), "Type of the weights.", **where)
     flags.DEFINE_string("policy", "swa(kv_sparsity=0.8,window=64)", "The sparse policy, an swa.", **where)
     flags.DEFINE_string("codec", "raw", "How K and V are stored.", **where)
     flags.DEFINE_string("offload_dense", "flexgen", "The controller that offloads dense attention.", **where)
@@ -76,10 +75,12 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string("hardware", "h100_80gb", "The machine that the planner prices.", **where)
     flags.DEFINE_bool("quick", False, "Contexts of 256 and 512 tokens, one round.", **where)
     flags.DEFINE_string("plot", None, "PNG file for the figure.", **where)
+    common.dtype_flag(values)
     common.impl_flag(values)
     common.parse(values, argv, __doc__)
     if not values.model.startswith("random:"):
         raise UserError(f"--model must be random:NAME, as only its shape matters here, got {values.model!r}")
+    values.dtype = inputs.resolved(values.model, values.dtype)
     values.contexts = sorted(set(values.contexts or ((256, 512) if values.quick else CONTEXTS)))
     values.repeats = 1 if values.quick else values.repeats
     for tokens in values.contexts:

@@ -15,6 +15,8 @@ tokens over past tokens. `clipped_frac` is the share of the elements of K and V 
 over layers; bytes per token are sums over layers. A codec that takes its range from the first tokens of a sequence needs
 windows that are longer.
 
+`--context` may be longer than the model's under policies that have no end, such as streaming(positions=cache).
+
 Protocols: `decode` goes token by token through the decode path; `prefill_mask` is one pass with the causal selection
 mask row by row. Nothing here is drawn at random: `--seed` is recorded only.
 """
@@ -26,7 +28,7 @@ from collections.abc import Callable, Sequence
 from absl import flags
 from tqdm import tqdm
 
-from eval.script import common, inputs, measure
+from eval.script import common, hashes, inputs, measure
 from eval.script.common import UserError
 from eval.text import windows
 
@@ -47,6 +49,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_integer("stride", None, "Distance of windows, tokens. Default: context - 1.", **at_least)
     flags.DEFINE_integer("max_tokens", 8192, "Tokens of the text that are used; 0 for all.", 0, flag_values=values)
     flags.DEFINE_integer("batch", 8, "Windows that run together.", **at_least)
+    common.dtype_flag(values)
     common.impl_flag(values)
     common.parse(values, argv, __doc__)
     if values.context is not None and values.stride is not None and values.stride > values.context:
@@ -62,16 +65,17 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     values = config(argv)
     inputs.check_impl(values.attention_impl)
     source = windows.read(values.text)
-    card = inputs.card(values.model)
-    context, stride = inputs.window(values.context, values.stride, card, DEFAULT_CONTEXT)
+    card = inputs.card(values.model, values.dtype)
+    context, stride = inputs.window(values.context, values.stride, card, DEFAULT_CONTEXT, values.policy)
     for policy in values.policy:
         inputs.check_policy(policy, context)
     inputs.check_codec(values.codec, context, "windows")
     results = inputs.results(values.out)
-    model = inputs.model(load, values.model)
+    model = inputs.model(inputs.loading(load, values.dtype), values.model)
     text = windows.tokenize(source.characters, inputs.tokenizer(model), values.max_tokens)
     plan = windows.plan(len(text.tokens), context, stride, model.bos_id is not None)
     plan = long_enough(plan, values.codec, model.bos_id)
+    ids = hashes.of_ids([windows.sequence(text, w, model.bos_id) for w in plan])
 
     records, reused = [], 0
     for policy in tqdm(values.policy, desc="policies", disable=None, leave=False):
@@ -80,6 +84,7 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
             **card.fields(),
             "data": source.name,
             "data_sha256": source.sha256,
+            "ids_sha256": ids,
             "policy": policy,
             "codec": values.codec,
             "placement": "resident",
@@ -123,7 +128,10 @@ def evaluate(engine, text: windows.Text, plan, bos_id, batch: int, protocol: str
     logprobs, scores = [], []
     groups = [plan[i : i + batch] for i in range(0, len(plan), batch)]
     for group in tqdm(groups, desc="batches", disable=None, leave=False):
-        score = engine.score([windows.sequence(text, w, bos_id) for w in group], protocol=protocol)
+        try:
+            score = engine.score([windows.sequence(text, w, bos_id) for w in group], protocol=protocol)
+        except ValueError as error:
+            raise UserError(f"--context: {error}") from None
         logprobs += score.logprobs
         scores.append(score)
     return {**measure.perplexities(text, plan, logprobs), **measure.footprint(scores)}, measure.how(scores)

@@ -60,6 +60,7 @@ def main(
     flags.DEFINE_multi_string("task", [], f"Accuracy panels of fig8, of {', '.join(tasks.NAMES)}; repeatable.", **where)
     flags.DEFINE_multi_string("task_file", [], "JSON lines, one file for each --task. Default: the hub's.", **where)
     paired.jobs_flag(values)
+    common.dtype_flag(values)
     common.parse(values, argv, __doc__)
     names = _names(values.only)
     if values.quick and values.full:
@@ -75,12 +76,13 @@ def main(
         jobs=values.jobs,
         rerun=values.rerun,
         results=inputs.results(str(folder / "records.jsonl")),
-        load=load,
+        load=inputs.loading(load, values.dtype),
         make_engine=make_engine,
         sizes=sizes,
+        dtype=values.dtype,
         tasks=_tasks(values.task, values.task_file),
     )
-    inputs.card(values.model)
+    setup.card()
     windows.read(values.text)
     figures = {name: importlib.import_module(f"eval.figures.{name}") for name in names}
     for figure in figures.values():
@@ -129,7 +131,7 @@ def entry(title: str, setup: resume.Setup, records: Sequence[dict], shown: Seque
     return {
         "title": title,
         "size": setup.size,
-        "model": inputs.card(setup.model).name,  # of a folder its name alone
+        "model": setup.card().name,  # of a folder its name alone
         "basis": sorted({r["basis"] for r in records}),
         "device": tables.device(records),
         "git_commits": sorted({str(r["git_commit"])[:12] for r in records}),

@@ -23,7 +23,6 @@ The maps are B * T * T * (8 * N + P) bytes a layer and policy. Nothing is drawn 
 """
 
 import dataclasses
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +35,7 @@ from absl import flags
 from alisa_jax.analysis.attention_maps import attentions
 from eval.drawing import attention
 from eval.quality import attention_measures
-from eval.script import common, inputs, measure, resume, tables
+from eval.script import common, hashes, inputs, measure, resume, tables
 from eval.script.common import UserError
 from eval.text import windows
 
@@ -72,7 +71,7 @@ class Sample:
 
 def check(setup: resume.Setup, sizes: Sizes, policies: Iterable[str], codec: str = "raw") -> None:
     """Raise UserError for what cannot run, before a model is loaded: text, tokenizer, sizes, policies, codec."""
-    card, folder = inputs.card(setup.model), Path(setup.model)
+    card, folder = setup.card(), Path(setup.model)
     if card.sha256 is None or (folder.is_dir() and not (folder / "tokenizer.json").exists()):
         raise UserError(f"--model: {card.name} has no tokenizer.json, which a text needs")
     inputs.window(sizes.context_tokens, None, card, sizes.context_tokens)
@@ -104,11 +103,12 @@ def collect(
     keep(policy, arrays): called with what was measured, arrays of `look` with their maps; nothing is then taken from file.
     """
     source = windows.read(setup.text)
-    sample = functools.cache(lambda: draw(setup, source, sizes))
+    sample = draw(setup, source, sizes)
     fields = {
         "script": "eval.sparsity",
-        **inputs.card(setup.model).fields(),
+        **setup.card().fields(),
         **source.fields,
+        "ids_sha256": hashes.of_ids(sample.batch),
         "codec": inputs.codec(codec),
         "placement": "resident",
         "protocol": "prefill_mask",
@@ -119,11 +119,11 @@ def collect(
     }
 
     def run(cell: dict, dense: dict | None = None) -> tuple[dict, dict]:
-        engine = inputs.engine(setup.make_engine, sample().model, cell["policy"], cell["codec"])
-        arrays, logprobs = look(engine, sample().batch, group, with_maps=keep is not None)
+        engine = inputs.engine(setup.make_engine, sample.model, cell["policy"], cell["codec"])
+        arrays, logprobs = look(engine, sample.batch, group, with_maps=keep is not None)
         if keep is not None:
-            keep(cell["policy"], {**arrays, "tokens": np.asarray(sample().batch, np.int32)})
-        return values(sample(), sizes, arrays, logprobs, dense), {"implementation": "xla:masked", "repeats": 1}
+            keep(cell["policy"], {**arrays, "tokens": np.asarray(sample.batch, np.int32)})
+        return values(sample, sizes, arrays, logprobs, dense), {"implementation": "xla:masked", "repeats": 1}
 
     setup = setup if keep is None else dataclasses.replace(setup, rerun=True)
     dense = resume.collect(setup, [{**fields, "policy": DENSE}], run, "dense")
@@ -206,11 +206,15 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     flags.DEFINE_string("npz", None, "File for the arrays.", flag_values=flag)
     flags.DEFINE_bool("maps", False, "Attention maps in --npz as well.", flag_values=flag)
     flags.DEFINE_string("plot", None, "PNG file.", flag_values=flag)
+    common.dtype_flag(flag)
     common.parse(flag, argv, __doc__)
     if flag.maps and not flag.npz:
         raise UserError("--maps writes attention maps to the file that --npz names, and --npz was not given")
     results = inputs.results(flag.out)
-    setup = resume.Setup(flag.model, flag.text, "full", flag.seed, 1, flag.rerun, results, load, make_engine)
+    load = inputs.loading(load, flag.dtype)
+    setup = resume.Setup(
+        flag.model, flag.text, "full", flag.seed, 1, flag.rerun, results, load, make_engine, dtype=flag.dtype
+    )
     context = flag.context or min(Sizes.context_tokens, inputs.card(flag.model).max_positions)
     sizes = Sizes(context, flag.windows, flag.skip)
     policies = [inputs.policy(text) for text in flag.policy]

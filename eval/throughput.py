@@ -60,7 +60,6 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_integer("prompt_tokens", 128, "Tokens of each prompt; the most, with --ragged.", **one)
     flags.DEFINE_integer("new_tokens", 128, "New tokens of each sequence.", **one)
     flags.DEFINE_bool("ragged", False, "Prompts of half of --prompt_tokens to all of it.", **where)
-    flags.DEFINE_enum("dtype", None, tuple(shapes.ELEMENT_BYTES), "Type of the weights. Default: the model's.", **where)
     flags.DEFINE_string("device_kv_bytes", None, "Device budget of the cache. Default: none.", **where)
     flags.DEFINE_string("host_kv_bytes", None, "Host budget of the cache. Default: none.", **where)
     flags.DEFINE_multi_string("system", systems.DEFAULTS, "controller | policy | codec; may be repeated.", **where)
@@ -70,6 +69,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string("hardware", None, "A page of configs/hardware, this_machine, or a profile.", **where)
     flags.DEFINE_enum("read", "rows", ("rows", "pages"), "What --simulate can read from host pages.", **where)
     flags.DEFINE_string("plot", None, "PNG file for a figure of tokens per second.", **where)
+    common.dtype_flag(values)
     common.impl_flag(values)
     common.parse(values, argv, __doc__)
     if values.simulate and values.hardware is None:
@@ -147,7 +147,8 @@ def main(
 
 def _work(values, shaped, machine) -> Work:
     """What every system is given."""
-    dtype, batch = systems.dtype(values.model, values.dtype), values.batch
+    platform = "gpu" if values.simulate else None  # a machine that is priced computes in the file's type
+    dtype, batch = inputs.resolved(values.model, values.dtype, platform), values.batch
     if values.prompt_tokens + values.new_tokens > shaped.max_positions:
         raise UserError(
             f"--new_tokens: the model has {shaped.max_positions} positions, and {values.prompt_tokens} + "

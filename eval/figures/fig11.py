@@ -40,7 +40,7 @@ def check(setup: Setup) -> None:
 
 def records(setup: Setup) -> Found:
     """One record a shape and sparsity, dense first."""
-    config, paper, card = setup.config("fig11"), base.paper(PUBLISHED), inputs.card(setup.model)
+    config, paper, card = setup.config("fig11"), base.paper(PUBLISHED), setup.card()
     source = windows.read(setup.text)
     device = jax.devices()[0]
     cells = []

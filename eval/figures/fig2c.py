@@ -47,7 +47,7 @@ def check(setup: Setup) -> None:
 
 def records(setup: Setup) -> Found:
     """One record with a cache, one without."""
-    config, card, device = setup.config("fig2c"), inputs.card(_model(setup)), jax.devices()[0]
+    config, card, device = setup.config("fig2c"), inputs.card(_model(setup), setup.dtype), jax.devices()[0]
     cells = [
         {
             "script": "eval.reproduce",
@@ -69,7 +69,7 @@ def records(setup: Setup) -> Found:
         measure = cached if cell["series"] == SERIES[0] else uncached
         values = measure(engine(), config, setup.seed)
         values["bucket_tokens"] = [bucket(config["prompt_tokens"] + j + 1) for j in values["step"]]
-        return values, {"warmup": WARM_UP, "dtype": str(jax.tree.leaves(engine().model.params)[0].dtype)}
+        return values, {"warmup": WARM_UP}
 
     return resume.collect(setup, cells, run, "fig2c")
 

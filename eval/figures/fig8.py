@@ -20,7 +20,7 @@ from eval import accuracy
 from eval.drawing import quality
 from eval.figures import base
 from eval.quality import paired
-from eval.script import common, inputs, resume
+from eval.script import common, hashes, inputs, resume
 from eval.script.common import UserError
 from eval.script.resume import Found, Setup
 from eval.script.tables import Table, Versus
@@ -51,7 +51,7 @@ def sizes(config: dict, model: str, card: inputs.Card) -> paired.Sizes:
 
 def check(setup: Setup) -> None:
     """Raises UserError for a model without tokenizer, and sequences that policies or codecs cannot serve."""
-    config, card = setup.config(NAME), inputs.card(setup.model)
+    config, card = setup.config(NAME), setup.card()
     if setup.model.startswith("random:"):
         raise UserError(f"fig8: {setup.model} has no tokenizer, which a text needs; --only names other figures")
     wanted = sizes(config, setup.model, card)
@@ -65,7 +65,7 @@ def check(setup: Setup) -> None:
 
 def records(setup: Setup) -> Found:
     """The cells of the sample, then those of each task."""
-    config, card = setup.config(NAME), inputs.card(setup.model)
+    config, card = setup.config(NAME), setup.card()
     source = windows.read(setup.text)
     sample = paired.draw(setup.load, setup.model, card, source, sizes(config, setup.model, card), setup.seed)
     named = {"script": "eval.reproduce", "figure": NAME}
@@ -85,11 +85,12 @@ def records(setup: Setup) -> Found:
 
 def _tasks(setup: Setup, config: dict, card: inputs.Card, model, named: dict) -> Found:
     """Accuracy of every task under every method and sparsity."""
-    made, cells = {}, []
+    made, ids, cells = {}, {}, []
     for name, path in setup.tasks:
         task = tasks.read(name, path) if path is not None else tasks.from_hub(name)
         tasks.check_shots(task, config["shots"])
         made[name] = tasks.Choices(task, model, config["shots"], setup.seed, config["task_items"])
+        ids[name] = {"ids_sha256": hashes.of_ids(made[name].sequences)}
         longest = max(map(len, made[name].sequences))
         if longest > card.max_positions:
             raise UserError(
@@ -97,8 +98,15 @@ def _tasks(setup: Setup, config: dict, card: inputs.Card, model, named: dict) ->
                 f" {card.max_positions}"
             )
         cells += [
-            {**named, **card.fields(), **made[name].fields, "method": m, "kv_sparsity": s, "policy": p, "codec": c}
-            | {"placement": "resident", "protocol": "decode", "batch": BATCH, "seed": setup.seed}
+            {**named, **card.fields(), **made[name].fields, **ids[name], "method": m, "kv_sparsity": s}
+            | {
+                "policy": p,
+                "codec": c,
+                "placement": "resident",
+                "protocol": "decode",
+                "batch": BATCH,
+                "seed": setup.seed,
+            }
             for m, s, p, c in grid(config)
             if min(map(len, made[name].sequences)) > inputs.calibration_tokens(c)
         ]

@@ -38,7 +38,7 @@ class Job:
 
 def job(setup: Setup, part: str, system: str, batch: int, device_kv_bytes: float, size: Mapping) -> Job:
     """`batch` prompts of size["prompt_tokens"] tokens and size["new_tokens"] new ones; no limit on the host."""
-    config, dtype = shapes.config(setup.model), systems.dtype(setup.model, None)
+    config, dtype = shapes.config(setup.model), inputs.resolved(setup.model, setup.dtype)
     tokens = size["prompt_tokens"] + size["new_tokens"]
     if tokens > config.max_positions:
         raise UserError(f"--model: {setup.model} has {config.max_positions} positions, and {part} needs {tokens}")
@@ -49,7 +49,7 @@ def job(setup: Setup, part: str, system: str, batch: int, device_kv_bytes: float
 def kv_bytes(setup: Setup, batch: int, size: Mapping) -> float:
     """The dense raw cache of a run at its end."""
     tokens = size["prompt_tokens"] + size["new_tokens"] - 1
-    return systems.dense_kv_bytes(shapes.config(setup.model), systems.dtype(setup.model, None), batch, tokens)
+    return systems.dense_kv_bytes(shapes.config(setup.model), inputs.resolved(setup.model, setup.dtype), batch, tokens)
 
 
 def check(setup: Setup, jobs: Sequence[Job]) -> None:
@@ -125,7 +125,7 @@ def _cell(setup: Setup, figure: str, one: Job, repeats: int, source) -> dict:
         "script": "eval.reproduce",
         "figure": figure,
         "part": one.part,
-        **inputs.card(setup.model).fields(),
+        **setup.card().fields(),
         **one.system.fields(),
         "dtype": one.work.dtype,
         "batch": len(one.work.prompt_tokens),

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from absl import flags
 from tqdm import tqdm
 
-from eval.script import common, inputs, measure
+from eval.script import common, hashes, inputs, measure
 from eval.text import episodes, recall, windows
 
 
@@ -63,6 +63,7 @@ def draw(load: Callable, name: str, card: inputs.Card, source: windows.Source, s
     fields = {
         **card.fields(),
         **source.fields,
+        "ids_sha256": hashes.of_ids(batch),
         "placement": "resident",
         "window_tokens": context,
         "stride_tokens": stride,

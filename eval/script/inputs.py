@@ -3,16 +3,13 @@
 Every function raises UserError with one sentence; `load` and `make_engine` are the two doors to the library.
 """
 
-import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.script import common
+from eval.script import common, hashes
 from eval.script.common import UserError
-
-HASHED_BYTES_PER_FILE = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -20,12 +17,18 @@ class Card:
     """What is known of a model before it is loaded."""
 
     name: str
-    sha256: str | None  # of configuration and weights, see `card`; None for random weights
+    hashes: hashes.Hashes  # of the files; none for random weights
     max_positions: int
+    dtype: str = "float32"  # that the weights are held in
+
+    @property
+    def sha256(self) -> str | None:
+        """Of configuration and weights; None for random weights."""
+        return self.hashes.model_sha256
 
     def fields(self) -> dict:
         """The fields that identify the model in a record."""
-        return {"model": self.name, "model_sha256": self.sha256}
+        return {"model": self.name, **self.hashes.fields(), "dtype": self.dtype}
 
 
 def policy(text: str) -> str:
@@ -43,6 +46,13 @@ def check_policy(text: str, context: int) -> None:
         policies.parse(text).validate(context)
     except ValueError as error:
         raise UserError(f"--policy: {text}: {error}") from None
+
+
+def endless(text: str) -> bool:
+    """Whether the policy `text` may go on beyond the model's context."""
+    from alisa_jax import policies
+
+    return policies.parse(text).endless
 
 
 def codec(text: str) -> str:
@@ -78,11 +88,10 @@ def _canonical(text, registry, flag) -> str:
         raise UserError(f"{flag}: {error}") from None
 
 
-def card(name: str) -> Card:
-    """Read the model's size, and hash what identifies it: its configuration and weights.
+def card(name: str, dtype: str = "auto") -> Card:
+    """Read the model's size, and hash what identifies it (`hashes.py`). A name of the hub is downloaded.
 
-    The hash covers names, sizes and the first 16 MiB of config.json and of every safetensors file of the
-    folder, or of every .bin file where it has none, or of a .gguf file. A name of the hub is downloaded.
+    dtype: as `--dtype` says it.
     """
     from alisa_jax.models import CheckpointError, context, shapes, weights
 
@@ -90,25 +99,20 @@ def card(name: str) -> Card:
         shape = name.removeprefix("random:")
         if shape not in shapes.SHAPES:
             raise UserError(f"--model: unknown random model {shape!r}; known: {', '.join(sorted(shapes.SHAPES))}")
-        return Card(name, None, shapes.SHAPES[shape].max_positions)
+        return Card(name, hashes.Hashes(), shapes.SHAPES[shape].max_positions, resolved(name, dtype))
     folder, called = locate(name)
     try:
         if not folder.is_file():
             weights.refuse_pointer(folder / "config.json")
         positions = context.context_of(configuration(folder))
-        digest = hashlib.sha256()
-        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-        for path in [folder] if folder.is_file() else [folder / "config.json", *files]:
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(HASHED_BYTES_PER_FILE))
+        found = hashes.of(folder)
     except OSError as error:
         raise UserError(f"--model: no model at {name!r}: {error.strerror} ({Path(error.filename).name})") from None
     except CheckpointError as error:
         raise UserError(f"--model: {error}") from None
     except (ValueError, AttributeError):
         raise UserError(f"--model: the config.json of {name!r} is no model configuration") from None
-    return Card(called, digest.hexdigest(), positions)
+    return Card(called, found, positions, resolved(name, dtype))
 
 
 def configuration(where: Path) -> dict:
@@ -126,6 +130,29 @@ def configuration(where: Path) -> dict:
         raise UserError(f"--model: {error}") from None
 
 
+def resolved(name: str, dtype: str, platform: str | None = None) -> str:
+    """The type that `--dtype` means for the model `name`, as `alisa_jax.load` takes it.
+
+    platform: of the device that the weights are for, "cpu" or another; None: of the one at hand.
+    """
+    from alisa_jax.models import dtypes
+
+    if dtype != dtypes.AUTO:
+        return dtype
+    if name == "bundled" or name.startswith("random:"):
+        return "float32"
+    raw = configuration(locate(name)[0])
+    stated = raw.get("dtype") or raw.get("torch_dtype")
+    try:
+        found = dtypes.resolve(dtype, stated, platform=platform)
+    except ValueError:
+        found = None
+    if found is None:
+        known = ", ".join(common.DTYPES[1:])
+        raise UserError(f"--model: the config.json of {name!r} states the type {stated}; give --dtype, one of {known}")
+    return found.name
+
+
 def locate(name: str) -> tuple[Path, str]:
     """The folder or the .gguf file of a model, which is downloaded where it is of the hub, and what to call the model."""
     from alisa_jax.models import checkpoint
@@ -136,10 +163,16 @@ def locate(name: str) -> tuple[Path, str]:
         raise UserError(f"--model: {error}") from None
 
 
-def window(context: int | None, stride: int | None, of: Card, at_most: int) -> tuple[int, int]:
-    """Context and stride in tokens, defaults filled in: min(the model's, `at_most`), and context - 1."""
+def window(
+    context: int | None, stride: int | None, of: Card, at_most: int, policies: Sequence[str] = ()
+) -> tuple[int, int]:
+    """Context and stride in tokens, defaults filled in: min(the model's, `at_most`), and context - 1.
+
+    policies: canonical texts; where all of them are endless, a context that is given may be longer than the model's.
+    """
     context = min(of.max_positions, at_most) if context is None else context
-    if not 2 <= context <= of.max_positions:
+    bounded = [text for text in policies if not endless(text)] or not policies
+    if context < 2 or (bounded and context > of.max_positions):
         raise UserError(f"--context must be in 2..{of.max_positions}, the context of {of.name}, got {context}")
     stride = context - 1 if stride is None else stride
     if not 1 <= stride <= context:
@@ -157,11 +190,16 @@ def results(path: str | None):
         raise UserError(f"--out: {error}") from None
 
 
-def load(name: str):
+def load(name: str, dtype: str = "auto"):
     """`alisa_jax.load`."""
     import alisa_jax
 
-    return alisa_jax.load(name)
+    return alisa_jax.load(name, dtype)
+
+
+def loading(load: Callable, dtype: str) -> Callable:
+    """`load` of a name alone, with `dtype` where it is not auto."""
+    return load if dtype == "auto" else lambda name: load(name, dtype=dtype)
 
 
 def model(load: Callable, name: str):

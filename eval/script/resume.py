@@ -28,6 +28,11 @@ class Setup:
     make_engine: Callable = inputs.make_engine
     sizes: dict | None = None  # instead of those of the config, for tests
     tasks: Sequence[tuple[str, str | None]] = ()  # multiple choice for figure 8, each with its file or None for the hub
+    dtype: str = "auto"  # as --dtype says it; `load` is one of names alone
+
+    def card(self) -> inputs.Card:
+        """What is known of the model before it is loaded."""
+        return inputs.card(self.model, self.dtype)
 
     def config(self, name: str) -> dict:
         """The sizes of the figure `name`: QUICK or FULL of configs/tables/<name>.py."""

@@ -14,7 +14,6 @@ from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder
 from alisa_jax.offload import settings
 from alisa_jax.placement.plan import Setting
-from eval.modelled import shapes
 from eval.script import inputs
 from eval.script.common import UserError
 
@@ -76,20 +75,6 @@ def parse(text: str) -> System:
         return System(*(spec.to_text(spec.parse(p, of), of) for p, of in zip(parts, registries, strict=True)))
     except spec.SpecError as error:
         raise UserError(f"--system: {error}") from None
-
-
-def dtype(model: str, asked: str | None) -> str:
-    """The type that `model` computes in: the one asked for, or its own as `alisa_jax.load` takes it."""
-    if asked is not None:
-        return asked
-    if model == "bundled" or model.startswith("random:"):
-        return "float32"
-    raw = inputs.configuration(inputs.locate(model)[0])
-    stated = raw.get("dtype") or raw.get("torch_dtype")
-    if stated not in shapes.ELEMENT_BYTES:
-        known = ", ".join(shapes.ELEMENT_BYTES)
-        raise UserError(f"--model: the config.json of {model!r} states the type {stated}; give --dtype, one of {known}")
-    return stated
 
 
 def has_tokenizer(model: str) -> bool:

@@ -12,7 +12,7 @@ from alisa_jax.models import Decoder, Model, ModelConfig
 from alisa_jax.models.shapes import SHAPES
 from alisa_jax.policies import Swa
 from eval import bench
-from eval.script import common
+from eval.script import common, hashes
 from eval.speed import cells, gates, limits, models, rounds, traces
 from eval.speed import ours as bench_ours
 from eval.speed import peers as bench_peers
@@ -34,7 +34,7 @@ FLAGS = ["bench", "--suite=decode", "--model=random:small", "--cell=2x64", "--st
 def small(monkeypatch):
     """random:small is a model of two layers with narrow heads, and nothing has to be measured of the machine."""
     monkeypatch.setattr(cells.shapes, "config", lambda name: OPT)
-    monkeypatch.setattr(cells.inputs, "card", lambda name: cells.inputs.Card(name, None, 96))
+    monkeypatch.setattr(cells.inputs, "card", lambda name: cells.inputs.Card(name, hashes.Hashes(), 96))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import alisa_jax
 from alisa_jax.engine import sequence_keys
 from alisa_jax.models import CheckpointError, Decoder
-from eval import generate
+from eval import generate, perplexity
 from eval.script import common
 
 pytestmark = pytest.mark.slow
@@ -30,11 +30,10 @@ class WordEngine:
     def __init__(self, calls: list, stop_at: int | None = None, context: int = 96):
         self.calls, self.stop_at, self.context = calls, stop_at, context
 
-    def validate(self, tokens):
+    def validate_prompts(self, length, new_tokens):
+        tokens = length.max() + new_tokens
         if tokens > self.context:
             raise ValueError(f"the model's context is {self.context} tokens; got {tokens}")
-
-    def check_calibration(self, length):
         if length.min() < 2:
             raise ValueError(f"the codec needs 2 tokens; got {length.min()}")
 
@@ -69,10 +68,11 @@ def bench(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="dog"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     setup = SimpleNamespace(folder=folder, calls=[], loads=[], stop_at=None, tokenizer=tokenizer, tmp=tmp_path)
+    setup.context = 96
 
     def load(name):
         setup.loads.append(name)
-        encode = lambda text: [0, *tokenizer.encode(text).ids]
+        encode = lambda text: [0, *setup.tokenizer.encode(text).ids]
 
         def encode_chat(messages):
             if any(message["content"] == "refused" for message in messages):
@@ -85,7 +85,7 @@ def bench(tmp_path):
 
     def call(*flags):
         argv = ["generate", f"--model={folder}", *flags]
-        make = lambda model, policy, codec: WordEngine(setup.calls, setup.stop_at)
+        make = lambda model, policy, codec: WordEngine(setup.calls, setup.stop_at, setup.context)
         return common.run(lambda a: generate.main(a, load, make), argv)
 
     def file(name, content):
@@ -213,7 +213,7 @@ def test_finished_prompts_are_not_run_again_unless_something_differs_or_it_is_as
     assert bench.call(file, out, "--json", "--batch=1") == 0  # no part of what a prompt gets
     again, err = records_of(capsys)
     assert again == first and "3 of 3 prompts were already in" in err
-    assert len(bench.calls) == len(bench.loads) == 1
+    assert len(bench.calls) == 1
     for n, flag in enumerate(
         ["--temperature=0.5", "--stop=x", "--seed=1", "--top_k=3", "--max_new_tokens=7", "--rerun"]
     ):
@@ -222,6 +222,23 @@ def test_finished_prompts_are_not_run_again_unless_something_differs_or_it_is_as
     bench.file("p.txt", "the\ncat\nmat\n")
     assert bench.call(file, out, "--json") == 0
     assert [c.prompts for c in bench.calls[7:]] == [[[0, 4]]]
+    (bench.folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+    assert bench.call(file, out, "--json") == 0 and len(bench.calls) == 9
+    bench.tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS[::-1])}, unk_token="dog"))
+    bench.tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # the same files, read as other ids
+    assert bench.call(file, out, "--json") == 0
+    assert [c.prompts for c in bench.calls[9:]] == [[[0, 4], [0, 3], [0, 1]]]
+
+
+def test_prompts_go_beyond_the_context_where_the_policy_has_no_end(bench, capsys):
+    """The engine says what fits, not the command."""
+    is_told(bench, capsys, [ONE, "--max_new_tokens=200", "--policy=streaming(tokens=16)"], "must be below 96")
+    endless = "--policy=streaming(tokens=16,positions=cache)"
+    is_told(
+        bench, capsys, [ONE, "--max_new_tokens=200", endless], "with --max_new_tokens=200: the model's context is 96"
+    )
+    bench.context = 300
+    assert bench.call(ONE, "--max_new_tokens=200", endless) == 0 and bench.calls[0].new == 200
 
 
 def test_an_interrupted_run_goes_on_with_the_batch_it_was_in(bench, capsys):
@@ -388,6 +405,43 @@ def test_the_command_continues_a_prompt_with_the_bundled_model(capsys):
     model = alisa_jax.load("bundled")
     assert record["completion"] == model.decode(record["tokens"]) and len(record["tokens"]) == record["n"] == 8
     assert record["finish_reason"] == "length" and record["compiles"] == 3
+
+
+def test_the_command_goes_on_beyond_the_context_as_the_api_does(engine, tmp_path, capsys):
+    """A model that has learnt 32 positions, under a policy that needs 24 of them."""
+    decoder = Decoder(dataclasses.replace(engine.model.decoder.config, n_layers=1, max_positions=32))
+    params = engine.model.params | {"blocks": engine.model.params["blocks"][:1]}
+    model = dataclasses.replace(engine.model, decoder=decoder, params=params)
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 32}')
+    policy, prompt = "streaming(tokens=24,positions=cache)", "def main():\n    return"
+    argv = [
+        "generate",
+        f"--model={tmp_path}",
+        f"--policy={policy}",
+        f"--prompt={prompt}",
+        "--max_new_tokens=40",
+        "--json",
+    ]
+    assert common.run(lambda a: generate.main(a, lambda _: model), argv) == 0
+    (record,), _ = records_of(capsys)
+    made = alisa_jax.Engine(model, policy).generate([prompt], 40, eos_ids=model.eos_ids)
+    assert record["tokens"] == made.tokens[0] and record["prompt_tokens"] + record["n"] > 32
+    beyond = ["perplexity", f"--model={tmp_path}", f"--policy={policy}", "--context=64", "--max_tokens=64", "--json"]
+    text, scores = "x = [1, 2, 3]\n" * 40, {}
+    (tmp_path / "text.txt").write_text(text)
+    for protocol in perplexity.PROTOCOLS:
+        flags = [f"--text={tmp_path / 'text.txt'}", f"--protocol={protocol}"]
+        assert common.run(lambda a: perplexity.main(a, lambda _: model), [*beyond, *flags]) == 0
+        (scores[protocol],), _ = records_of(capsys)
+    assert (
+        scores["decode"]["window_tokens"] == 64
+        and scores["decode"]["ids_sha256"] == scores["prefill_mask"]["ids_sha256"]
+    )
+    nats = [scores[protocol]["nll_nats_per_token"] for protocol in perplexity.PROTOCOLS]
+    assert nats[0] == pytest.approx(nats[1], abs=1e-4)
+    argv = [*beyond, f"--text={tmp_path / 'text.txt'}", "--policy=dense"]
+    assert common.run(lambda a: perplexity.main(a, lambda _: model), argv) == common.EXIT_MISTAKE
+    assert "--context must be in 2..32, the context of" in capsys.readouterr().err
 
 
 def test_a_prompt_beyond_the_context_of_the_bundled_model_is_refused(bundled, capsys):

@@ -70,10 +70,13 @@ def bench(tmp_path, tokenizer):
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
     (folder / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    setup = SimpleNamespace(folder=folder, text=tmp_path / "text.txt", calls=[], loads=[], stop_at=None, bos_id=0)
+    setup = SimpleNamespace(
+        folder=folder, text=tmp_path / "text.txt", calls=[], loads=[], dtypes=[], stop_at=None, bos_id=0
+    )
 
-    def load(name):
+    def load(name, dtype=None):
         setup.loads.append(name)
+        setup.dtypes += [dtype] if dtype else []
         return SimpleNamespace(tokenizer=tokenizer, bos_id=setup.bos_id, eos_ids=(), name="tiny")
 
     def make_engine(model, policy, codec):
@@ -195,6 +198,32 @@ def test_finished_cells_are_not_run_again_unless_asked(bench, tmp_path, capsys):
     assert len(bench.calls) == 4 * ran
     assert bench.call(*flags, "--stride=8") == 0
     assert len(bench.calls) > 5 * ran
+
+
+def test_what_a_text_is_read_as_makes_a_new_cell(bench, tmp_path, capsys):
+    """A repaired tokenizer, by its file or by how it is read; other settings of the model; another type."""
+    flags = ["--context=32", f"--out={tmp_path / 'r.jsonl'}", "--json"]
+    runs = []
+
+    def run(*more) -> dict:
+        bench.calls.clear()
+        assert bench.call(*flags, *more) == 0
+        runs.append(len(bench.calls) > 0)
+        return records_of(capsys)[0][0]
+
+    first = run()
+    assert first["dtype"] == "float32" and first["model_hash"] == "all bytes" and len(first["ids_sha256"]) == 64
+    assert run("--dtype=float32") == first
+    bench.bos_id = None
+    run()
+    for name in ("tokenizer.json", "generation_config.json", "calibration.json"):
+        (bench.folder / name).write_text("{}")
+        run()
+    moved = tmp_path / "elsewhere" / bench.folder.name
+    shutil.copytree(bench.folder, moved)
+    run(f"--model={moved}")
+    assert run("--dtype=bfloat16")["dtype"] == "bfloat16"
+    assert runs == [True, False, True, True, True, True, False, True] and bench.dtypes == ["float32", "bfloat16"]
 
 
 def test_an_interrupted_run_goes_on_with_the_cell_it_was_in(bench, tmp_path, capsys):

@@ -21,6 +21,7 @@ from alisa_jax.placement import mover
 from eval import throughput
 from eval.modelled import machines, shapes
 from eval.script import common, inputs
+from eval.script.common import UserError
 from eval.speed import systems, timing, traces
 from eval.text import windows
 
@@ -303,13 +304,15 @@ def test_a_machine_without_a_pinned_host_refuses_controllers_that_offload(bench,
     assert "use the controller resident" in bench.err and len(bench.loads) == 1
 
 
-def test_a_folder_that_states_no_type_asks_for_one(bench, tmp_path):
+def test_a_folder_that_states_no_type_asks_for_one_where_it_counts(bench, tmp_path):
     config = dict(model_type="opt", vocab_size=50272, hidden_size=768, num_hidden_layers=12, num_attention_heads=12)
     config |= dict(ffn_dim=3072, max_position_embeddings=2048, word_embed_proj_dim=768, do_layer_norm_before=True)
     config |= dict(activation_function="relu", enable_bias=True, layer_norm_elementwise_affine=True)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert bench.call(f"--model={tmp_path}", TWO[0])[0] == common.EXIT_MISTAKE
-    assert "states the type None; give --dtype, one of float16, bfloat16, float32" in bench.err
+    (record,) = bench.call(f"--model={tmp_path}", TWO[0])[1]
+    assert record["dtype"] == "float32"  # on a CPU
+    with pytest.raises(UserError, match="states the type None; give --dtype, one of float32, bfloat16, float16"):
+        inputs.resolved(str(tmp_path), "auto", "gpu")
     (record,) = bench.call(f"--model={tmp_path}", TWO[0], "--dtype=float16", "--device_kv_bytes=2x")[1]
     assert record["dtype"] == "float16" and record["device_kv_bytes"] == 2 * 2 * 12 * 768 * 2 * 2 * 47
 
@@ -587,5 +590,5 @@ def test_a_name_of_the_hub_is_sized_like_its_folder(trained, monkeypatch):
     folder, _, _ = trained
     monkeypatch.setattr(hub, "locate", lambda name: (folder, name) if name == "owner/name" else (Path(name), name))
     assert shapes.config("owner/name") == shapes.config(str(folder))
-    assert systems.has_tokenizer("owner/name") and systems.dtype("owner/name", None) == "float32"
+    assert systems.has_tokenizer("owner/name") and inputs.resolved("owner/name", "auto", "gpu") == "float32"
     assert inputs.card("owner/name").name == "owner/name"
