@@ -82,7 +82,7 @@ def has_tokenizer(model: str) -> bool:
     if model.startswith("random:"):
         return False
     where, _ = inputs.locate(model)
-    return where.is_file() or (where / "tokenizer.json").is_file()
+    return where.is_file() or any((where / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
 def dense_kv_bytes(config: ModelConfig, dtype: str, batch: int, tokens: int) -> float:
