@@ -251,7 +251,7 @@ def test_an_interrupted_run_goes_on_and_finished_cells_are_not_run_again(call, t
     rest = call(*flags)
     assert (rest.code, rest.engines) == (0, list(POLICIES[1:])) and "1 of 3 cells were already" in rest.err
     again = call(*flags)
-    assert (again.engines, again.loads) == ([], []) and again.out == rest.out
+    assert again.engines == [] and again.out == rest.out
     times = {"wall_s", "git_dirty", "git_commit"}
     for line, record in zip(rest.out.splitlines(), measured.records, strict=True):
         mine = json.loads(line)
