@@ -323,7 +323,7 @@ def test_a_configuration_that_makes_no_sense_is_refused(base, change, message):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("yarn", 2.0), "allowed are linear, llama3"),
+        (("ntk", 2.0), "allowed are linear, llama3, yarn"),
         (("linear", 0.0), "must be above 0"),
         (("llama3", 8.0, 4.0, 1.0), "in this order"),
         (("llama3", 8.0, 1.0, 4.0, 0), "at least 1"),
