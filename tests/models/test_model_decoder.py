@@ -323,10 +323,14 @@ def test_a_configuration_that_makes_no_sense_is_refused(base, change, message):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("ntk", 2.0), "allowed are linear, llama3, yarn"),
+        (("longrope", 2.0), "allowed are linear, llama3, yarn"),
         (("linear", 0.0), "must be above 0"),
         (("llama3", 8.0, 4.0, 1.0), "in this order"),
         (("llama3", 8.0, 1.0, 4.0, 0), "at least 1"),
+        (("yarn", 8.0, 1.0, 4.0, 0), "at least 1"),
+        (("yarn", 8.0, 1.0, 4.0, 32, 1.0, 2.0), "beta_slow=2.0 and beta_fast=1.0"),
+        (("yarn", 8.0, 1.0, 4.0, 32, 32.0, 1.0, 0.0), "attention_factor=0.0; it must be above 0"),
+        (("linear", 8.0, 1.0, 4.0, 32, 32.0, 1.0, 1.2), "attention_factor=1.2; it must be 1"),
     ],
 )
 def test_a_rope_scaling_that_makes_no_sense_is_refused(arguments, message):

@@ -123,7 +123,7 @@ def test_greedy_tokens_equal_transformers_over_64_steps(run, policy):
     assert tokens == best.tolist() and len(tokens) == 64 and len(set(tokens)) > 5
 
 
-@pytest.mark.full(sample=1)
+@pytest.mark.full
 def test_a_selection_is_the_same_step_by_step_and_under_a_mask(run):
     _, model = run
     engine = Engine(model, "swa(kv_sparsity=0.5)")
