@@ -79,6 +79,40 @@ def test_llama3_scaling_falls_back_on_the_context_that_the_file_states():
     assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 97)
 
 
+def test_of_two_rotary_settings_the_one_that_transformers_takes_counts():
+    linear = {"rope_type": "linear", "factor": 4.0}
+    both = {"rope_scaling": linear, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+    assert config_from_hf(edited(LLAMA, both)).rope_scaling == RopeScaling("linear", 4.0)
+    scaling = config_to_hf(LLAMA, "float32")["rope_scaling"] | {"original_max_position_embeddings": 32}
+    top = {"rope_scaling": scaling, "original_max_position_embeddings": 16}
+    assert config_from_hf(edited(LLAMA, top)).rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 16)
+    other = {"rotary_pct": "absent", "rotary_emb_base": "absent", "partial_rotary_factor": 1.0, "rope_theta": 5.0}
+    config = config_from_hf(edited(NEOX, other))  # of a llama
+    assert (config.rotary_frac, config.rope_theta) == (0.25, 10000.0)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),
+        ({"attention_bias": 1}, "attention_bias is 1; it must be true or false"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True; it must be a whole number"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'; it must be a whole number"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1; it must be a whole number"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a finite number above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a finite number above 0"),
+        ({"rope_theta": True}, "rope_theta is True; it must be a finite number above 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor is '4'; it must be a finite number above 0"),
+        ({"hidden_act": ["silu"]}, r"hidden_act \['silu'\] is not supported"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not a supported architecture"),
+    ],
+)
+def test_a_value_of_a_wrong_kind_is_named(changes, message):
+    with pytest.raises(CheckpointError, match=message) as error:
+        config_from_hf(edited(LLAMA, changes))
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
 def test_old_llama_files_leave_out_what_was_fixed_then():
     raw = {
         "model_type": "llama",
