@@ -227,7 +227,7 @@ def test_finished_prompts_are_not_run_again_unless_something_differs_or_it_is_as
     bench.tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS[::-1])}, unk_token="dog"))
     bench.tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # the same files, read as other ids
     assert bench.call(file, out, "--json") == 0
-    assert [c.prompts for c in bench.calls[9:]] == [[[0, 4], [0, 3], [0, 1]]]
+    assert [c.prompts for c in bench.calls[9:]] == [[[0, 6], [0, 5], [0, 3]]]
 
 
 def test_prompts_go_beyond_the_context_where_the_policy_has_no_end(bench, capsys):

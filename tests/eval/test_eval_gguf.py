@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alisa_jax.models import Decoder, ModelConfig, load
-from alisa_jax.models.params import expected_tensors
+from alisa_jax.models.slots import expected_tensors
 from eval import generate
 from eval.modelled import shapes
 from eval.script import inputs
@@ -53,7 +53,7 @@ def test_a_file_is_known_before_its_weights_are_read(file, tmp_path):
     card = inputs.card(str(file))
     assert (card.name, card.max_positions) == ("bytes", 41)
     assert shapes.config(str(file)) == CONFIG
-    assert systems.dtype(str(file), None) == "float32" and systems.has_tokenizer(str(file))
+    assert inputs.resolved(str(file), "auto") == "float32" and systems.has_tokenizer(str(file))
     content = bytearray(file.read_bytes())
     content[-40] ^= 1  # a weight
     other = tmp_path / "bytes.gguf"

@@ -105,10 +105,12 @@ def written(tmp_path, folder_of):
 def test_a_file_is_the_model_of_the_folder_it_was_made_of(kind, tied, tmp_path, folder_of):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)
     folder = folder_of(config)
-    model = load(ggufs.write(tmp_path / "some.name.gguf", tensors(folder), config, kind))
+    path = ggufs.write(tmp_path / "some.name.gguf", tensors(folder), config, kind)
     dtype = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[kind]
+    model = load(path, dtype)
     assert model.decoder.config == config
     assert equal(model.params, load(folder, dtype).params)
+    assert {x.dtype.name for x in jax.tree.leaves(load(path).params)} == {"float32"}
     assert (model.name, model.tokenizer, model.eos_ids) == ("some.name", None, ())
     assert model.source == str(tmp_path / "some.name.gguf") and model.calibration() is None
 

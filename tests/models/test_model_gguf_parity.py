@@ -9,7 +9,7 @@ import pytest
 from alisa_jax.engine import Engine
 from alisa_jax.models import Decoder, ModelConfig, load
 from alisa_jax.models.gguf import GgufFile
-from alisa_jax.models.params import expected_tensors
+from alisa_jax.models.slots import expected_tensors
 from tests import ggufs
 from tests.models.test_model_gguf_tokenizer import SOURCES, TEXTS, byte_level, sentencepiece
 
