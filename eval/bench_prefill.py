@@ -130,7 +130,7 @@ def measure(engines: Mapping, vocab_size: int, values, length: int) -> dict[str,
     with tqdm(total=len(jobs) * (values.repeats + 1), desc="runs", unit="run", disable=None, leave=False) as bar:
         for _ in range(values.repeats + 1):
             for name, (engine, what) in jobs.items():
-                made[name].append(engine.generate(what, 1, eos_ids=()))
+                made[name].append(engine.generate(what, 1))
                 bar.update()
     return {
         name: Runs([r.prefill_s for r in runs[1:]], sum(r.compiles for r in runs[1:]), sum(r.wall_s for r in runs))
