@@ -59,7 +59,7 @@ def config(argv: Sequence[str]) -> tuple[flags.FlagValues, inputs.Card]:
         raise UserError(f"--out: {values.out!r} is {what}")
     card = inputs.card(values.model, values.dtype)
     if card.sha256 is None:
-        raise UserError(f"--model: {card.name} has no tokenizer.json, which a text needs")
+        raise UserError(f"--model: {card.name} has no tokenizer, which a text needs")
     block = min(BLOCK_TOKENS, card.max_positions) if values.block_tokens is None else values.block_tokens
     if not 2 <= block <= card.max_positions:
         raise UserError(f"--block_tokens must be in 2..{card.max_positions}, the context of {card.name}, got {block}")

@@ -73,7 +73,7 @@ def check(setup: resume.Setup, sizes: Sizes, policies: Iterable[str], codec: str
     """Raise UserError for what cannot run, before a model is loaded: text, tokenizer, sizes, policies, codec."""
     card, folder = setup.card(), Path(setup.model)
     if card.sha256 is None or (folder.is_dir() and not (folder / "tokenizer.json").exists()):
-        raise UserError(f"--model: {card.name} has no tokenizer.json, which a text needs")
+        raise UserError(f"--model: {card.name} has no tokenizer, which a text needs")
     inputs.window(sizes.context_tokens, None, card, sizes.context_tokens)
     if not 0 <= sizes.skip_tokens < sizes.context_tokens:
         raise UserError(f"--skip must be in 0..{sizes.context_tokens - 1}, below the context, got {sizes.skip_tokens}")

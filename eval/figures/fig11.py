@@ -31,7 +31,7 @@ def check(setup: Setup) -> None:
         raise UserError("--model: Figure 11 takes its queries and keys from a trained model, got random weights")
     model, _ = shapes.config(setup.model), inputs.card(setup.model)
     if not systems.has_tokenizer(setup.model):
-        raise UserError(f"--model: {setup.model} has no tokenizer.json, which a text needs")
+        raise UserError(f"--model: {setup.model} has no tokenizer, which a text needs")
     for name in config["shapes"]:
         if name not in paper["shapes"]:
             raise UserError(f"shapes are those of {', '.join(paper['shapes'])}, got {name!r}")

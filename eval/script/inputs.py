@@ -213,7 +213,7 @@ def model(load: Callable, name: str):
 def tokenizer(model):
     """The model's tokenizer."""
     if model.tokenizer is None:
-        raise UserError(f"--model: {model.name} has no tokenizer.json, which a text needs")
+        raise UserError(f"--model: {model.name} has no tokenizer, which a text needs")
     return model.tokenizer
 
 

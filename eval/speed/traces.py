@@ -224,7 +224,7 @@ def card(name: str, chosen: Sequence[systems.System], work: systems.Work) -> inp
     except UserError as error:
         raise UserError(str(error).replace("--model", "--trace", 1)) from None
     if not systems.has_tokenizer(name):
-        raise UserError(f"--trace: {name} has no tokenizer.json, which a text needs")
+        raise UserError(f"--trace: {name} has no tokenizer, which a text needs")
     if work.context > config.max_positions:
         raise UserError(
             f"--trace: {name} reads {config.max_positions} tokens at most, and {work.context} are asked for"

@@ -278,7 +278,7 @@ def test_the_arrays_are_measured_again_and_hold_no_maps_unless_asked(call, tmp_p
         (["--skip=30"], "--skip must be in 0..29, below the context, got 30"),
         (["--context=65"], "--context must be in 2..64"),
         (["--codec=int8(calibration_tokens=32)"], "takes its range from the first 32 tokens"),
-        (["--model=random:opt_125m"], "random:opt_125m has no tokenizer.json, which a text needs"),
+        (["--model=random:opt_125m"], "random:opt_125m has no tokenizer, which a text needs"),
         (["--npz=nowhere/x.npz"], "there is no folder for 'x.npz'"),
         (["--text=missing.txt"], "cannot read the text 'missing.txt'"),
         (["--windows=0"], "windows"),
@@ -387,5 +387,5 @@ def test_the_configs_of_the_figures_share_one_sample_that_the_papers_steps_fit_i
 @pytest.mark.parametrize("module", FIGURES)
 def test_a_figure_refuses_a_model_without_tokenizer(module, folder):
     setup = resume.Setup("random:opt_125m", str(folder / "text.txt"), "quick", 0, 1, False, None)
-    with pytest.raises(common.UserError, match="has no tokenizer.json, which a text needs"):
+    with pytest.raises(common.UserError, match="has no tokenizer, which a text needs"):
         module.check(setup)
