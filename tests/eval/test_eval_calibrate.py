@@ -115,7 +115,7 @@ def test_a_file_that_is_there_is_not_written_over_unless_asked(bench, capsys):
         (["--tokens=15"], "--tokens must be at least the 16 of one block, got 15"),
         (["--block_tokens=33"], "--block_tokens must be in 2..32, the context of "),
         (["--text=nowhere"], "cannot read the text 'nowhere'"),
-        (["--model=random:opt_125m"], "random:opt_125m has no tokenizer.json"),
+        (["--model=random:opt_125m"], "random:opt_125m has no tokenizer"),
         (["--order=sorted"], "--order=sorted"),
         (["--seed=-1"], "--seed must be in 0..4294967295, got -1"),
         (["--tokens=640"], "40 blocks of 16 tokens are asked for, and text.txt has 300 tokens, which make 20"),

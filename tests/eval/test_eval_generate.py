@@ -329,7 +329,7 @@ def test_prompts_are_all_checked_before_the_first_one_runs(bench, capsys):
 
 def test_a_model_without_a_tokenizer_is_refused(bench, capsys):
     bench.tokenizer = None
-    is_told(bench, capsys, [ONE], "tiny has no tokenizer.json")
+    is_told(bench, capsys, [ONE], "tiny has no tokenizer")
 
 
 def test_what_the_engine_refuses_is_told_in_one_sentence(bench, capsys, monkeypatch):
