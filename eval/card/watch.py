@@ -43,6 +43,7 @@ class _Run:
     def __init__(self, command, folder: Path, scratch: Path, end: float, seconds: float, dry: bool, seed: int):
         self.command = command
         self.end, self.seconds, self.dry, self.seed = end, seconds, dry, seed
+        folder = folder.resolve()  # the process works elsewhere
         self.records, self.log, self.now = folder / records.RECORDS, folder / records.LOG, scratch / "now.json"
         self.id = datetime.datetime.now(datetime.UTC).isoformat()
         self.deaths = 0

@@ -122,3 +122,18 @@ def test_sentencepiece_ids_are_those_of_transformers(tmp_path):
     assert len(texts) > 8
     for text in texts:
         assert model.tokenizer.encode(text).ids == theirs(text).input_ids, text
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_qwen_file_gives_the_logits_of_transformers(family, tmp_path, dense_forward):
+    """Rows of q and k lie as transformers has them; biases and norms of q and k are read."""
+    fields = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}[family]
+    config = dataclasses.replace(CONFIG, family=family, **fields)
+    path = ggufs.write(tmp_path / "model.gguf", tensors(config), config, arch=family)
+    model, theirs = load(path), of_transformers(path)
+    assert model.decoder.config == config
+    tokens = np.random.default_rng(5).integers(0, 64, (2, 31), dtype=np.int32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens).long()).logits.numpy()
+    assert expected.std() > 0.3
+    np.testing.assert_allclose(dense_forward(model.decoder, model.params, tokens), expected, atol=1e-4)
