@@ -79,6 +79,7 @@ def test_decoding_gives_what_one_pass_gives(model, windows, reference):
     assert np.abs(decoded - reference[:, : SHORT - 1]).max() < 1e-3
 
 
+@pytest.mark.full(sample=1)
 @pytest.mark.parametrize("axis", ["channel", "token"])
 def test_int8_is_within_half_a_percent(axis, model, windows, reference):
     found = scored(model, [window[:SHORT] for window in windows], f"int8(axis={axis})")
