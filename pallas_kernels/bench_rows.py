@@ -66,7 +66,7 @@ def group(kernel: str, name: str, how: Settings, rates: timing.Ceilings, known: 
         if subject not in known:
             known[subject], outs = measure(*subject, name, how, rates)
             if contender == REFERENCE:
-                known[subject]["max_error"] = _error(kept, outs)
+                known[subject]["max_error"] = error_of(kept, outs)
             kept, outs = outs if contender == SELF else None, None
         rows.append(known[subject] | {"kernel": kernel, "contender": contender})
     own, best = rows[0], min(rows[1:], key=_seconds, default=rows[0])
@@ -163,7 +163,7 @@ def _numbers(
     }
 
 
-def _error(got, want) -> float | str | None:
+def error_of(got, want) -> float | str | None:
     """Greatest difference over the greatest value, of all arrays; a text if it is not finite.
 
     None where one of the two did not run.

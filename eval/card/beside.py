@@ -26,7 +26,7 @@ def run(emit, left, dry: bool, seed: int) -> None:
             row, outs = bench_rows.measure(kernel, contender, shape, how, limits)
             if outs is not None and contender == bench_rows.REFERENCE:
                 own, mine = bench_rows.measure(kernel, bench_rows.SELF, shape, how._replace(repeats=1, calls=1), limits)
-                row["max_error"] = bench_rows._error(mine, outs) if own["time_s"] is not None else None
+                row["max_error"] = bench_rows.error_of(mine, outs) if own["time_s"] is not None else None
             return failed(row)
 
         emit.attempt(f"{shape} {kernel} {contender}", measure)

@@ -85,7 +85,8 @@ def records(setup: Setup) -> Found:
 
 def _tasks(setup: Setup, config: dict, card: inputs.Card, model, named: dict) -> Found:
     """Accuracy of every task under every method and sparsity."""
-    made, ids, cells = {}, {}, []
+    made, ids = {}, {}
+    cells = []
     for name, path in setup.tasks:
         task = tasks.read(name, path) if path is not None else tasks.from_hub(name)
         tasks.check_shots(task, config["shots"])

@@ -269,9 +269,9 @@ def test_a_kernel_that_fails_has_a_row_that_says_how(capsys, monkeypatch, messag
 
 
 def test_an_error_that_is_no_number_is_told(capsys):
-    assert bench_rows._error((jnp.array([1.0, jnp.nan]),), (jnp.ones(2),)) == "nan"
-    assert bench_rows._error((jnp.array([1.0, 3.0]), jnp.ones(1)), (jnp.array([1.0, 4.0]), jnp.ones(1))) == 0.25
-    assert bench_rows._error(None, (jnp.ones(2),)) is None
+    assert bench_rows.error_of((jnp.array([1.0, jnp.nan]),), (jnp.ones(2),)) == "nan"
+    assert bench_rows.error_of((jnp.array([1.0, 3.0]), jnp.ones(1)), (jnp.array([1.0, 4.0]), jnp.ones(1))) == 0.25
+    assert bench_rows.error_of(None, (jnp.ones(2),)) is None
 
 
 # ---- peers

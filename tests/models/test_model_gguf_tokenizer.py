@@ -164,7 +164,8 @@ def test_bos_stands_before_a_text_where_the_file_or_the_kind_says_so(pre, flag, 
 def test_eos_stands_behind_a_text_where_the_file_says_so(made):
     source, metadata = made("qwen2")
     side, ends = text_side(metadata | {"tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.add_bos_token": True})
-    bos, eos = (metadata[f"tokenizer.ggml.{end}_token_id"] for end in ("bos", "eos"))
+    bos = metadata["tokenizer.ggml.bos_token_id"]
+    eos = metadata["tokenizer.ggml.eos_token_id"]
     assert side.tokenizer.encode("a b").ids == [bos, *source.encode("a b").ids, eos]
     assert ends == (eos,)
 
