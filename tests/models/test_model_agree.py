@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from alisa_jax.models import CheckpointError, CheckpointWarning, Decoder, ModelConfig, load, save
+from tests.sentences import one_sentence
 
 LLAMA = ModelConfig(
     arch="llama",
@@ -69,11 +70,6 @@ def noise(*shape):
 def equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
-
-
-def one_sentence(error):
-    text = str(error.value)
-    return text.endswith(".") and not text.endswith("..") and "\n" not in text and len(text) < 500
 
 
 @pytest.mark.parametrize(

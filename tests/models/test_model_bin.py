@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 
 from alisa_jax.models import CheckpointError, ModelConfig, load, save
+from tests.sentences import one_sentence
 
 torch = pytest.importorskip("torch")
 
@@ -63,11 +64,6 @@ def to_bin(folder, change=lambda tensors: tensors, **options):
 def equal(a, b):
     same = jax.tree.map(lambda x, y: x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
     return all(jax.tree.leaves(same))
-
-
-def one_sentence(error):
-    text = str(error.value)
-    return text.endswith(".") and not text.endswith("..") and "\n" not in text and len(text) < 500
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

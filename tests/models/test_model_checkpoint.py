@@ -13,6 +13,7 @@ import safetensors.numpy
 import tokenizers
 
 from alisa_jax.models import CheckpointError, Decoder, ModelConfig, RopeScaling, checkpoint, load, save
+from tests.sentences import one_sentence
 
 LLAMA = ModelConfig(
     arch="llama",
@@ -100,11 +101,6 @@ def equal(a, b):
 def in_dtype(params, dtype):
     """Rounded by NumPy, so that no conversion of JAX is needed to compare."""
     return jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(dtype)), params)
-
-
-def one_sentence(error):
-    text = str(error.value)
-    return text.endswith(".") and not text.endswith("..") and "\n" not in text and len(text) < 500
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from alisa_jax.models import CheckpointError, ModelConfig, RopeScaling, load, sa
 from alisa_jax.models.gguf import GgufFile
 from alisa_jax.ops.rope import inverse_frequencies
 from tests import ggufs
+from tests.sentences import one_sentence
 
 CONFIG = ModelConfig(
     arch="llama",
@@ -58,11 +59,6 @@ DEFECTS = {  # what `ggufs.write` is given, and what is said
     ),
     "type": ({"extra": {"output.weight": np.zeros((61, 64), np.float64)}}, "is stored as F64; supported are F32, F16"),
 }
-
-
-def one_sentence(error):
-    text = str(error.value)
-    return text.endswith(".") and "\n" not in text
 
 
 def equal(ours, expected):

@@ -12,6 +12,7 @@ from alisa_jax.models import CheckpointError, ModelConfig, load, save
 from alisa_jax.models import tokenizer as text_side
 from tests.models import tokenizer_kinds as kinds
 from tests.models.tokenizer_kinds import BOS, EOS, START, STOP, TEXTS, UNK, write_json
+from tests.sentences import one_sentence
 
 CONFIG = ModelConfig(
     arch="llama",
@@ -62,14 +63,10 @@ def loaded(model_folder, tmp_path):
     return make
 
 
-def one_sentence(text):
-    return text.endswith(".") and not text.endswith("..") and "\n" not in text and len(text) < 600
-
-
 def refused(folder, message):
     with pytest.raises(CheckpointError, match=message) as error:
         text_side.read(folder)
-    assert one_sentence(str(error.value))
+    assert one_sentence(error)
 
 
 def same(folder, auto, texts=TEXTS):
