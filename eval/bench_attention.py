@@ -109,7 +109,7 @@ def record_trace(model, policy: str, tokens: np.ndarray, steps: int, heads: int)
     def blocks(params, tokens, at, attend):
         x, seen = decoder.embed(params, tokens, at), []
         for layer in range(c.n_layers):
-            x, aux = decoder.block(params, layer, x, at, lambda q, k, v, i=layer: attend(i, q, k, v))
+            x, aux = decoder.block(params["blocks"][layer], x, at, lambda q, k, v, i=layer: attend(i, q, k, v))
             seen.append(aux)
         return seen
 

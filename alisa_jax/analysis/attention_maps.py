@@ -65,7 +65,7 @@ def _embed(decoder, params, tokens):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _layer(decoder, policy, codec, block, x, at) -> tuple[jax.Array, Maps]:
-    return decoder.block({"blocks": [block]}, 0, x, at, functools.partial(maps.maps, policy, codec))
+    return decoder.block(block, x, at, functools.partial(maps.maps, policy, codec))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -87,7 +87,7 @@ def _layer(decoder, block, x, at) -> tuple[jax.Array, dict[str, jax.Array]]:
         out = compute.causal(seen_q, seen_k, v, jnp.full(q.shape[:1], q.shape[1], jnp.int32))
         return out, _statistics(q, k, v, seen_q, seen_k)
 
-    return decoder.block({"blocks": [block]}, 0, x, at, look, rotate=False)
+    return decoder.block(block, x, at, look, rotate=False)
 
 
 def _statistics(q, k, v, seen_q, seen_k) -> dict[str, jax.Array]:

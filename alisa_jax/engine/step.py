@@ -52,7 +52,9 @@ def prefill(
         def attend(q, k, v, state=state):
             return attention.prefill(state, q, k, v, length)
 
-        x, kv[layer] = decoder.block(params, layer, x, at, attend, rotate=state.turning is None)
+        x, kv[layer] = decoder.block(
+            params["blocks"][layer], x, at, attend, rotate=state.turning is None
+        )
     last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
     return decoder.unembed(params, last)[:, 0], tuple(kv)
 
@@ -65,11 +67,13 @@ def filter_prompt(
     The policy reads queries and keys of `layer`; of later layers nothing is computed.
     """
     x, at = _embed(decoder, params, tokens)
-    for earlier in range(layer):
+    for block in params["blocks"][:layer]:
         x, _ = decoder.block(
-            params, earlier, x, at, lambda q, k, v: (compute.causal(q, k, v, length, impl), ())
+            block, x, at, lambda q, k, v: (compute.causal(q, k, v, length, impl), ())
         )
-    _, (q, k) = decoder.block(params, layer, x, at, lambda q, k, v: (jnp.zeros_like(q), (q, k)))
+    _, (q, k) = decoder.block(
+        params["blocks"][layer], x, at, lambda q, k, v: (jnp.zeros_like(q), (q, k))
+    )
     last = jnp.take_along_axis(q, (length - 1)[:, None, None, None], axis=1)[:, 0]
     return policy.choose(last, k, length)
 
@@ -101,7 +105,7 @@ def decode(
             return out[:, None], (state, tap, out)
 
         rotate = not whole or state.turning is None
-        x, (state, tap, out) = decoder.block(params, layer, x, at, attend, rotate=rotate)
+        x, (state, tap, out) = decoder.block(params["blocks"][layer], x, at, attend, rotate=rotate)
         states.append(state)
         taps.append(tap)
         outs.append(out)
@@ -256,7 +260,9 @@ def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):
             out, *aux = reference.score(policy, codec, q, k, v, turning=turning)
             return out, aux
 
-        x, (attended, clipped) = decoder.block(params, layer, x, at, attend, rotate=turning is None)
+        x, (attended, clipped) = decoder.block(
+            params["blocks"][layer], x, at, attend, rotate=turning is None
+        )
         share = attended / (at + 1).astype(jnp.float32)
         shares.append(jnp.sum(jnp.where(valid, share, jnp.float32(0.0))))
         clips.append(jnp.sum(jnp.where(valid, clipped, 0), dtype=jnp.int32))

@@ -4,8 +4,8 @@ A `Decoder` is a frozen dataclass of pure functions of (params, inputs); it hold
 and no arrays. A step of any kind (training, prefill, decode) is the same three calls:
 
     x = decoder.embed(params, tokens, positions)                      # [B, T, D]
-    for layer in range(decoder.config.n_layers):
-        x, aux = decoder.block(params, layer, x, positions, attend)   # attend owns the KV cache
+    for block in params["blocks"]:
+        x, aux = decoder.block(block, x, positions, attend)           # attend owns the KV cache
     logits = decoder.unembed(params, x)                               # [B, T, V] float32
 
 `params` is {"embed": dict, "blocks": [dict] * L, "unembed": dict} of arrays in one type; a layer's
@@ -67,15 +67,15 @@ class Decoder:
 
     def block(
         self,
-        params: Params,
-        layer: int,
+        block: Params,
         x: jax.Array,  # [B, T, D]
         positions: jax.Array,  # [B, T] int32
         attend: Attend,
         rotate: bool = True,
     ) -> tuple[jax.Array, Any]:
-        """Layer `layer` -> (x [B, T, D], aux); aux is what `attend` returned beside its output.
+        """One layer -> (x [B, T, D], aux); aux is what `attend` returned beside its output.
 
+        block: the layer's parameters, an entry of `params["blocks"]`.
         `attend(q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]) -> (out [B, T, N, H], aux)`. It is
         called once. q and k carry their positions (rotated, but for opt); with rotate=False they
         are as they were before their rotation. q is not scaled: `attend` multiplies logits by
@@ -93,7 +93,7 @@ class Decoder:
             return out, aux
 
         module = _FAMILIES[c.arch].Block(c, rotate=rotate)
-        return module.apply({"params": params["blocks"][layer]}, x, positions, checked)
+        return module.apply({"params": block}, x, positions, checked)
 
     def unembed(self, params: Params, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> logits [B, T, V] float32."""

@@ -72,7 +72,7 @@ def prefill_layer(
         ]
         return out, (states, pages)
 
-    x, (states, pages) = decoder.block({"blocks": [block]}, 0, x, at, attend)
+    x, (states, pages) = decoder.block(block, x, at, attend)
     return x, states, pages
 
 
@@ -163,7 +163,7 @@ def recompute(
                 state, leaves, rows, pos[i].reshape(n * E), slot[i].reshape(n * E, -1), clear
             )
 
-        x, state = decoder.block(params, layer, x, at, attend)
+        x, state = decoder.block(params["blocks"][layer], x, at, attend)
         if state is not None:
             kv[layer] = (*kv[layer][:-1], state)
     return tuple(kv)
@@ -203,7 +203,7 @@ def dense_layer(
         )
         return out[:, None], new
 
-    return decoder.block({"blocks": [block]}, 0, x, at, attend)
+    return decoder.block(block, x, at, attend)
 
 
 def prefix_layer(decoder: Decoder, block, x, at, length, state):
@@ -217,7 +217,7 @@ def prefix_layer(decoder: Decoder, block, x, at, length, state):
         ]
         return causal(q, k, v, length, state.impl), (*leaves[0], *leaves[1])
 
-    return decoder.block({"blocks": [block]}, 0, x, at, attend)
+    return decoder.block(block, x, at, attend)
 
 
 def widen(leaves: Leaves, T: int) -> Leaves:

@@ -101,9 +101,9 @@ def recorded(model, rows: np.ndarray, layer: int) -> Past:
     def read(params, tokens):
         at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
         x = decoder.embed(params, tokens, at)
-        for i in range(layer + 1):
+        for block in params["blocks"][: layer + 1]:
             x, seen = decoder.block(
-                params, i, x, at, lambda *qkv: (compute.causal(*qkv, jnp.full((B,), T, jnp.int32)), qkv)
+                block, x, at, lambda *qkv: (compute.causal(*qkv, jnp.full((B,), T, jnp.int32)), qkv)
             )
         return seen
 

@@ -85,7 +85,7 @@ def token_losses(decoder: Decoder, params: Any, tokens: jax.Array):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
     x = decoder.embed(params, tokens, positions)
     for layer in range(decoder.config.n_layers):
-        x, _ = decoder.block(params, layer, x, positions, causal_attend)
+        x, _ = decoder.block(params["blocks"][layer], x, positions, causal_attend)
     logits = decoder.unembed(params, x[:, :-1])
     targets = tokens[:, 1:]
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

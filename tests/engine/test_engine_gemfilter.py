@@ -54,7 +54,7 @@ def read(model, tokens, at):
         return jnp.asarray(oracle.causal(q, k, v)[0][None], jnp.float32), ()
 
     for layer in range(LAYERS):
-        x, _ = decoder.block(model.params, layer, x, padded(at), attend)
+        x, _ = decoder.block(model.params["blocks"][layer], x, padded(at), attend)
     return x[0, :n], seen
 
 

@@ -61,7 +61,7 @@ def logprobs(model, policy, ids, n):
         return jnp.asarray(out), ()
 
     for layer in range(decoder.config.n_layers):
-        x, _ = decoder.block(params, layer, x, at, attend)
+        x, _ = decoder.block(params["blocks"][layer], x, at, attend)
     of = np.asarray(jax.nn.log_softmax(decoder.unembed(params, x)[0]))
     return of[np.arange(n - 1, size - 1), ids[n:]]
 

@@ -171,8 +171,8 @@ def test_what_is_recorded_is_what_attention_of_that_layer_is_given(model):
     @jax.jit
     def read(params, tokens):
         at = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], (2, 9))
-        x, _ = model.decoder.block(params, 0, model.decoder.embed(params, tokens, at), at, attend)
-        return model.decoder.block(params, 1, x, at, attend)[1]
+        x, _ = model.decoder.block(params["blocks"][0], model.decoder.embed(params, tokens, at), at, attend)
+        return model.decoder.block(params["blocks"][1], x, at, attend)[1]
 
     q, k, v = read(model.params, jnp.asarray(rows, jnp.int32))
     for ours, want in zip(found, (q, k[:, :, [0, 0, 1, 1]], v[:, :, [0, 0, 1, 1]]), strict=True):

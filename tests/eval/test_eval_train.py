@@ -166,7 +166,7 @@ def test_losses_are_cross_entropies_of_the_next_token(config):
     def forward(params):
         x = decoder.embed(params, tokens, positions)
         for layer in range(2):
-            x, _ = decoder.block(params, layer, x, positions, learning.causal_attend)
+            x, _ = decoder.block(params["blocks"][layer], x, positions, learning.causal_attend)
         return decoder.unembed(params, x)
 
     logits, tokens, nats, hits = (np.asarray(x) for x in (forward(params), tokens, nats, hits))
@@ -194,7 +194,7 @@ def test_at_first_half_of_the_heads_of_layer_0_attend_to_the_previous_token(star
     @jax.jit
     def seen(params):
         x = decoder.embed(params, tokens, positions)
-        return decoder.block(params, 0, x, positions, lambda q, k, v: (q, (q, k)))[1]
+        return decoder.block(params["blocks"][0], x, positions, lambda q, k, v: (q, (q, k)))[1]
 
     q, k = (np.asarray(x[0]) for x in seen(params))
     logits = np.einsum("tnh,snh->nts", q, np.repeat(k, 2, axis=1)) / 8

@@ -24,7 +24,7 @@ def forward(decoder, params, tokens):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     x = decoder.embed(params, tokens, positions)
     for layer in range(decoder.config.n_layers):
-        x, _ = decoder.block(params, layer, x, positions, causal)
+        x, _ = decoder.block(params["blocks"][layer], x, positions, causal)
     return decoder.unembed(params, x)
 
 

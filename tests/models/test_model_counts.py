@@ -132,7 +132,7 @@ def test_kv_bytes_are_those_of_the_arrays_that_attend_receives(config, dtype, el
     def step(params, index):
         x = decoder.embed(params, index, index)
         for layer in range(config.n_layers):
-            x, _ = decoder.block(params, layer, x, index, attend)
+            x, _ = decoder.block(params["blocks"][layer], x, index, attend)
 
     params = jax.eval_shape(lambda key: decoder.init(key, dtype), jax.random.key(0))
     jax.eval_shape(step, params, jnp.zeros((2, 5), jnp.int32))
@@ -170,7 +170,7 @@ def test_flops_are_those_of_the_traced_matrix_products(config):
     def step(params, index):
         x = decoder.embed(params, index, index)
         for layer in range(config.n_layers):
-            x, _ = decoder.block(params, layer, x, index, attend)
+            x, _ = decoder.block(params["blocks"][layer], x, index, attend)
         return decoder.unembed(params, x)
 
     traced = jax.make_jaxpr(step)(abstract(decoder), jnp.zeros((1, 1), jnp.int32))

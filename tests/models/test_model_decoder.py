@@ -106,7 +106,7 @@ def test_activations_keep_the_type_of_the_weights_and_logits_are_float32(decoder
     index = jax.ShapeDtypeStruct((2, 13), jnp.int32)
     x = jax.eval_shape(decoder.embed, params, index, index)
     assert (x.shape, x.dtype) == ((2, 13, decoder.config.d_model), dtype)
-    x, (k, v) = jax.eval_shape(lambda p, x, i: decoder.block(p, 1, x, i, causal_attend), params, x, index)
+    x, (k, v) = jax.eval_shape(lambda p, x, i: decoder.block(p["blocks"][1], x, i, causal_attend), params, x, index)
     assert (x.shape, x.dtype) == ((2, 13, decoder.config.d_model), dtype)
     assert k.shape == v.shape == (2, 13, decoder.config.n_kv_heads, decoder.config.head_dim)
     assert k.dtype == v.dtype == dtype
@@ -141,7 +141,7 @@ def test_one_token_at_a_time_gives_what_one_pass_gives(decoder, params, dense_fo
     def step(params, token, index):
         x = decoder.embed(params, token, index)
         for layer, store in enumerate(past):
-            x, _ = decoder.block(params, layer, x, index, attend_to(store))
+            x, _ = decoder.block(params["blocks"][layer], x, index, attend_to(store))
         return decoder.unembed(params, x)
 
     steps = []
@@ -185,7 +185,7 @@ def test_attend_is_called_once_and_its_aux_is_returned(decoder, params):
         return q, {"seen": jnp.float32(7)}
 
     index = jnp.zeros((2, 3), jnp.int32)
-    run = jax.jit(lambda p: decoder.block(p, 1, decoder.embed(p, index, index), index, attend))
+    run = jax.jit(lambda p: decoder.block(p["blocks"][1], decoder.embed(p, index, index), index, attend))
     _, aux = run(params)
     N, K, H = decoder.config.n_heads, decoder.config.n_kv_heads, decoder.config.head_dim
     assert calls == [((2, 3, N, H), (2, 3, K, H), (2, 3, K, H))] and aux["seen"] == 7
@@ -197,7 +197,7 @@ def test_wrong_shapes_are_refused(decoder, params):
     with pytest.raises(ValueError, match="positions"):
         decoder.embed(params, index, index[:1])
     with pytest.raises(ValueError, match="output of attend"):
-        jax.eval_shape(lambda x: decoder.block(params, 0, x, index, lambda q, k, v: (q[:, :, 1:], ())), x)
+        jax.eval_shape(lambda x: decoder.block(params["blocks"][0], x, index, lambda q, k, v: (q[:, :, 1:], ())), x)
     with pytest.raises(ValueError, match="x has shape"):
         decoder.unembed(params, x[..., 1:])
 
@@ -247,7 +247,7 @@ def test_rotary_dims_are_the_channels_that_positions_change(decoder, params, cau
     c = decoder.config
     assert c.rotary_dims == {"llama": 14, "opt": 0, "gpt_neox": 4}[c.arch]
     x = jnp.float32(np.tile(rows((1, 1, c.d_model)), (1, 2, 1)))  # one row at two positions
-    step = jax.jit(lambda p, x, at: decoder.block(p, 0, x, at, causal_attend)[1][0])
+    step = jax.jit(lambda p, x, at: decoder.block(p["blocks"][0], x, at, causal_attend)[1][0])
     keys = np.asarray(step(params, x, jnp.asarray([[0, 1]], jnp.int32)))[0]
     np.testing.assert_array_equal(np.abs(keys[0] - keys[1]).max(axis=0) > 1e-6, np.arange(c.head_dim) < c.rotary_dims)
 

@@ -51,7 +51,7 @@ def layer_step(decoder, block, state, x):
         out, new, taps = attention.decode(state, q[:, 0], k[:, 0], v[:, 0])
         return out[:, None], (new, taps)
 
-    x, (new, taps) = decoder.block({"blocks": [block]}, 0, x, state.length[:, None], attend)
+    x, (new, taps) = decoder.block(block, x, state.length[:, None], attend)
     return x, new, taps
 
 
@@ -64,7 +64,7 @@ def layer_prefill(decoder, block, state, x, length):
         return out, (new, q, k)
 
     at = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
-    return decoder.block({"blocks": [block]}, 0, x, at, attend)
+    return decoder.block(block, x, at, attend)
 
 
 class Watch:
