@@ -67,8 +67,11 @@ def check(
 def adopted(array, other, rows, which, axis: int = 0):
     """`array` with its sequences `which` [B] bool replaced by the sequences `rows` [B] of `other`.
 
-    Sequences are counted along `axis`; all other sizes of the two arrays are equal.
+    Sequences are counted along `axis`; all other sizes of the two arrays are equal. which: None for
+    the sequences `rows` of `other` alone, however many.
     """
+    if which is None:
+        return jnp.take(other, rows, axis=axis)
     named = which.reshape(-1, *[1] * (array.ndim - axis - 1))
     return jnp.where(named, jnp.take(other, rows, axis=axis), array)
 

@@ -5,7 +5,7 @@
 
 The model reads a dense prompt of a long text, then decodes `--steps` steps under the policy; the queries, keys and values of
 all layers are recorded. Positions beyond the model's context are interpolated linearly. Heads are repeated until there are
-`--heads`, each with its own keys and values. `alisa_jax.attention.decode` then replays each layer's trace with donated
+`--heads`, each with its own keys and values. `alisa_jax.attention.step` then replays each layer's trace with donated
 states; the policy and dense take turns step by step in this process:
 
     speedup_whole_step   dense (append, attend) / policy (append, attend, observe, window update, exchange)
@@ -100,6 +100,7 @@ def record_trace(model, policy: str, tokens: np.ndarray, steps: int, heads: int)
 
     from alisa_jax import attention, policies
     from alisa_jax.codecs import Raw
+    from alisa_jax.kv.state import LayerSpec
     from eval.speed import models
 
     B, T = tokens.shape
@@ -116,8 +117,8 @@ def record_trace(model, policy: str, tokens: np.ndarray, steps: int, heads: int)
     def first(params, tokens):
         def attend(layer, q, k, v):
             p = chosen.for_layer(layer)
-            dims = attention.dims_of(p, p.routes[0], B, c.n_heads, c.n_kv_heads, T)
-            state = attention.init(p, Raw("float32"), p.routes[0], dims, c.head_dim)
+            spec = LayerSpec(p, Raw("float32"), p.routes[0])
+            state = attention.init(spec, attention.dims_of(spec, B, c.n_heads, c.n_kv_heads, T), c.head_dim)
             out, state = attention.prefill(state, q, k, v, jnp.full((B,), prompt, jnp.int32))
             return out, (state, (q, k, v))
 
@@ -128,7 +129,7 @@ def record_trace(model, policy: str, tokens: np.ndarray, steps: int, heads: int)
     def rest(params, states, tokens):
         def one(states, token):
             def attend(layer, q, k, v):
-                out, state, _ = attention.decode(states[layer], q[:, 0], k[:, 0], v[:, 0])
+                out, state, _ = attention.step(states[layer], q[:, 0], k[:, 0], v[:, 0])
                 return out[:, None], (state, (q[:, 0], k[:, 0], v[:, 0]))
 
             states, seen = zip(*blocks(params, token[:, None], states[0].length[:, None], attend), strict=True)
@@ -154,9 +155,9 @@ def replay(policy: str, trace, steps: int) -> dict[str, np.ndarray]:
     import jax.numpy as jnp
 
     from alisa_jax import attention, policies
-    from alisa_jax.attention import exchange
     from alisa_jax.attention.compute import slots
     from alisa_jax.codecs import Raw
+    from alisa_jax.kv.state import LayerSpec
 
     codec, (B, T, N, H) = Raw("float32"), trace[0].shape
     prompt = [
@@ -166,31 +167,30 @@ def replay(policy: str, trace, steps: int) -> dict[str, np.ndarray]:
     length = jnp.full((B,), T - steps, jnp.int32)
 
     def start(p):
-        state = attention.init(p, codec, "working_set", attention.dims_of(p, "working_set", B, N, N, T), H)
+        spec = LayerSpec(p, codec, "working_set")
+        state = attention.init(spec, attention.dims_of(spec, B, N, N, T), H)
         return _compiled_prefill()(state, *prompt, length)
 
     def attend(ws, q):
         return slots(codec, q[:, :, None], ws.k, ws.v, ws.bias)
 
     def whole(state, q, k, v):
-        out, state, taps = attention.decode(state, q, k, v)
+        out, state, taps = attention.step(state, q, k, v)
         return (out, taps.attended, taps.loads), state
 
     def before(state, k, v):
-        store = None if state.store is None else state.store.append(codec, k, v, state.length)
-        ws, slot = state.ws.append(codec, k, v, state.length)
+        codes = codec.encode_token(state.ws.k, k), codec.encode_token(state.ws.v, v)
+        store = None if state.store is None else state.store.append(codec, *codes, state.length)
+        ws, slot = state.ws.append(codec, *codes, state.length)
         return state.replace(ws=ws, store=store), slot
 
     def observe(state, slot, mass):
-        stats = state.policy.observe(state.stats, mass, state.ws.pos, slot, state.length)
+        stats = state.spec.policy.observe(state.stats, mass, state.ws.pos, slot, state.length)
         return state.replace(stats=stats, length=state.length + 1)
 
     def change(state):
-        s = state
-        stats, ws, _, _ = exchange.exchange_layer(
-            s.policy, codec, s.store, s.stats, s.ws, s.length, s.context, s.ws.bias
-        )
-        return s.replace(stats=stats, ws=ws)
+        ((state,),), _ = attention.exchange_sets([(state,)], [state.ws.bias])
+        return state
 
     attend = jax.jit(attend)
     whole, before, observe, change = (jax.jit(f, donate_argnums=0) for f in (whole, before, observe, change))

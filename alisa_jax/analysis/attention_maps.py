@@ -36,7 +36,7 @@ def attentions(engine, sequences, see: Callable[[int, Maps, np.ndarray], None]) 
     T, length = int(batch.length.max()), batch.length
     engine.validate(T)
     engine.check_calibration(length)
-    if engine.codec.raw_keys or any(layer.turning is not None for layer in engine.layers):
+    if engine.codec.raw_keys or any(spec.rotation is not None for spec in engine.layers):
         raise ValueError(
             f"maps are of keys that carry their positions; {engine.policy} with {engine.codec} "
             "places them anew"
@@ -45,8 +45,8 @@ def attentions(engine, sequences, see: Callable[[int, Maps, np.ndarray], None]) 
     params = engine.model.params
     tokens = batch.padded(bucket(T))
     x, at = _embed(decoder, _without_blocks(params), tokens)
-    for layer, (policy, codec, *_) in enumerate(engine.layers):
-        x, found = _layer(decoder, policy, codec, params["blocks"][layer], x, at)
+    for layer, (spec, block) in enumerate(zip(engine.layers, params["blocks"], strict=True)):
+        x, found = _layer(decoder, spec, block, x, at)
         see(layer, Maps(*(np.asarray(one)[:, :, :T, :T] for one in found)), length)
     targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     logprobs = np.asarray(_judge(decoder, _without_blocks(params), x, targets))
@@ -63,9 +63,9 @@ def _embed(decoder, params, tokens):
     return decoder.embed(params, tokens, at), at
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _layer(decoder, policy, codec, block, x, at) -> tuple[jax.Array, Maps]:
-    return decoder.block(block, x, at, functools.partial(maps.maps, policy, codec))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer(decoder, spec, block, x, at) -> tuple[jax.Array, Maps]:
+    return decoder.block(block, x, at, functools.partial(maps.maps, spec))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,9 +1,23 @@
-"""Attention of one layer: decode, prefill, compute, exchange, the masked reference, maps."""
+"""Attention of one layer: decode, prompts, compute, exchange, the masked reference, maps."""
 
+from alisa_jax.attention.exchange import exchange_sets
+from alisa_jax.attention.lane import (
+    Lane,
+    begin,
+    extend,
+    fill,
+    fill_rows,
+    finish,
+    prefill,
+    prefill_rows,
+    turned_prompt,
+    written,
+)
 from alisa_jax.attention.layer import (
     ROUTES,
     Taps,
     check,
+    cut,
     decode,
     dims_of,
     freeze,
@@ -11,16 +25,24 @@ from alisa_jax.attention.layer import (
     init,
     masked_row,
     prompt_dims,
+    step,
     turn_of,
 )
-from alisa_jax.attention.prompt import prefill, prefill_rows, turned_prompt
 
 __all__ = [
     "ROUTES",
+    "Lane",
     "Taps",
+    "begin",
     "check",
+    "cut",
     "decode",
     "dims_of",
+    "exchange_sets",
+    "extend",
+    "fill",
+    "fill_rows",
+    "finish",
     "freeze",
     "grow",
     "init",
@@ -28,6 +50,8 @@ __all__ = [
     "prefill",
     "prefill_rows",
     "prompt_dims",
+    "step",
     "turn_of",
     "turned_prompt",
+    "written",
 ]

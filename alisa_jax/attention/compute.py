@@ -141,32 +141,24 @@ def store(
     return full, jnp.sum(p, axis=(1, 2))[:, None] if P == 1 else jnp.sum(p, axis=2)
 
 
-def prompt(
-    q, k, v, length, heads: int, seed: str = "none", W: int | None = None, impl: str = "xla"
-):
-    """Dense causal attention over prompts, and the mass that seeds a policy.
-
-    q [B, T, N, H], k and v [B, T, K, H], length [B]. The mass is float32, summed over the query
-    heads of each of P = `heads` groups; `seed` selects its form:
-
-        "none"   None
-        "rows"   [B, P, W, T], of the last W queries below `length`; the last query's row comes
-                 last, and rows before the first query are zero
-        "sum"    [B, P, T], summed over all queries
-
-    Returns out [B, T, N, H] and the mass.
-    """
+def prompt(q, k, v, length, impl: str = "xla", first=None) -> Partial:
+    """TEMPORARY"""
+    assert first is None
     piece = flash_prefill.flash_prefill(q, k, v, length, impl=impl)
-    out = piece.out.astype(q.dtype)
-    if seed == "none":
-        return out, None
-    options = dict(queries=W, heads=heads, reduce=seed, impl=impl)
-    return out, flash_prefill.prompt_mass(q, k, piece.lse, length, **options)
+    return Partial(piece.out.astype(q.dtype), piece.lse)
+
+
+def mass(q, k, lse, length, heads: int, reduce: str, W, impl: str = "xla", first=None):
+    """TEMPORARY"""
+    assert first is None
+    return flash_prefill.prompt_mass(
+        q, k, lse, length, queries=W, heads=heads, reduce=reduce, impl=impl
+    )
 
 
 def causal(q, k, v, length, impl: str = "xla") -> jax.Array:
     """Dense causal attention over prompts, as in `prompt`: out [B, T, N, H] alone."""
-    return prompt(q, k, v, length, 1, impl=impl)[0]
+    return prompt(q, k, v, length, impl).out
 
 
 def _slots(codec, q, k, v, bias, turn=None, heads=None) -> tuple[Partial, jax.Array]:

@@ -1,7 +1,8 @@
-"""The exchange: policies change working sets, and requested rows are copied from the store.
+"""The exchange: after layers have attended, policies change their sets for the next query.
 
-`exchange_layer` serves one layer. `exchange_layers` serves all layers with the same `joint` key at
-once, at the end of a step.
+A policy that selects evicts tokens, or requests rows, which are copied from the store. Layers with
+the same key (`joint_key`) are served by one loop. Dense layers, and routes whose set is a mask that
+`select` makes anew, exchange nothing.
 """
 
 from __future__ import annotations
@@ -11,66 +12,88 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
-from alisa_jax.kv.pending import Pending
-from alisa_jax.kv.ring import Ring
-from alisa_jax.kv.state import LayerState, WorkingSet
-from alisa_jax.kv.store import Store
-from alisa_jax.policies.base import column
+from alisa_jax.kv.cache import Layer
+from alisa_jax.kv.state import LayerSpec, LayerState
 
 
-def exchange_layer(policy, codec, store, stats, ws: WorkingSet, length, S, after):
-    """Let the policy change the working set and copy in the rows that it requests, until it stops.
+def exchange_sets(
+    layers: Sequence[Layer], after: Sequence[jax.Array]
+) -> tuple[list[Layer], list[tuple[jax.Array, ...]]]:
+    """The layers with the sets of their next queries, and the rows that each part copied [B] int32.
 
-    Returns statistics, working set, store and loads [B]. Rows that a `Ring` does not hold become
-    pending there; once no more of them fit, the exchange stops and must be called again.
-
-    The loop overwrites slots, so it must run after their last read. XLA copies the values whole
-    unless it can prove that order; the loop's first condition therefore reads the attention output
-    `after` (it is true unless all of the output is NaN).
+    after: what each layer's attention returned. The loops overwrite slots, so they must run after
+    the last read of these. XLA copies the values whole unless it can prove that order; the first
+    condition of a loop therefore reads `after` (it is true unless all of it is NaN). Rows that a
+    store does not have become pending there; once no more of them fit, the exchange of that layer
+    stops, and must be called again.
     """
-    ring = isinstance(store, Ring)
+    found = [list(layer) for layer in layers]
+    loads = [[jnp.zeros(part.length.shape, jnp.int32) for part in layer] for layer in layers]
+    together: dict[Hashable, list[tuple[int, int]]] = {}
+    for i, layer in enumerate(layers):
+        for j, part in enumerate(layer):
+            if not _exchanges(part.spec):
+                continue
+            if (key := joint_key(part)) is not None:
+                together.setdefault((j, key), []).append((i, j))
+            else:
+                found[i][j], loads[i][j] = _alone(part, after[i])
+    for places in together.values():
+        parts, counts = _together([found[i][j] for i, j in places], [after[i] for i, _ in places])
+        for (i, j), part, count in zip(places, parts, counts, strict=True):
+            found[i][j], loads[i][j] = part, count
+    return [tuple(layer) for layer in found], [tuple(counts) for counts in loads]
+
+
+def _exchanges(spec: LayerSpec) -> bool:
+    """Whether the set of such a layer changes between two queries."""
+    in_set = spec.route == "working_set" or (spec.route == "masked" and spec.policy.evicts)
+    return in_set and spec.policy.selects
+
+
+def joint_key(state: LayerState) -> Hashable | None:
+    """Grouping key: layers with equal keys are exchanged in one batch; None means alone.
+
+    A layer whose rows may be pending stops by itself, so it is alone.
+    """
+    key = state.spec.policy.joint()
+    if key is None or state.spec.route != "working_set" or jax.tree.leaves(state.store.pending):
+        return None
+    return key, state.spec.codec, state.context, state.ws.pos.shape
+
+
+def _alone(state: LayerState, after: jax.Array) -> tuple[LayerState, jax.Array]:
+    """One layer: its state and the loads [B]."""
+    policy = state.spec.policy
+    store = state.store
 
     def once(stats, ws, pending, loads, _):
-        stats, ex = policy.exchange(stats, ws.pos, ws.bias, length, S)
+        stats, ex = policy.exchange(stats, ws.pos, ws.bias, state.length, state.context)
         ws, more = ws.replace(pos=ex.pos, bias=ex.bias), ex.more
-        if E := ex.load_pos.shape[-1]:
-            slot = ex.load_slot
-            if ring:
-                absent = (ex.load_pos >= 0) & (ex.load_pos < column(store.host))
-                pending = pending.note(slot, ex.load_pos, absent)
-                pending = pending.replace(more=more & ~pending.room(E))
-                slot, more = jnp.where(absent, -1, slot), more & ~pending.more
-            ws = ws.load(codec, store, slot, ex.load_pos)
+        if ex.load_pos.shape[-1]:
+            slot, pending, more = store.request(pending, ex.load_slot, ex.load_pos, more)
+            ws = ws.load(state.spec.codec, store, slot, ex.load_pos)
             loads = loads + jnp.sum(ex.load_pos >= 0, axis=(1, 2), dtype=jnp.int32)
         return stats, ws, pending, loads, more
 
-    pending = Pending.empty(*ws.pos.shape[:2]) if ring else ()
-    start = (stats, ws, pending, jnp.zeros(length.shape, jnp.int32), jnp.any(after == after))
+    pending = () if store is None else store.delivered().pending
+    loads = jnp.zeros(state.length.shape, jnp.int32)
+    start = (state.stats, state.ws, pending, loads, jnp.any(after == after))
     if policy.evicts:
         stats, ws, _, loads, _ = once(*start)
-        return stats, ws, store, loads
+        return state.replace(ws=ws, stats=stats), loads
     stats, ws, pending, loads, _ = jax.lax.while_loop(lambda c: c[4], lambda c: once(*c), start)
-    return stats, ws, store.replace(pending=pending) if ring else store, loads
+    return state.replace(ws=ws, stats=stats, store=store.waiting(pending)), loads
 
 
-def joint(state: LayerState) -> Hashable | None:
-    """Grouping key: layers with equal keys are exchanged in one batch; None means alone."""
-    key = state.policy.joint()
-    if key is None or state.route != "working_set" or type(state.store) is not Store:
-        return None
-    return key, state.codec, state.context, state.ws.pos.shape
-
-
-def exchange_layers(
+def _together(
     states: Sequence[LayerState], after: Sequence[jax.Array]
 ) -> tuple[list[LayerState], list[jax.Array]]:
-    """`exchange_layer` for layers with the same `joint` key: one loop, after all have attended.
-
-    Returns the states and the loads [B] of each layer. after: the attention output of each layer,
-    see `exchange_layer`.
-    """
-    policies, codec = [state.policy for state in states], states[0].codec
-    length, S = states[0].length, states[0].context
+    """Layers with the same key: one loop, after all have attended."""
+    policies = [state.spec.policy for state in states]
+    codec = states[0].spec.codec
+    length = states[0].length
+    S = states[0].context
 
     def once(carry):
         stats, sets, loads, _ = carry

@@ -2,16 +2,19 @@
 
 One decode step of one layer, on each of the three routes that give equal results:
 
-    working_set   append -> attend the working set -> observe -> exchange (the next step's set)
+    working_set   append -> attend the working set -> observe
     indexed       append -> select -> read those rows of the store -> attend -> observe
     masked        append -> attend all tokens under the mask of `select` -> observe: the reference
 
-A prompt is attended densely (`prefill`), and its last rows seed the policy. `reference.score` runs
-a whole text in one pass.
+Layers attend here; afterwards `exchange` changes the sets for the next query. A layer is a tuple
+of parts, `LayerState`s of neighbouring sequences; one where all of them are resident.
+
+A prompt is attended densely (`lane`), and what its queries attended seeds the policy.
+`reference.score` runs a whole text in one pass.
 
 Shapes: q [B, N, H] or [B, T, N, H], unscaled; query head i reads kv head i // G, G = N / K. Logits,
-softmax statistics and attention mass are float32. Queries and keys come rotated. If `turning` is a
-`Rotation`, they come as projected: keys are stored so, and both are rotated here to the places that
+softmax statistics and attention mass are float32. Queries and keys come rotated, or as projected
+where the layer has a `rotation`: keys are stored so, and both are rotated here to the places that
 the policy gives them.
 """
 
@@ -24,10 +27,10 @@ import jax.numpy as jnp
 
 from alisa_jax.attention import compute
 from alisa_jax.attention.compute import Partial
-from alisa_jax.attention.exchange import exchange_layer, joint
+from alisa_jax.attention.exchange import exchange_sets
 from alisa_jax.codecs.base import Turn
-from alisa_jax.kv.state import LayerState, WorkingSet, bias_of
-from alisa_jax.kv.store import Store
+from alisa_jax.kv.cache import Layer
+from alisa_jax.kv.state import LayerSpec, LayerState, Store, WorkingSet, bias_of
 from alisa_jax.ops.rope import Rotation, turned
 from alisa_jax.policies.base import Dims, Policy, column, positions, slots_of
 
@@ -44,8 +47,11 @@ class Taps(NamedTuple):
     clipped: jax.Array  # [B] int32: elements of the new K and V that the codec clipped
 
 
-def check(policy: Policy, codec, route: str, context: int, n_heads: int, n_kv_heads: int) -> None:
+def check(spec: LayerSpec, context: int, n_heads: int, n_kv_heads: int) -> None:
     """Raise ValueError, in one sentence and before any work, for parts that cannot run together."""
+    policy = spec.policy
+    codec = spec.codec
+    route = spec.route
     if route not in ROUTES:
         raise ValueError(f"route must be auto or one of {', '.join(ROUTES)}; got {route!r}")
     if route not in policy.routes:
@@ -64,39 +70,28 @@ def check(policy: Policy, codec, route: str, context: int, n_heads: int, n_kv_he
     policy.validate(context)
 
 
-def dims_of(policy: Policy, route: str, B: int, N: int, K: int, S: int, H: int = 0) -> Dims:
+def dims_of(spec: LayerSpec, B: int, N: int, K: int, S: int, H: int = 0) -> Dims:
     """Sizes of the state of one layer for a context bucket of S tokens."""
-    return Dims(B, N, K, S, policy.capacity(S) if route == "working_set" else S, H)
+    return Dims(B, N, K, S, spec.policy.capacity(S) if spec.route == "working_set" else S, H)
 
 
-def prompt_dims(dims: Dims, policy: Policy, route: str, room: int) -> Dims:
+def prompt_dims(dims: Dims, spec: LayerSpec, room: int) -> Dims:
     """`dims` of a state that starts with a prompt and has room for `room` further tokens."""
-    if route != "working_set" or not policy.appends:
+    if spec.route != "working_set" or not spec.policy.appends:
         return dims
-    return dims._replace(M=min(dims.M, policy.prompt_capacity(dims.S) + room))
+    return dims._replace(M=min(dims.M, spec.policy.prompt_capacity(dims.S) + room))
 
 
-def init(
-    policy: Policy,
-    codec,
-    route: str,
-    dims: Dims,
-    H: int,
-    impl: str = "xla",
-    turning: Rotation | None = None,
-) -> LayerState:
-    """The state of a layer that has seen no token.
-
-    impl: the implementation of attention (`compute.choose`). turning: the rotation of keys that are
-    stored before it.
-    """
+def init(spec: LayerSpec, dims: Dims, H: int) -> LayerState:
+    """The state of a layer that has seen no token."""
     B, _, K, S, M, _ = dims = dims._replace(H=H)
+    policy = spec.policy
+    codec = spec.codec
     P = policy.selection_heads(K)
-    ws = None if route == "indexed" else WorkingSet.empty(codec, B, K, M, H, P)
-    keeps_store = route == "indexed" or (route == "working_set" and not policy.evicts)
+    ws = None if spec.route == "indexed" else WorkingSet.empty(codec, B, K, M, H, P)
+    keeps_store = spec.route == "indexed" or (spec.route == "working_set" and not policy.evicts)
     store = Store.empty(codec, B, S, K, H) if keeps_store else None
-    length = jnp.zeros((B,), jnp.int32)
-    return LayerState(ws, store, policy.init(dims), length, policy, codec, route, S, impl, turning)
+    return LayerState(ws, store, policy.init(dims), jnp.zeros((B,), jnp.int32), spec, S)
 
 
 def grow(state: LayerState, S: int, room: int | None = None) -> LayerState:
@@ -104,13 +99,16 @@ def grow(state: LayerState, S: int, room: int | None = None) -> LayerState:
 
     room: the most tokens that may follow, where a set grows by each of them; None: up to S.
     """
-    M = state.policy.capacity(S) if state.route == "working_set" else S
-    if state.policy.appends and state.route == "working_set":
+    policy = state.spec.policy
+    codec = state.spec.codec
+    in_set = state.spec.route == "working_set"
+    M = policy.capacity(S) if in_set else S
+    if policy.appends and in_set:
         M = state.ws.pos.shape[-1] + min(S - state.context, S if room is None else room)
     return state.replace(
-        ws=None if state.ws is None else state.ws.grow(state.codec, M),
-        store=None if state.store is None else state.store.grow(state.codec, S),
-        stats=state.policy.grow(state.stats, S, M),
+        ws=None if state.ws is None else state.ws.grow(codec, M),
+        store=None if state.store is None else state.store.grow(codec, S),
+        stats=policy.grow(state.stats, S, M),
         context=S,
     )
 
@@ -119,41 +117,60 @@ def freeze(state: LayerState) -> LayerState:
     """The same state with all tokens encoded, once the codec has seen its `frozen_after` tokens."""
 
     def frozen(home):
-        return None if home is None else home.freeze(state.codec)
+        return None if home is None else home.freeze(state.spec.codec)
 
     return state.replace(ws=frozen(state.ws), store=frozen(state.store))
 
 
-def decode(
-    state: LayerState, q: jax.Array, k: jax.Array, v: jax.Array, exchange: bool = True
-) -> tuple[jax.Array, LayerState, Taps]:
+def decode(layer: Layer, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Layer, Taps]:
     """One new token per sequence: q [B, N, H], k and v [B, K, H] -> out [B, N, H] in q's dtype.
 
-    exchange: False keeps the set of a state with a `joint` key, for `exchange_layers`. Returns out,
-    state and taps.
+    Returns out, the layer, whose sets are those that the query attended and itself (`exchange`
+    comes next), and the taps of each part.
     """
-    if not exchange and joint(state) is None:
-        raise ValueError(f"{state.policy} on the route {state.route} exchanges layer by layer")
-    step = {
-        "working_set": _decode_working_set,
-        "indexed": _decode_indexed,
-        "masked": _decode_masked,
-    }[state.route]
-    policy = state.policy
-    codec = state.codec
+    done = [_decode(part, *mine) for part, mine in zip(layer, cut(layer, q, k, v), strict=True)]
+    outs, parts, taps = zip(*done, strict=True)
+    return jnp.concatenate(outs), parts, taps
+
+
+def step(state: LayerState, q, k, v) -> tuple[jax.Array, LayerState, Taps]:
+    """`decode` and `exchange_sets` of one layer by itself, in one part: out, its state and taps."""
+    out, layer, (taps,) = decode((state,), q, k, v)
+    ((state,),), ((loads,),) = exchange_sets([layer], [out])
+    return out, state, taps._replace(loads=loads)
+
+
+def cut(layer: Layer, *arrays):
+    """Of each part of a layer: its sequences of `arrays` [B, ...]."""
+    first = 0
+    for part in layer:
+        stop = first + part.length.shape[0]
+        yield tuple(x[first:stop] for x in arrays)
+        first = stop
+
+
+def _decode(state: LayerState, q, k, v):
+    attend = {
+        "working_set": _attend_working_set,
+        "indexed": _attend_indexed,
+        "masked": _attend_masked,
+    }[state.spec.route]
+    policy = state.spec.policy
+    codec = state.spec.codec
+    rotation = state.spec.rotation
     length = state.length
-    home = state.store if state.ws is None else state.ws
+    home = state.home
     clipped = codec.clipped(home.k, k) + codec.clipped(home.v, v)
     if policy.takes_keys:
-        keys = k if state.turning is None else turned(k, _wide(length, k), state.turning)
+        keys = k if rotation is None else turned(k, _wide(length, k), rotation)
         state = state.replace(stats=policy.note(state.stats, keys[:, None], length))
-    if state.turning is not None:
-        q = turned(q, _wide(policy.place(length), q), state.turning)
+    if rotation is not None:
+        q = turned(q, _wide(policy.place(length), q), rotation)
     q_heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [B, K, G, H]
-    options = {} if exchange else {"exchange": False}
-    piece, state, taps = step(state, q_heads, k, v, **options)
-    taps = taps._replace(clipped=clipped)
-    return piece.out.reshape(q.shape).astype(q.dtype), state.replace(length=state.length + 1), taps
+    codes = codec.encode_token(home.k, k), codec.encode_token(home.v, v)
+    piece, state, taps = attend(state, q_heads, *codes)
+    out = piece.out.reshape(q.shape).astype(q.dtype)
+    return out, state.replace(length=length + 1), taps._replace(clipped=clipped)
 
 
 def _wide(at, x):
@@ -161,9 +178,9 @@ def _wide(at, x):
     return jnp.broadcast_to(at[:, None], x.shape[:2])
 
 
-def turn_of(policy: Policy, turning: Rotation | None, pos, length) -> Turn | None:
+def turn_of(policy: Policy, rotation: Rotation | None, pos, length) -> Turn | None:
     """The rotation of the keys of tokens `pos` for the query at `length`."""
-    return None if turning is None else Turn(policy.places(pos, length), turning)
+    return None if rotation is None else Turn(policy.places(pos, length), rotation)
 
 
 def _taps(mass, pos, bias) -> Taps:
@@ -173,18 +190,16 @@ def _taps(mass, pos, bias) -> Taps:
     return Taps(mass, jnp.where(active, pos, -1), attended, zero, zero)
 
 
-def _decode_working_set(state: LayerState, q, k, v, exchange: bool = True):
-    policy = state.policy
-    codec = state.codec
-    S = state.context
+def _attend_working_set(state: LayerState, q, k, v):
+    spec = state.spec
+    policy = spec.policy
     length = state.length
-    store = None if state.store is None else state.store.append(codec, k, v, length)
-    ws, slot = state.ws.append(codec, k, v, length)
-    pending = getattr(store, "pending", None)
-    bias = ws.bias if pending is None else pending.hide(ws.bias)
-    turn = turn_of(policy, state.turning, ws.pos, length)
+    store = None if state.store is None else state.store.append(spec.codec, k, v, length)
+    ws, slot = state.ws.append(spec.codec, k, v, length)
+    bias = ws.bias if store is None else store.hide(ws.bias)
+    turn = turn_of(policy, spec.rotation, ws.pos, length)
     heads = policy.mass_heads(q.shape[1] * q.shape[2], q.shape[1])
-    piece, mass = compute.slots(codec, q, ws.k, ws.v, bias, state.impl, turn, heads)
+    piece, mass = compute.slots(spec.codec, q, ws.k, ws.v, bias, spec.impl, turn, heads)
     taps = _taps(mass, ws.pos, bias)
     dense = None
     which = policy.refresh(length)
@@ -195,11 +210,6 @@ def _decode_working_set(state: LayerState, q, k, v, exchange: bool = True):
             attended=jnp.where(which, (length + 1).astype(jnp.float32), taps.attended)
         )
     stats = policy.observe(state.stats, mass, ws.pos, slot, length, dense)
-    if exchange:
-        stats, ws, store, loads = exchange_layer(
-            policy, codec, store, stats, ws, length + 1, S, after=piece.out
-        )
-        taps = taps._replace(loads=loads)
     return piece, state.replace(ws=ws, store=store, stats=stats), taps
 
 
@@ -208,6 +218,7 @@ def _refreshed(state: LayerState, store: Store, q, which, piece: Partial):
 
     Also returns the dense row of attention [B, P, S].
     """
+    spec = state.spec
     length = state.length
     S = state.context
     P = state.ws.pos.shape[1]
@@ -215,10 +226,9 @@ def _refreshed(state: LayerState, store: Store, q, which, piece: Partial):
     def dense(piece):
         seen = positions(S) <= column(length)
         bias = jnp.broadcast_to(jnp.where(seen, jnp.float32(0.0), -jnp.inf), (q.shape[0], P, S))
-        turn = turn_of(
-            state.policy, state.turning, jnp.broadcast_to(positions(S), bias.shape), length
-        )
-        full, row = compute.store(state.codec, q, store.k, store.v, bias, state.impl, turn)
+        every = jnp.broadcast_to(positions(S), bias.shape)
+        turn = turn_of(spec.policy, spec.rotation, every, length)
+        full, row = compute.store(spec.codec, q, store.k, store.v, bias, spec.impl, turn)
         chosen = jax.tree.map(
             lambda a, b: jnp.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b), full, piece
         )
@@ -230,17 +240,19 @@ def _refreshed(state: LayerState, store: Store, q, which, piece: Partial):
     return jax.lax.cond(jnp.any(which), dense, skip, piece)
 
 
-def _decode_indexed(state: LayerState, q, k, v):
-    policy = state.policy
-    codec = state.codec
+def _attend_indexed(state: LayerState, q, k, v):
+    spec = state.spec
+    policy = spec.policy
     S = state.context
     length = state.length
-    store = state.store.append(codec, k, v, length)
+    store = state.store.append(spec.codec, k, v, length)
     keep = _kept(policy, state.stats, length, S, q)
     M = S if policy.refresh(length) is not None else min(S, policy.capacity(S))
     pos = slots_of(keep, M)
-    turn = turn_of(policy, state.turning, pos, length)
-    piece, mass = compute.by_index(codec, q, store.k, store.v, pos, bias_of(pos), state.impl, turn)
+    turn = turn_of(policy, spec.rotation, pos, length)
+    piece, mass = compute.by_index(
+        spec.codec, q, store.k, store.v, pos, bias_of(pos), spec.impl, turn
+    )
     at = jnp.where(pos >= 0, pos, S)
     b = jax.lax.broadcasted_iota(jnp.int32, at.shape, 0)
     p = jax.lax.broadcasted_iota(jnp.int32, at.shape, 1)
@@ -250,50 +262,34 @@ def _decode_indexed(state: LayerState, q, k, v):
     return piece, state.replace(store=store, stats=stats), _taps(mass, pos, bias_of(pos))
 
 
-def _decode_masked(state: LayerState, q, k, v):
-    policy = state.policy
-    codec = state.codec
-    ws = state.ws
+def _attend_masked(state: LayerState, q, k, v):
+    spec = state.spec
+    policy = spec.policy
     length = state.length
-    slot = jnp.broadcast_to(length[:, None], ws.pos.shape[:2])
-    k = codec.write_slot(ws.k, k, slot)
-    v = codec.write_slot(ws.v, v, slot)
+    slot = jnp.broadcast_to(length[:, None], state.ws.pos.shape[:2])
+    ws = state.ws.put(spec.codec, k, v, slot, length)
     heads = policy.mass_heads(q.shape[1] * q.shape[2], q.shape[1])
 
-    def attend_all(bias, pos):
-        return compute.slots(
-            codec, q, k, v, bias, state.impl, turn_of(policy, state.turning, pos, length), heads
-        )
+    def attend_all(bias):
+        turn = turn_of(policy, spec.rotation, ws.pos, length)
+        return compute.slots(spec.codec, q, ws.k, ws.v, bias, spec.impl, turn, heads)
 
-    piece, stats, pos, bias, taps = masked_row(
-        policy, state.stats, ws.pos, ws.bias, q, attend_all, length
-    )
-    return piece, state.replace(ws=WorkingSet(k, v, pos, bias), stats=stats), taps
+    piece, stats, taps = masked_row(policy, state.stats, ws.pos, ws.bias, q, attend_all, length)
+    return piece, state.replace(ws=ws, stats=stats), taps
 
 
 def masked_row(policy: Policy, stats, pos, bias, q, attend_all, length):
     """One query of the reference: slot = position, and the selection is a mask.
 
-    pos [B, P, S]: -1 for tokens that are still to come or that an evicting policy dropped. bias
-    [B, P, S]: of the tokens that an evicting policy keeps. `attend_all(bias, pos)` attends every
-    token under a bias. Returns the piece, statistics, pos, bias and taps.
+    pos [B, P, S]: the query's own token, and -1 for tokens that are still to come or that an
+    evicting policy dropped. bias [B, P, S]: of the tokens that an evicting policy keeps.
+    `attend_all(bias)` attends every token under a bias. Returns the piece, statistics and taps.
     """
-    S = pos.shape[-1]
-    own = positions(S) == column(length)
-    pos = jnp.where(own, positions(S), pos)
-    if policy.evicts:
-        bias = jnp.where(own, jnp.float32(0.0), bias)
-    else:
-        bias = jnp.where(_kept(policy, stats, length, S, q), jnp.float32(0.0), -jnp.inf)
-    piece, mass = attend_all(bias, pos)
-    stats = _observe_row(policy, stats, mass, pos, length)
-    taps = _taps(mass, pos, bias)
-    if policy.evicts:
-        stats, ex = policy.exchange(stats, pos, bias, length + 1, S)
-        pos, bias = ex.pos, ex.bias
-    else:
-        bias = bias_of(pos)
-    return piece, stats, pos, bias, taps
+    if not policy.evicts:
+        keep = _kept(policy, stats, length, pos.shape[-1], q)
+        bias = jnp.where(keep, jnp.float32(0.0), -jnp.inf)
+    piece, mass = attend_all(bias)
+    return piece, _observe_row(policy, stats, mass, pos, length), _taps(mass, pos, bias)
 
 
 def _observe_row(policy: Policy, stats, row, pos, length):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax.attention import reference
+from alisa_jax.kv.state import LayerSpec
 
 
 class Maps(NamedTuple):
@@ -31,16 +32,16 @@ class Maps(NamedTuple):
     dense: jax.Array  # [B, N, T, T] float32: the weights of the same queries without a policy
 
 
-def maps(policy, codec, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Maps]:
+def maps(spec: LayerSpec, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Maps]:
     """Run q [B, T, N, H] (unscaled), k and v [B, T, K, H] under the policy; return out and maps.
 
     Exactly causal, as decoding from an empty cache. A codec that begins raw needs its
     `frozen_after` tokens, and its first rows attend raw keys.
     """
     N, T = q.shape[2], q.shape[1]
-    out, kept, _ = reference.score(policy, codec, q, k, v, look=lambda taps: taps.pos >= 0)
+    out, kept, _ = reference.score(spec, q, k, v, look=lambda taps: taps.pos >= 0)
     kept = jnp.moveaxis(kept, 2, 1)  # [B, P, T, T]
-    z = _logits(codec, q, k)
+    z = _logits(spec.codec, q, k)
     causal = jnp.tril(jnp.ones((T, T), jnp.bool_))[None, None]
     weights = _softmax(z, jnp.repeat(kept, N // kept.shape[1], axis=1))
     return out, Maps(weights, kept, _softmax(z, causal))

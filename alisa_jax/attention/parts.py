@@ -1,8 +1,7 @@
-"""Layers whose tokens are not all on the device: their decode steps, prompts and deliveries.
+"""Layers whose tokens are not all on the device: their prompts, streamed steps and deliveries.
 
 A batch is cut into parts of neighbouring sequences: `whole` ones keep all tokens, the others
-(`away`) a ring of the newest. A layer is then a tuple of `LayerState`s, one per part. Only the away
-ones are special:
+(`away`) a ring of the newest. Only the away ones are special:
 
     the policy selects    the usual working set, with a `Ring` as its store; rows that the ring does
                           not hold become pending
@@ -20,13 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax import attention
-from alisa_jax.attention import compute, exchange
-from alisa_jax.kv import ring, rows
-from alisa_jax.kv.pending import Pending
+from alisa_jax.attention import compute
+from alisa_jax.kv import ring
+from alisa_jax.kv.cache import Layer
 from alisa_jax.kv.ring import Ring
-from alisa_jax.kv.state import LayerState, bias_of
+from alisa_jax.kv.state import LayerSpec, LayerState, bias_of
+from alisa_jax.ops import rows
 
-Parts = tuple[LayerState, ...]
 Leaves = tuple[jax.Array, ...]  # of K, then of V
 
 
@@ -42,50 +41,22 @@ class Part(NamedTuple):
     ring_tokens: int = 0
 
 
-class Kind(NamedTuple):
-    """How one layer keeps its past (also `engine.step.Layer`)."""
-
-    policy: Any
-    codec: Any
-    route: str
-    impl: str = "xla"  # see `compute`
-    turning: Any = None  # see `layer`
-
-    @property
-    def layout(self) -> str:
-        """Layout of pages: "tokens" to read single rows, else "slots", as attention reads them."""
-        return "tokens" if self.policy.selects else "slots"
+def page_layout(spec: LayerSpec) -> str:
+    """Layout of pages: "tokens" to read single rows, else "slots", as attention reads them."""
+    return "tokens" if spec.policy.selects else "slots"
 
 
-def init(kind: Kind, part: Part, N: int, K: int, H: int) -> LayerState:
+def init(spec: LayerSpec, part: Part, N: int, K: int, H: int) -> LayerState:
     """The state of one part of a layer that has seen no token."""
-    policy, codec, route, impl, _ = kind
     B = part.stop - part.first
-    S = part.context
     C = part.ring_tokens
-    dims = attention.dims_of(policy, route, B, N, K, S)
-    if C and not policy.selects:
-        return attention.init(policy, codec, route, dims._replace(M=C), H, impl)
-    state = attention.init(policy, codec, route, dims, H, impl)
+    dims = attention.dims_of(spec, B, N, K, part.context)
+    if C and not spec.policy.selects:
+        return attention.init(spec, dims._replace(M=C), H)
+    state = attention.init(spec, dims, H)
     if not C:
         return state
-    return state.replace(store=Ring.empty(codec, B, C, K, H, policy.selection_heads(K)))
-
-
-def decode(parts: Parts, q, k, v) -> tuple[jax.Array, Parts, tuple]:
-    """One new token per sequence, with everything that it attends on the device.
-
-    Returns out [B, N, H], the parts, and the taps of each part.
-    """
-    done = [
-        attention.decode(state, *mine)
-        for state, mine in zip(parts, _cut(parts, q, k, v), strict=True)
-    ]
-    return (
-        jnp.concatenate([d[0] for d in done]),
-        tuple(d[1] for d in done),
-        tuple(d[2] for d in done),
-    )
+    return state.replace(store=Ring.empty(spec.codec, B, C, K, H, spec.policy.selection_heads(K)))
 
 
 class Streamed(NamedTuple):
@@ -96,29 +67,32 @@ class Streamed(NamedTuple):
 
 
 def decode_streamed(
-    parts: Parts, q, k, v, host, dropped, pieces: tuple[Streamed, ...]
-) -> tuple[jax.Array, Parts]:
-    """As `decode`, for a dense layer whose last part is away.
+    parts: Layer, q, k, v, host, dropped, pieces: tuple[Streamed, ...]
+) -> tuple[jax.Array, Layer]:
+    """As `attention.decode`, for a dense layer whose last part is away.
 
     pieces[0], streamed, covers positions [dropped, host); further pieces, recomputed, cover
     [0, dropped); the ring covers the rest. host, dropped [B].
     """
     *whole, away = parts
-    *mine, last = _cut(parts, q, k, v)
-    outs, states = [], []
+    *mine, last = attention.cut(parts, q, k, v)
+    outs = []
+    states = []
     for state, some in zip(whole, mine, strict=True):
-        out, state, _ = attention.decode(state, *some)
-        outs, states = [*outs, out], [*states, state]
+        out, (state,), _ = attention.decode((state,), *some)
+        outs.append(out)
+        states.append(state)
     q, k, v = last
-    codec, ws = away.codec, away.ws
+    codec = away.spec.codec
+    impl = away.spec.impl
+    ws = away.ws
     heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
-    pos = jnp.where(ws.pos < host[:, None, None], -1, ws.pos)
-    slot = jnp.mod(away.length, pos.shape[-1])[:, None]
-    here = jax.lax.broadcasted_iota(jnp.int32, pos.shape, 2) == slot[:, :, None]
-    pos = jnp.where(here, away.length[:, None, None], pos)
-    k, v = codec.write_slot(ws.k, k, slot), codec.write_slot(ws.v, v, slot)
-    ws = ws.replace(k=k, v=v, pos=pos, bias=bias_of(pos))
-    joined, _ = compute.slots(codec, heads, ws.k, ws.v, ws.bias, away.impl)
+    slot = jnp.mod(away.length, ws.pos.shape[-1])[:, None]
+    codes = codec.encode_token(ws.k, k), codec.encode_token(ws.v, v)
+    ws = ws.replace(pos=jnp.where(ws.pos < host[:, None, None], -1, ws.pos))
+    ws = ws.put(codec, *codes, slot, away.length)
+    ws = ws.replace(bias=bias_of(ws.pos))
+    joined, _ = compute.slots(codec, heads, ws.k, ws.v, ws.bias, impl)
     for i, piece in enumerate(pieces):
         k_leaves, v_leaves = halves(piece.leaves)
         at = piece.first[:, None] + jnp.arange(k_leaves[0].shape[2], dtype=jnp.int32)[None]
@@ -126,49 +100,73 @@ def decode_streamed(
         seen = (at >= low[:, None]) & (at < high[:, None])
         bias = jnp.where(seen, jnp.float32(0.0), -jnp.inf)[:, None]
         rows_k, rows_v = codec.rebuild(ws.k, k_leaves), codec.rebuild(ws.v, v_leaves)
-        piece, _ = compute.slots(codec, heads, rows_k, rows_v, bias, away.impl)
+        piece, _ = compute.slots(codec, heads, rows_k, rows_v, bias, impl)
         joined = compute.merge(joined, piece)
     outs.append(joined.out.reshape(q.shape).astype(q.dtype))
     return jnp.concatenate(outs), (*states, away.replace(ws=ws, length=away.length + 1))
 
 
 def prefill(
-    kind: Kind, layout: tuple[Part, ...], q, k, v, length, host
-) -> tuple[jax.Array, Parts, Any]:
+    spec: LayerSpec, layout: tuple[Part, ...], q, k, v, length, host
+) -> tuple[jax.Array, Layer, Any]:
     """Read a prompt; rows below `host` [B] do not stay on the device.
 
     Returns out [B, T, N, H], the parts, and the rows of the last part, away or not, as a `Store` of
     T tokens.
     """
     outs = []
+
+    def read(empty, some, t, n):
+        out, state, kept = attention.prefill_rows(empty, q[some, :t], k[some, :t], v[some, :t], n)
+        outs.append(jnp.pad(out, ((0, 0), (0, q.shape[1] - t), (0, 0), (0, 0))))
+        return state, kept
+
+    parts, kept = _read(spec, layout, q.shape[2], k, length, host, read)
+    return jnp.concatenate(outs), parts, kept
+
+
+def fill(
+    spec: LayerSpec, layout: tuple[Part, ...], k, v, length, host, rows, heads: int
+) -> tuple[Layer, Any]:
+    """As `prefill`, of prompts whose K, V and attention are given: the parts, and the rows.
+
+    k, v [B, T, K, H]; rows(part) gives what `Policy.seed` reads of the part's sequences; heads: N.
+    """
+    parts = iter(layout)
+
+    def read(empty, some, t, n):
+        return attention.fill_rows(empty, k[some, :t], v[some, :t], n, rows(next(parts)), heads)
+
+    return _read(spec, layout, heads, k, length, host, read)
+
+
+def _read(spec: LayerSpec, layout, N: int, k, length, host, read) -> tuple[Layer, Any]:
+    """The parts, each as `read(empty, sequences, tokens, length)` fills it, and the last's rows."""
+    _, T, K, H = k.shape
     parts = []
     kept = None
-    _, T, N, H = q.shape
-    K = k.shape[2]
     for part in layout:
-        some, t = slice(part.first, part.stop), min(T, part.context)
+        some = slice(part.first, part.stop)
         n = length[some]
-        empty = init(kind, part, N, K, H)
-        out, state, kept = attention.prefill_rows(empty, q[some, :t], k[some, :t], v[some, :t], n)
+        state, kept = read(init(spec, part, N, K, H), some, min(T, part.context), n)
         if part.ring_tokens:
-            state = _ringed(kind, state, kept, n, host[some], part.ring_tokens)
+            state = _ringed(state, kept, n, host[some], part.ring_tokens)
         elif state.store is not None:
-            state = state.replace(store=kept.grow(kind.codec, part.context))
-        outs.append(jnp.pad(out, ((0, 0), (0, T - t), (0, 0), (0, 0))))
+            state = state.replace(store=kept.grow(spec.codec, part.context))
         parts.append(state)
-    return jnp.concatenate(outs), tuple(parts), kept
+    return tuple(parts), kept
 
 
-def _ringed(kind: Kind, state: LayerState, kept, length, host, C: int) -> LayerState:
-    codec = kind.codec
+def _ringed(state: LayerState, kept, length, host, C: int) -> LayerState:
+    codec = state.spec.codec
+    layout = page_layout(state.spec)
     pos = ring.newest(length, host, C)
-    k_leaves = ring.fill(codec, kept.k, pos, kind.layout)
-    v_leaves = ring.fill(codec, kept.v, pos, kind.layout)
-    if kind.policy.selects:
+    k_leaves = ring.fill(codec, kept.k, pos, layout)
+    v_leaves = ring.fill(codec, kept.v, pos, layout)
+    if state.spec.policy.selects:
         k = codec.rebuild(kept.k, k_leaves)
         v = codec.rebuild(kept.v, v_leaves)
-        pending = Pending.empty(*state.store.pending.pos.shape[:2])
-        return state.replace(store=Ring(k, v, host, pending))
+        return state.replace(store=state.store.replace(k=k, v=v, host=host).delivered())
     ws = state.ws
     pos = pos[:, None]
     k = codec.rebuild(ws.k, k_leaves)
@@ -177,21 +175,21 @@ def _ringed(kind: Kind, state: LayerState, kept, length, host, C: int) -> LayerS
 
 
 def prompt_page(
-    kind: Kind, kept, sequences: tuple[int, ...], page: int, page_tokens: int
+    spec: LayerSpec, kept, sequences: tuple[int, ...], page: int, page_tokens: int
 ) -> Leaves:
     """One page of the rows that `prefill` returned, for some sequences of the part."""
     found = []
-    for leaf in (*kind.codec.leaves(kept.k), *kind.codec.leaves(kept.v)):
+    for leaf in (*spec.codec.leaves(kept.k), *spec.codec.leaves(kept.v)):
         some = leaf[:, page * page_tokens : (page + 1) * page_tokens]
         some = some if len(sequences) == len(leaf) else some[jnp.asarray(sequences)]
-        found.append(jnp.swapaxes(some, 1, 2) if kind.layout == "slots" else some)
+        found.append(jnp.swapaxes(some, 1, 2) if page_layout(spec) == "slots" else some)
     return tuple(found)
 
 
 def ring_page(state: LayerState, sequences: jax.Array, page: jax.Array, page_tokens: int) -> Leaves:
     """One page from the ring of an away part, for `sequences` [n]."""
-    home, axis = (state.store, 1) if state.policy.selects else (state.ws, 2)
-    leaves = (*state.codec.leaves(home.k), *state.codec.leaves(home.v))
+    home, axis = (state.store, 1) if state.spec.policy.selects else (state.ws, 2)
+    leaves = (*state.spec.codec.leaves(home.k), *state.spec.codec.leaves(home.v))
     start = jnp.mod(page * page_tokens, leaves[0].shape[axis])
     return tuple(rows.slice_rows(leaf, sequences, start, page_tokens, axis) for leaf in leaves)
 
@@ -213,11 +211,9 @@ def deliver(state: LayerState, leaves: Leaves, sequence, pos, slot, clear: bool)
     held = ws.pos[b, heads, jnp.clip(slot, 0, ws.pos.shape[2] - 1)]
     slot = jnp.where((held == pos[:, None]) & (sequence >= 0)[:, None], slot, -1)
     k_leaves, v_leaves = halves(leaves)
-    k = ring.put(state.codec, ws.k, k_leaves, sequence, slot)
-    v = ring.put(state.codec, ws.v, v_leaves, sequence, slot)
-    store = state.store
-    if clear:
-        store = store.replace(pending=Pending.empty(*store.pending.pos.shape[:2]))
+    k = ring.put(state.spec.codec, ws.k, k_leaves, sequence, slot)
+    v = ring.put(state.spec.codec, ws.v, v_leaves, sequence, slot)
+    store = state.store.delivered() if clear else state.store
     return state.replace(ws=ws.replace(k=k, v=v), store=store)
 
 
@@ -230,35 +226,18 @@ def encoded(state: LayerState, k, v, sequences, pos) -> Leaves:
     found = []
     for x, packed in ((k, state.ws.k), (v, state.ws.v)):
         some = jax.tree.map(lambda leaf: leaf[sequences], packed)
-        leaves = state.codec.encode(some, x[b, jnp.maximum(pos, 0)], "tokens")
+        leaves = state.spec.codec.encode(some, x[b, jnp.maximum(pos, 0)], "tokens")
         found += [leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves]
     return tuple(found)
 
 
 def resume(state: LayerState) -> LayerState:
     """Continue an exchange that stopped, once its pending rows are delivered."""
-    stats, ws, store, _ = exchange.exchange_layer(
-        state.policy,
-        state.codec,
-        state.store,
-        state.stats,
-        state.ws,
-        state.length,
-        state.context,
-        state.ws.bias,
-    )
-    return state.replace(stats=stats, ws=ws, store=store)
+    ((state,),), _ = attention.exchange_sets([(state,)], [state.ws.bias])
+    return state
 
 
 def halves(leaves: Leaves) -> tuple[Leaves, Leaves]:
     """The leaves of K and those of V."""
     half = len(leaves) // 2
     return tuple(leaves[:half]), tuple(leaves[half:])
-
-
-def _cut(parts: Parts, *arrays):
-    first = 0
-    for state in parts:
-        stop = first + state.length.shape[0]
-        yield tuple(x[first:stop] for x in arrays)
-        first = stop

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from alisa_jax import attention
 from alisa_jax.attention import compute
-from alisa_jax.ops.rope import Rotation, turned
-from alisa_jax.policies.base import Policy
+from alisa_jax.kv.state import LayerSpec
+from alisa_jax.ops.rope import turned
+from alisa_jax.policies.base import Dims, column, positions
 
 
 def attended(taps) -> jax.Array:
@@ -20,9 +21,7 @@ def attended(taps) -> jax.Array:
     return taps.attended
 
 
-def score(
-    policy: Policy, codec, q, k, v, look=attended, turning: Rotation | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def score(spec: LayerSpec, q, k, v, look=attended) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Whole texts in one pass, row i under the mask that decoding token by token would have had.
 
     q [B, T, N, H], k and v [B, T, K, H]. Returns
@@ -33,13 +32,16 @@ def score(
 
     If every row attends all tokens as they are, rows are independent and computed together.
     """
+    policy = spec.policy
+    codec = spec.codec
+    rotation = spec.rotation
     B, T, N, H = q.shape
     K, raw_tokens = k.shape[2], codec.frozen_after
     P = policy.selection_heads(K)
     heads = policy.mass_heads(N, K)
-    stats = policy.init(attention.dims_of(policy, "masked", B, N, K, T, H))
+    stats = policy.init(Dims(B, N, K, T, T, H))
     if policy.takes_keys:
-        stats = policy.note(stats, attention.turned_prompt(k, turning), jnp.zeros((B,), jnp.int32))
+        stats = policy.note(stats, attention.turned_prompt(k, rotation), jnp.zeros((B,), jnp.int32))
     raw = [jnp.swapaxes(x, 1, 2) for x in (k, v)]  # [B, K, T, H]
     packed = [
         codec.fill(codec.empty(x.shape, "slots", side), x, "slots")
@@ -47,7 +49,7 @@ def score(
     ]
     contents = [codec.content(x) for x in packed]
     plain = all(content is not None and content.axis is None for content in contents)
-    if plain and look is attended and not policy.selects and turning is None:
+    if plain and look is attended and not policy.selects and rotation is None:
         keys = jnp.swapaxes(contents[0].codes, 1, 2)
         values = jnp.swapaxes(contents[1].codes, 1, 2)
         seen = jnp.broadcast_to(jnp.arange(1, T + 1, dtype=jnp.float32)[None], (B, T))
@@ -61,16 +63,18 @@ def score(
         stats, pos, bias = carry
         q_row, n = item
         length = jnp.full((B,), n, jnp.int32)
-        if turning is not None:
+        if rotation is not None:
             place = jnp.broadcast_to(policy.place(length)[:, None, None], q_row.shape[:3])
-            q_row = turned(q_row, place, turning)
-
+            q_row = turned(q_row, place, rotation)
+        own = positions(T) == column(length)
+        pos = jnp.where(own, positions(T), pos)
+        bias = jnp.where(own, jnp.float32(0.0), bias)
         now = [
             codec.upto(home, x, length + 1, "slots") for home, x in zip(packed, raw, strict=True)
         ]
 
-        def attend_all(bias, pos):
-            turn = attention.turn_of(policy, turning, pos, length)
+        def attend_all(bias):
+            turn = attention.turn_of(policy, rotation, pos, length)
 
             def over(codec, packed):
                 return compute.slots(codec, q_row, *packed, bias, turn=turn, heads=heads)
@@ -81,9 +85,12 @@ def score(
                 n < raw_tokens, lambda: over(codec.raw, held), lambda: over(codec, now)
             )
 
-        piece, stats, pos, bias, taps = attention.masked_row(
+        piece, stats, taps = attention.masked_row(
             policy, stats, pos, bias, q_row, attend_all, length
         )
+        if policy.evicts:
+            stats, ex = policy.exchange(stats, pos, bias, length + 1, T)
+            pos, bias = ex.pos, ex.bias
         return (stats, pos, bias), (piece.out.reshape(B, N, H).astype(q.dtype), look(taps))
 
     start = (stats, jnp.full((B, P, T), -1, jnp.int32), jnp.full((B, P, T), -jnp.inf, jnp.float32))

@@ -1,10 +1,10 @@
 """The contract of a codec: how one token's K or V is stored, and how attention reads it.
 
-A codec packs arrays [..., H] into a pytree, in two layouts (`kv/rows.py`): "slots" is head-major
-[B, K, M, H], "tokens" is token-major [B, S, K, H]. Two kinds of move are kept apart: `write_slot`,
-`write_token` and `fill` encode new values; `take` and `copy_in` move codes, bit for bit, so an
-exchange never encodes a token twice. `logits` and `mix` are the two products of attention, into
-which a quantised codec folds its scales.
+A codec packs arrays [..., H] into a pytree, in two layouts (`ops/rows.py`): "slots" is head-major
+[B, K, M, H], "tokens" is token-major [B, S, K, H]. Encoding and moving are kept apart:
+`encode_token` and `fill` encode values; `write_slot`, `write_token`, `take` and `copy_in` move
+codes, bit for bit, so no token is encoded twice. `logits` and `mix` are the two products of
+attention, into which a quantised codec folds its scales.
 
 Some codecs must see tokens before they can encode (`frozen_after` > 0). A sequence then begins in a
 packed form that holds raw values. Once it has `frozen_after` tokens, `freeze` encodes them, and
@@ -112,12 +112,19 @@ class Codec(Asked):
         """Encode the tokens that are still raw."""
         return packed
 
-    def write_slot(self, packed: Packed, x: jax.Array, slot: jax.Array) -> Packed:
-        """Encode one new token, `x` [B, K, H], into `slot` [B, P] of a head-major array."""
+    def encode_token(self, packed: Packed, x: jax.Array) -> Packed:
+        """Codes of one new token, `x` [B, K, H], for `packed` and every other home of its layer.
+
+        They are head-major, of one token, and may hold what the token changes for its sequence.
+        """
         raise NotImplementedError
 
-    def write_token(self, packed: Packed, x: jax.Array, pos: jax.Array) -> Packed:
-        """Encode one new token, `x` [B, K, H], at position `pos` [B] of a token-major array."""
+    def write_slot(self, packed: Packed, codes: Packed, slot: jax.Array) -> Packed:
+        """Write the codes of one new token into `slot` [B, P] of a head-major array."""
+        return self.copy_in(packed, codes, slot[:, :, None])
+
+    def write_token(self, packed: Packed, codes: Packed, pos: jax.Array) -> Packed:
+        """Write the codes of one new token at position `pos` [B] of a token-major array."""
         raise NotImplementedError
 
     def take(self, packed: Packed, pos: jax.Array) -> Packed:

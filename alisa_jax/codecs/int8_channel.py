@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from alisa_jax.codecs import codes as products
 from alisa_jax.codecs.base import NO_ROTATION, TOKEN_AXIS, Codec, Content, Rotation
 from alisa_jax.codecs.raw import Raw
-from alisa_jax.kv import rows
+from alisa_jax.ops import rows
 
 # the smallest step of a constant channel, relative to its value: its codes stay exact in float32
 _FINEST = 2.0**-16
@@ -100,21 +100,30 @@ class ChannelInt8(Codec):
         wide_zero = jnp.expand_dims(zero, TOKEN_AXIS(layout))
         return ChannelCodes(products.encode(values, wide_scale, wide_zero), scale, zero)
 
-    def write_slot(self, packed, x, slot):
-        at = slot[:, :, None]
-        return self._written(packed, x, lambda old, new: rows.put_slots(old, new[:, :, None], at))
+    def encode_token(self, packed, x):
+        """As the base says; while a sequence is raw they hold its new range."""
+        x = x[:, :, None]
+        if isinstance(packed, ChannelCodes):
+            (codes,) = self.encode(packed, x, "slots")
+            return packed.replace(codes=codes)
+        low, high = self._extent(self.raw.rounded(x), packed.rotates)
+        return packed.replace(
+            values=x.astype(packed.values.dtype),
+            low=jnp.minimum(packed.low, low[:, :, 0]),
+            high=jnp.maximum(packed.high, high[:, :, 0]),
+        )
 
-    def write_token(self, packed, x, pos):
-        return self._written(packed, x, lambda old, new: rows.put_tokens(old, new, pos))
+    def write_token(self, packed, codes, pos):
+        (old,), (new,) = self.leaves(packed), self.leaves(codes)
+        return self.rebuild(codes, (rows.put_tokens(old, new[:, :, 0], pos),))
 
     def take(self, packed, pos):
         return _moved(packed, lambda x: rows.take_tokens(x, pos))
 
     def copy_in(self, packed, codes, slot):
         """As the base says; ranges travel with the rows: the result has those of `codes`."""
-        if isinstance(packed, Calibrating):
-            return codes.replace(values=rows.put_slots(packed.values, codes.values, slot))
-        return codes.replace(codes=rows.put_slots(packed.codes, codes.codes, slot))
+        (old,), (new,) = self.leaves(packed), self.leaves(codes)
+        return self.rebuild(codes, (rows.put_slots(old, new, slot),))
 
     def slice_tokens(self, packed, start, size):
         return _moved(packed, lambda x: rows.slice_tokens(x, start, size))
@@ -163,17 +172,6 @@ class ChannelInt8(Codec):
         zero = packed.zero.reshape(shape)
         code = products.nearest(self.raw.rounded(x), scale, zero)
         return jnp.sum(code != products.clamp(code), axis=(1, -1), dtype=jnp.int32)
-
-    def _written(self, packed, x, put):
-        """Write one token x [B, K, H]; `put(old, new)` writes arrays [B, K, H] at its place."""
-        if isinstance(packed, ChannelCodes):
-            new = products.encode(self.raw.rounded(x), packed.scale, packed.zero)
-            return packed.replace(codes=put(packed.codes, new))
-        low, high = self._extent(self.raw.rounded(x), packed.rotates)
-        values = put(packed.values, x.astype(packed.values.dtype))
-        return packed.replace(
-            values=values, low=jnp.minimum(packed.low, low), high=jnp.maximum(packed.high, high)
-        )
 
     def _extent(self, x, rotates: bool):
         """The range [low, high] of each channel of x [..., H].

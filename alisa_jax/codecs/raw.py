@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax.codecs.base import NO_ROTATION, TOKEN_AXIS, Codec, Content, Rotation
-from alisa_jax.kv import rows
-from alisa_jax.ops import products
+from alisa_jax.ops import products, rows
 
 _DTYPES = ("model", "float32", "bfloat16", "float16")
 
@@ -44,11 +43,11 @@ class Raw(Codec):
     def fill(self, packed, x, layout):
         return x.astype(packed.dtype)
 
-    def write_slot(self, packed, x, slot):
-        return rows.put_slots(packed, x.astype(packed.dtype)[:, :, None], slot[:, :, None])
+    def encode_token(self, packed, x):
+        return x.astype(packed.dtype)[:, :, None]
 
-    def write_token(self, packed, x, pos):
-        return rows.put_tokens(packed, x.astype(packed.dtype), pos)
+    def write_token(self, packed, codes, pos):
+        return rows.put_tokens(packed, codes[:, :, 0], pos)
 
     def take(self, packed, pos):
         return rows.take_tokens(packed, pos)

@@ -24,8 +24,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from alisa_jax.kv import ring, rows
-from alisa_jax.ops import writes
+from alisa_jax.kv import ring
+from alisa_jax.ops import rows, writes
 
 
 class Reach(NamedTuple):

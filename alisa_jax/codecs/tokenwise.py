@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax.codecs.base import TOKEN_AXIS, Codec, Packed
-from alisa_jax.kv import rows
+from alisa_jax.ops import rows
 
 
 class TokenWise(Codec):
@@ -26,16 +26,11 @@ class TokenWise(Codec):
     def fill(self, packed, x, layout):
         return self.codes_of(x)
 
-    def write_slot(self, packed, x, slot):
-        at = slot[:, :, None]
-        return jax.tree.map(
-            lambda old, new: rows.put_slots(old, new[:, :, None], at), packed, self.codes_of(x)
-        )
+    def encode_token(self, packed, x):
+        return self.codes_of(x[:, :, None])
 
-    def write_token(self, packed, x, pos):
-        return jax.tree.map(
-            lambda old, new: rows.put_tokens(old, new, pos), packed, self.codes_of(x)
-        )
+    def write_token(self, packed, codes, pos):
+        return jax.tree.map(lambda old, new: rows.put_tokens(old, new[:, :, 0], pos), packed, codes)
 
     def take(self, packed, pos):
         return jax.tree.map(lambda x: rows.take_tokens(x, pos), packed)

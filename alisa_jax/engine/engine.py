@@ -6,46 +6,23 @@ borders of context buckets, where the states grow by one layer at a time.
 
 from __future__ import annotations
 
-import functools
 import os
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from alisa_jax.calibration import Calibration
-from alisa_jax.engine import finite, generate, prompts, shared, step, stops
+from alisa_jax.engine import generate, lanes, scoring, step, stops
 from alisa_jax.engine.batch import Batch
 from alisa_jax.engine.generate import Generated
 from alisa_jax.engine.layers import assemble
-from alisa_jax.engine.progress import progress_bar
-from alisa_jax.engine.sampling import Sampling, batch_keys, next_token
-from alisa_jax.kv.buckets import bucket, stages
-from alisa_jax.kv.state import bytes_of
-
-PROTOCOLS = ("decode", "prefill_mask", "prompt")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What `Engine.score` returns; one entry per sequence in `logprobs` and `correct`."""
-
-    # [len - 1], or [last[i]] with `last`: nats of token t + 1 given tokens 0 .. t, float32
-    logprobs: list[np.ndarray]
-    correct: list[np.ndarray]  # of these, bool: the greedy token is the next token
-    attended_frac: np.ndarray  # [L]: attended share of the context, the token itself included
-    loads_per_token: np.ndarray  # [L]: rows copied to the working set; nan under "prefill_mask"
-    clipped_frac: np.ndarray  # [L]: share of the elements of K and V outside the codec's range
-    kv_bytes_per_token: float  # resident K and V, all layers, per token of the context bucket
-    stats_bytes_per_token: float  # resident statistics, positions and biases, per token as well
-    compiles: int
-    wall_s: float
-    implementation: str  # what ran
-    implementation_reason: str  # why it was that, where `attention_impl` was auto
-    decoded_tokens: int  # tokens that the fractions are means over
+from alisa_jax.engine.programs import Programs
+from alisa_jax.engine.sampling import Sampling, batch_keys
+from alisa_jax.engine.scoring import Scores
+from alisa_jax.kv.buckets import bucket, prompt_bucket
+from alisa_jax.kv.cache import KVState
+from alisa_jax.kv.state import tree_bytes
 
 
 class Engine:
@@ -57,7 +34,10 @@ class Engine:
     a GPU), "interpret" (the same kernels interpreted, for tests), or "auto" for kernels where they
     run and XLA elsewhere; `attention_choice` says which, and why. calibration: statistics of the
     model (`eval.calibrate`) for the methods that need them, or the path of their file; None:
-    `calibration.json` in the folder that the model was read from, if there is one. Raises
+    `calibration.json` in the folder that the model was read from, if there is one. chunk_tokens:
+    prompts are read so many tokens at a time, which bounds the work of one program; None reads them
+    whole. While prompts are read in chunks, dense keys and values of all layers are held
+    (`state_bytes` counts them). Raises
     ValueError or `spec.SpecError`, in one sentence, for what does not go together.
     """
 
@@ -69,43 +49,28 @@ class Engine:
         route: str = "auto",
         attention_impl: str = "auto",
         calibration: Calibration | str | os.PathLike | None = None,
+        chunk_tokens: int | None = None,
     ):
+        if chunk_tokens is not None and chunk_tokens < 1:
+            raise ValueError(
+                f"chunk_tokens must be at least 1, or None for whole prompts; got {chunk_tokens}"
+            )
+        self.chunk_tokens = chunk_tokens
         self.model, decoder = model, model.decoder
         if calibration is None:
             calibration = model.calibration()
         elif not isinstance(calibration, Calibration):
             calibration = Calibration.load(calibration)
-        dtype = jax.tree.leaves(model.params)[0].dtype
+        self.dtype = jax.tree.leaves(model.params)[0].dtype
         self.policy, self.codec, self.layers, self.attention_choice = assemble(
-            decoder, policy, codec, dtype, route, attention_impl, calibration
+            decoder, policy, codec, self.dtype, route, attention_impl, calibration
         )
-        self.compiles = 0
-        self._prefill = self._jit(
-            functools.partial(step.prefill, decoder, self.layers), static_argnums=3
-        )
-        self._filter_prompt = self._jit(
-            functools.partial(step.filter_prompt, decoder, self.policy, self.attention_choice.impl),
-            static_argnums=3,
-        )
-        self._judge = self._jit(step.judge)
-        self._next_token = self._jit(next_token)
-        self._generate = self._jit(
-            functools.partial(step.generate_chunk, decoder), donate_argnums=1
-        )
-        self._score = self._jit(functools.partial(step.score_chunk, decoder), donate_argnums=1)
-        self._masked = self._jit(functools.partial(step.score_masked, decoder, self.layers))
-        self._grow = self._jit(step.grow, static_argnums=(1, 2))
-        self._freeze = self._jit(step.freeze, static_argnums=1)
-        self._adopt = self._jit(step.adopt, donate_argnums=0)
+        self.programs = Programs(decoder, self.policy, self.layers, self.attention_choice.impl)
 
-    def _jit(self, function, **options):
-        """`jax.jit` that counts how often the function is traced."""
-
-        def counted(*args):
-            self.compiles += 1
-            return function(*args)
-
-        return jax.jit(counted, **options)
+    @property
+    def compiles(self) -> int:
+        """Programs that were traced so far."""
+        return self.programs.compiles
 
     @property
     def implementation(self) -> str:
@@ -163,17 +128,30 @@ class Engine:
         self.validate(int(fed.max()) + new_tokens, int(length.max()))
         self.check_calibration(fed)
 
-    def init(self, B: int, context_tokens: int, room: int | None = None):
+    def init(self, B: int, context_tokens: int, room: int | None = None) -> KVState:
         """Empty states for B sequences of up to `context_tokens` tokens; room: see `step.init`."""
         return step.init(self.model.decoder, self.layers, B, bucket(context_tokens), room)
 
     def state_bytes(self, B: int, context_tokens: int) -> tuple[int, int]:
-        """Bytes of K and V, and of all else, that B sequences of `context_tokens` tokens keep."""
-        return bytes_of(
-            jax.eval_shape(
-                lambda: tuple(step.freeze(s, s.context) for s in self.init(B, context_tokens))
-            )
+        """Bytes of K and V, and of all else, that B sequences of `context_tokens` tokens keep.
+
+        With `chunk_tokens` those of the lanes of such prompts count beside the states.
+        """
+        S = bucket(context_tokens)
+
+        def held():
+            kv = self.init(B, context_tokens)
+            return KVState(tuple((step.freeze(state, S),) for (state,) in kv.layers))
+
+        content, other = jax.eval_shape(held).bytes
+        if self.chunk_tokens is None:
+            return content, other
+        T = prompt_bucket(context_tokens)
+        read = jax.eval_shape(
+            lambda: lanes.begin(self.model.decoder, self.layers, B, S, T, self.dtype)
         )
+        rows = sum(tree_bytes((lane.k, lane.v)) for lane in read.layers)
+        return content + rows, other + tree_bytes(read) - rows
 
     def generate(
         self,
@@ -236,104 +214,4 @@ class Engine:
         ValueError, before anything runs, for what `generate` refuses, a sequence of one token, a
         wrong `last`, and "prompt" without `last`.
         """
-        start, compiles = time.perf_counter(), self.compiles
-        if protocol not in PROTOCOLS:
-            raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
-        batch = self.batch(sequences)
-        if batch.length.min() < 2:
-            raise ValueError(
-                f"a sequence to score needs at least 2 tokens; number {batch.length.argmin()} has 1"
-            )
-        B, T = batch.tokens.shape
-        if protocol == "prompt" and last is None:
-            raise ValueError("protocol prompt needs last=, how many tokens come after each prompt")
-        if protocol == "prompt":
-            given = batch.length - shared.check(batch, last)
-            fed = self.policy.feeds(given)
-            self.validate(int((fed + batch.length - given).max()), int(given.max()))
-            self.check_calibration(fed)
-        else:
-            self.validate(T)
-            self.check_calibration(batch.length - 1)
-        content, other = (None, None) if protocol == "prompt" else self.state_bytes(B, T)
-        raw_tokens = self.codec.frozen_after
-        decoded = batch.length - 1
-        wanted = batch.length - 1
-        kind, reason = self.implementation, self.implementation_reason
-        common = None
-        if last is not None:
-            wanted = shared.check(batch, last)
-            common = shared.contexts(batch, wanted, raw_tokens) if protocol == "decode" else None
-        if protocol == "prompt":
-            *out, content, other = prompts.score(self, batch, wanted, progress)
-            decoded, counted = wanted, int((wanted - 1).sum())
-            coded = counted
-        elif common is not None:
-            out = shared.score(self, batch, wanted, *common, progress)
-            decoded, counted = wanted, int(common[0].length.sum() + wanted.sum())
-            coded = counted - raw_tokens * len(common[0].length)
-        else:
-            targets = np.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
-            valid = np.arange(T)[None] < decoded[:, None]
-            out = (self._score_decode if protocol == "decode" else self._score_masked)(
-                batch.tokens, targets, valid, progress
-            )
-            counted, coded = int(valid.sum()), int(valid[:, raw_tokens:].sum())
-        if protocol == "prefill_mask":
-            kind, reason = "xla:masked", "prefill_mask is the reference, which XLA computes"
-        logprobs, correct, attended, loads, clipped = out
-        c = self.model.decoder.config
-        ends = list(zip(decoded - wanted, decoded, strict=True))
-        rows = [row[a:b] for row, (a, b) in zip(logprobs, ends, strict=True)]
-        finite.check(rows, self.model, finite.SCORED, batch.length - wanted)
-        return Scores(
-            rows,
-            [row[a:b] for row, (a, b) in zip(correct, ends, strict=True)],
-            attended / max(1, counted),
-            loads / max(1, counted),
-            clipped / max(1, coded * 2 * c.n_kv_heads * c.head_dim),
-            content / (B * bucket(T)),
-            other / (B * bucket(T)),
-            self.compiles - compiles,
-            time.perf_counter() - start,
-            kind,
-            reason,
-            counted,
-        )
-
-    def _score_decode(self, tokens, targets, valid, progress):
-        B, T = tokens.shape
-        raw_tokens = self.codec.frozen_after
-        appends = any(layer.policy.appends for layer in self.layers)
-        sizes = [S for S in stages(T) if S > raw_tokens][-1 if appends else 0 :]
-        kv, feed = self.init(B, raw_tokens or sizes[0]), shared.Feed(self, tokens, targets, valid)
-        with progress_bar(progress, T - 1, "score") as bar:
-            if raw_tokens:
-                kv = feed(kv, 0, raw_tokens, bar)
-                kv = tuple(self._freeze(state, sizes[0]) for state in kv)
-            made = raw_tokens
-            for S in sizes:
-                if made > raw_tokens:
-                    layers = list(kv)
-                    del kv  # as in `generate.run`
-                    kv = self._grow_each(layers, S, T - made)
-                end = min(S, T - 1)
-                kv, made = feed(kv, made, end, bar), end
-        return *feed.rows(), *feed.sums()
-
-    def _score_masked(self, tokens, targets, valid, progress):
-        del progress  # one program, one pass
-        T = bucket(tokens.shape[1])
-        padded = [
-            jnp.asarray(np.pad(x, ((0, 0), (0, T - x.shape[1])))) for x in (tokens, targets, valid)
-        ]
-        found = jax.tree.map(np.asarray, self._masked(self.model.params, *padded))
-        logprobs, correct, attended, clipped = found
-        return logprobs, correct, attended, np.full(attended.shape, np.nan), clipped
-
-    def _grow_each(self, layers: list, S: int, tokens: int):
-        """Grow each of `layers` in place to the bucket S, with `tokens` more to come."""
-        room = prompts.room(self, tokens)
-        for i in range(len(layers)):
-            layers[i] = self._grow(layers[i], S, room)
-        return tuple(layers)
+        return scoring.score(self, sequences, protocol, progress, last)

@@ -24,7 +24,7 @@ from alisa_jax.kv.buckets import bucket, next_bucket
 LISTENING_STEPS = 8  # of a chunk, while stop strings are searched for or text is shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Generated:
     """What `Engine.generate` returns; one entry per prompt in every list."""
 
@@ -110,7 +110,7 @@ def run(
     fed, logits, kv, _ = prompts.begin(engine, batch, max_new_tokens)
     longest = int(fed.length.max())
     S = bucket(longest)
-    first = engine._next_token(logits, _draw(drawn, 0), jnp.int32(0))
+    first = engine.programs.next_token(logits, _draw(drawn, 0), jnp.int32(0))
     token, made = first[0], 1
     columns = [np.asarray(x)[:, None] for x in first]  # waits for the device
     prefill_s = time.perf_counter() - start
@@ -120,13 +120,14 @@ def run(
         while not done.all():
             room = S - (longest + made - 1)
             if room == 0:
-                S, layers = next_bucket(S), list(kv)
+                S, layers = next_bucket(S), list(kv.layers)
                 # only `layers` holds them now: an old layer is freed before the next one grows
                 del kv
-                kv = engine._grow_each(layers, S, max_new_tokens - made)
+                more = prompts.room(engine, max_new_tokens - made)
+                kv = engine.programs.grow_each(layers, S, more)
                 room = S - (longest + made - 1)
             n = min(steps, room, max_new_tokens - made)
-            out, kv = engine._generate(
+            out, kv = engine.programs.generate(
                 model.params, kv, token, jnp.asarray(done), eos, jnp.int32(n), _draw(drawn, made)
             )
             token, taken = out.token, int(out.steps)
@@ -138,16 +139,16 @@ def run(
     decode_s = time.perf_counter() - start - prefill_s
     whole, new = _texts(model, given, running) if model.tokenizer is not None else (None, None)
     return Generated(
-        [s.tokens for s in running],
-        whole,
-        [np.array(s.margins, np.float32) for s in running],
-        engine.compiles - compiles,
-        time.perf_counter() - start,
-        new,
-        [s.reason for s in running],
-        [np.array(s.logprobs, np.float32) for s in running],
-        prefill_s,
-        decode_s,
+        tokens=[s.tokens for s in running],
+        texts=whole,
+        margins=[np.array(s.margins, np.float32) for s in running],
+        compiles=engine.compiles - compiles,
+        wall_s=time.perf_counter() - start,
+        completions=new,
+        finish_reasons=[s.reason for s in running],
+        logprobs=[np.array(s.logprobs, np.float32) for s in running],
+        prefill_s=prefill_s,
+        decode_s=decode_s,
     )
 
 

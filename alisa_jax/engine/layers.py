@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from alisa_jax import attention, codecs, policies
 from alisa_jax.attention import compute
-from alisa_jax.attention.parts import Kind
 from alisa_jax.codecs import NO_ROTATION, Rotation
+from alisa_jax.kv.state import LayerSpec
 from alisa_jax.models.decoder import Decoder
 
 
@@ -16,7 +16,7 @@ class Assembled(NamedTuple):
 
     policy: policies.Policy  # resolved for the model
     codec: codecs.Codec  # resolved for the model
-    layers: tuple[Kind, ...]
+    layers: tuple[LayerSpec, ...]
     choice: compute.Choice  # what attends, and why
 
 
@@ -43,23 +43,27 @@ def assemble(
     raw_keys = asked.raw_keys or any(p.raw_keys for p in each)
     more = {"calibration": calibration, "config": c} if asked.calibrates else {}
     stored = asked.resolve(dtype, NO_ROTATION if raw_keys else rotation, **more)
-    turning = rotation if raw_keys and rotation.angles else None
-    choice = compute.choose(attention_impl, stored, dtype, c.head_dim, _xla_only(each, turning, c))
+    delayed = rotation if raw_keys and rotation.angles else None
+    choice = compute.choose(attention_impl, stored, dtype, c.head_dim, _xla_only(each, delayed, c))
     layers = tuple(
-        Kind(
-            p, stored.for_layer(i), p.routes[0] if route == "auto" else route, choice.impl, turning
+        LayerSpec(
+            policy=p,
+            codec=stored.for_layer(i),
+            route=p.routes[0] if route == "auto" else route,
+            impl=choice.impl,
+            rotation=delayed,
         )
         for i, p in enumerate(each)
     )
-    for kind in layers:
-        attention.check(kind.policy, kind.codec, kind.route, 1, c.n_heads, c.n_kv_heads)
+    for spec in layers:
+        attention.check(spec, 1, c.n_heads, c.n_kv_heads)
     return Assembled(policy, stored, layers, choice)
 
 
-def _xla_only(each, turning, config) -> str | None:
+def _xla_only(each, delayed, config) -> str | None:
     """Why no kernel can attend for these policies, or None."""
     N, K = config.n_heads, config.n_kv_heads
-    if turning is not None:
+    if delayed is not None:
         return "keys that are stored before their rotation are turned by XLA"
     if any(p.mass_heads(N, K) != p.selection_heads(K) for p in each):
         return "the kernels do not tell the attention of single query heads"

@@ -1,24 +1,12 @@
-"""Scoring the last tokens of sequences that begin alike: what they share is decoded once.
-
-The choices of a multiple-choice item are sequences with a common context. Their contexts are
-decoded as a batch of their own, ragged like any other; at the step where a context ends, its state
-is adopted by every sequence that goes on from it, and then all sequences decode their last tokens
-together. The numbers are those of the sequences scored one by one.
-"""
+"""Sequences that begin alike, such as the choices of a multiple-choice item: what they share."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from alisa_jax.engine import step
 from alisa_jax.engine.batch import Batch
-from alisa_jax.engine.progress import progress_bar
-from alisa_jax.kv.buckets import bucket
 
 
 def check(batch: Batch, last: Sequence[int]) -> np.ndarray:
@@ -58,74 +46,3 @@ def distinct(heads: Sequence[tuple[int, ...]]) -> tuple[Batch, np.ndarray]:
     """Each of `heads` once, as a batch, and the index [B] of every one in it."""
     number = {head: i for i, head in enumerate(dict.fromkeys(heads))}
     return Batch.from_lists(number), np.array([number[head] for head in heads], np.int32)
-
-
-def score(engine, batch: Batch, last: np.ndarray, common: Batch, of: np.ndarray, progress: bool):
-    """Decode `common`, then the last tokens of `batch`; sequence i continues sequence of[i].
-
-    Returns log-probabilities and hits [B, max(last)] of the last tokens, and three sums [L] over
-    the tokens that were decoded (see `step.Scored`).
-    """
-    S, raw_tokens = bucket(batch.tokens.shape[1]), engine.codec.frozen_after
-    decoded = common.length
-    ends = sorted(set(decoded.tolist()))
-    valid = np.arange(common.tokens.shape[1])[None] < decoded[:, None]
-    feed = Feed(engine, common.tokens, np.zeros_like(common.tokens), valid)
-    kv = engine.init(len(decoded), raw_tokens or S)
-    new = engine.init(len(of), raw_tokens or S)
-    with progress_bar(progress, int(ends[-1] + last.max()), "score") as bar:
-        if raw_tokens:
-            kv = feed(kv, 0, raw_tokens, bar)
-            kv = tuple(engine._freeze(state, S) for state in kv)
-            new = tuple(engine._freeze(state, S) for state in new)
-        for first, end in itertools.pairwise([raw_tokens, *ends]):
-            kv = feed(kv, first, end, bar)
-            new = engine._adopt(new, kv, jnp.asarray(of), jnp.asarray(decoded[of] == end))
-        del kv
-        rows = np.arange(last.max())[None]
-        at = np.minimum((batch.length - last - 1)[:, None] + rows, batch.tokens.shape[1] - 1)
-        padded = np.pad(batch.tokens, ((0, 0), (0, 1)))
-        tokens = np.take_along_axis(padded, at, 1)
-        targets = np.take_along_axis(padded, at + 1, 1)
-        end = Feed(engine, tokens, targets, rows < last[:, None])
-        end(new, 0, int(last.max()), bar)
-    sums = [a + b for a, b in zip(feed.sums(), end.sums(), strict=True)]
-    return *end.rows(), *sums
-
-
-class Feed:
-    """Teacher-forced steps over tokens, targets and `valid` (what is counted), all [B, T].
-
-    `out` collects the results.
-    """
-
-    def __init__(self, engine, tokens, targets, valid):
-        self.engine, self.out = engine, []
-        self.padded = [
-            jnp.asarray(np.pad(x, ((0, 0), (0, step.CHUNK_STEPS))))
-            for x in (tokens, targets, valid)
-        ]
-
-    def __call__(self, kv, first: int, end: int, bar):
-        """The states after the tokens `first` .. `end` - 1."""
-        for at in range(first, end, step.CHUNK_STEPS):
-            n = min(step.CHUNK_STEPS, end - at)
-            piece = [x[:, at : at + step.CHUNK_STEPS] for x in self.padded]
-            out, kv = self.engine._score(self.engine.model.params, kv, *piece, jnp.int32(n))
-            self.out.append((n, jax.tree.map(np.asarray, out)))
-            bar.update(n)
-        return kv
-
-    def rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities and hits [B, T] of all steps so far."""
-        return tuple(
-            np.concatenate([getattr(o, f)[:, :n] for n, o in self.out], 1)
-            for f in ("logprobs", "correct")
-        )
-
-    def sums(self) -> tuple[np.ndarray, ...]:
-        """Attended shares, loads and clipped elements [L] of all steps so far."""
-        return tuple(
-            sum(getattr(o, f).astype(np.float64) for _, o in self.out)
-            for f in ("attended", "loads", "clipped")
-        )

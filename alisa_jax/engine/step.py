@@ -1,4 +1,4 @@
-"""The pure functions that an engine jits: prompt, decode chunks, scoring. They decide nothing.
+"""The pure functions that an engine jits: prompts, decode chunks, scoring. They decide nothing.
 
 A chunk runs many decode steps inside one compiled loop; the number of steps is a traced number, so
 the last and shorter chunk needs no program of its own.
@@ -6,38 +6,39 @@ the last and shorter chunk needs no program of its own.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from alisa_jax import attention
-from alisa_jax.attention import compute, exchange, parts, reference
+from alisa_jax.attention import compute, reference
 from alisa_jax.engine import sampling
 from alisa_jax.kv.buckets import bucket
-from alisa_jax.kv.ring import Ring
-from alisa_jax.kv.state import KVState, LayerState
+from alisa_jax.kv.cache import KVState
+from alisa_jax.kv.state import LayerSpec, LayerState
 from alisa_jax.models.decoder import Decoder
 
 CHUNK_STEPS = 64
-Layer = parts.Kind
+
+
+def init_layer(decoder: Decoder, spec: LayerSpec, B: int, S: int, room: int | None) -> LayerState:
+    """The empty state of one layer; see `init`."""
+    c = decoder.config
+    dims = attention.dims_of(spec, B, c.n_heads, c.n_kv_heads, S, c.head_dim)
+    if room is not None:
+        dims = attention.prompt_dims(dims, spec, room)
+    return attention.init(spec, dims, c.head_dim)
 
 
 def init(
-    decoder: Decoder, layers: tuple[Layer, ...], B: int, S: int, room: int | None = None
+    decoder: Decoder, layers: tuple[LayerSpec, ...], B: int, S: int, room: int | None = None
 ) -> KVState:
     """States of all layers for B sequences and a context bucket of S tokens.
 
     room: given for states that begin with a prompt: free slots for what follows, in sets that grow.
     """
-    c, states = decoder.config, []
-    for policy, codec, route, impl, turning in layers:
-        dims = attention.dims_of(policy, route, B, c.n_heads, c.n_kv_heads, S, c.head_dim)
-        if room is not None:
-            dims = attention.prompt_dims(dims, policy, route, room)
-        states.append(attention.init(policy, codec, route, dims, c.head_dim, impl, turning))
-    return tuple(states)
+    return KVState(tuple((init_layer(decoder, spec, B, S, room),) for spec in layers))
 
 
 def prefill(
@@ -45,18 +46,17 @@ def prefill(
 ) -> tuple[jax.Array, KVState]:
     """tokens [B, T], length [B] -> logits [B, V] of each last token, states for the bucket of T."""
     B, T = tokens.shape
-    kv, x, at = list(init(decoder, layers, B, bucket(T), room)), *_embed(decoder, params, tokens)
+    x, at = decoder_inputs(decoder, params, tokens)
+    states = []
+    for block, spec in zip(params["blocks"], layers, strict=True):
+        empty = init_layer(decoder, spec, B, bucket(T), room)
 
-    for layer, state in enumerate(kv):
+        def attend(q, k, v, empty=empty):
+            return attention.prefill(empty, q, k, v, length)
 
-        def attend(q, k, v, state=state):
-            return attention.prefill(state, q, k, v, length)
-
-        x, kv[layer] = decoder.block(
-            params["blocks"][layer], x, at, attend, rotate=state.turning is None
-        )
-    last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
-    return decoder.unembed(params, last)[:, 0], tuple(kv)
+        x, state = decoder.block(block, x, at, attend, rotate=spec.rotation is None)
+        states.append((state,))
+    return last_logits(decoder, params, x, length), KVState(tuple(states))
 
 
 def filter_prompt(
@@ -66,72 +66,59 @@ def filter_prompt(
 
     The policy reads queries and keys of `layer`; of later layers nothing is computed.
     """
-    x, at = _embed(decoder, params, tokens)
+    x, at = decoder_inputs(decoder, params, tokens)
     for block in params["blocks"][:layer]:
         x, _ = decoder.block(
             block, x, at, lambda q, k, v: (compute.causal(q, k, v, length, impl), ())
         )
-    _, (q, k) = decoder.block(
-        params["blocks"][layer], x, at, lambda q, k, v: (jnp.zeros_like(q), (q, k))
-    )
+    block = params["blocks"][layer]
+    _, (q, k) = decoder.block(block, x, at, lambda q, k, v: (jnp.zeros_like(q), (q, k)))
     last = jnp.take_along_axis(q, (length - 1)[:, None, None, None], axis=1)[:, 0]
     return policy.choose(last, k, length)
 
 
+def last_logits(decoder: Decoder, params, x, length) -> jax.Array:
+    """Logits [B, V] of the last token of each prompt, x [B, T, D]."""
+    last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
+    return decoder.unembed(params, last)[:, 0]
+
+
 def decode(
     decoder: Decoder, params, kv: KVState, token
-) -> tuple[jax.Array, KVState, list[attention.Taps]]:
-    """One step: token [B] int32 -> logits [B, V], new states, taps of each layer.
+) -> tuple[jax.Array, KVState, list[tuple[attention.Taps, ...]]]:
+    """One step: token [B] int32 -> logits [B, V], new states, and the taps of each layer's parts.
 
-    A layer may be in parts.
+    Layers attend; afterwards their sets change.
     """
-    at = lengths(kv[0])[:, None]
+    at = kv.lengths[:, None]
     x = decoder.embed(params, token[:, None], at)
-    states = []
+    layers = []
     taps = []
     outs = []
-    together = {}  # layers that exchange at once, by the key of `exchange.joint`
-    for layer, state in enumerate(kv):
-        whole = isinstance(state, LayerState)
-        key = exchange.joint(state) if whole else None
-        if key is not None:
-            together.setdefault(key, []).append(layer)
+    for block, layer in zip(params["blocks"], kv.layers, strict=True):
 
-        def attend(q, k, v, state=state, whole=whole, key=key):
-            one = (
-                functools.partial(attention.decode, exchange=key is None) if whole else parts.decode
-            )
-            out, state, tap = one(state, q[:, 0], k[:, 0], v[:, 0])
-            return out[:, None], (state, tap, out)
+        def attend(q, k, v, layer=layer):
+            out, layer, tap = attention.decode(layer, q[:, 0], k[:, 0], v[:, 0])
+            return out[:, None], (layer, tap, out)
 
-        rotate = not whole or state.turning is None
-        x, (state, tap, out) = decoder.block(params["blocks"][layer], x, at, attend, rotate=rotate)
-        states.append(state)
+        rotate = layer[0].spec.rotation is None
+        x, (layer, tap, out) = decoder.block(block, x, at, attend, rotate=rotate)
+        layers.append(layer)
         taps.append(tap)
         outs.append(out)
-    for layers in together.values():
-        changed, loads = exchange.exchange_layers(
-            [states[i] for i in layers], [outs[i] for i in layers]
-        )
-        for i, state, count in zip(layers, changed, loads, strict=True):
-            states[i], taps[i] = state, taps[i]._replace(loads=count)
-    return decoder.unembed(params, x)[:, 0], tuple(states), taps
+    layers, loads = attention.exchange_sets(layers, outs)
+    taps = [_with_loads(tap, load) for tap, load in zip(taps, loads, strict=True)]
+    return decoder.unembed(params, x)[:, 0], KVState(tuple(layers)), taps
 
 
-def lengths(layer) -> jax.Array:
-    """[B] int32: tokens that a layer, in parts or not, has seen."""
-    return (
-        layer.length
-        if isinstance(layer, LayerState)
-        else jnp.concatenate([part.length for part in layer])
-    )
+def _with_loads(taps: tuple[attention.Taps, ...], loads) -> tuple[attention.Taps, ...]:
+    return tuple(tap._replace(loads=some) for tap, some in zip(taps, loads, strict=True))
 
 
-def waits(kv) -> jax.Array:
+def waits(kv: KVState) -> jax.Array:
     """[] bool: some layer waits for rows that are not on the device."""
-    stores = [part.store for layer in kv if not isinstance(layer, LayerState) for part in layer]
-    pending = [store.pending.any() for store in stores if isinstance(store, Ring)]
-    return jnp.any(jnp.stack(pending)) if pending else jnp.zeros((), jnp.bool_)
+    stores = [part.store for layer in kv.layers for part in layer if part.store is not None]
+    return jnp.any(jnp.stack([jnp.zeros((), jnp.bool_), *(store.waits() for store in stores)]))
 
 
 class Chunk(NamedTuple):
@@ -206,7 +193,7 @@ def score_chunk(
 
     tokens, targets [B, CHUNK_STEPS] int32; valid [B, CHUNK_STEPS] bool: what is counted.
     """
-    L = len(kv)
+    L = len(kv.layers)
     none = jnp.zeros((L,), jnp.int32)
     zero = Scored(
         jnp.zeros(tokens.shape, jnp.float32),
@@ -222,12 +209,15 @@ def score_chunk(
         token = column(tokens)
         target = column(targets)
         counts = column(valid)
-        length = kv[0].length
+        tokens_now = kv.lengths + 1
         logits, kv, taps = decode(decoder, params, kv, token)
         logprob, correct = judge(logits, target)
-        share = jnp.stack([t.attended / (length + 1).astype(jnp.float32) for t in taps])
-        loads = jnp.stack([t.loads for t in taps])
-        clipped = jnp.stack([t.clipped for t in taps])
+        joined = lambda name: jnp.stack(
+            [jnp.concatenate([getattr(tap, name) for tap in layer]) for layer in taps]
+        )
+        share = joined("attended") / tokens_now[None].astype(jnp.float32)
+        loads = joined("loads")
+        clipped = joined("clipped")
         return Scored(
             _column(out.logprobs, logprob, i),
             _column(out.correct, correct, i),
@@ -252,17 +242,15 @@ def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):
     Returns log-probabilities and hits [B, T], and two sums [L] over valid tokens: of the share that
     was attended, and of the elements that the codec clipped.
     """
-    x, at = _embed(decoder, params, tokens)
+    x, at = decoder_inputs(decoder, params, tokens)
     shares, clips = [], []
-    for layer, (policy, codec, _, _, turning) in enumerate(layers):
+    for block, spec in zip(params["blocks"], layers, strict=True):
 
-        def attend(q, k, v, policy=policy, codec=codec, turning=turning):
-            out, *aux = reference.score(policy, codec, q, k, v, turning=turning)
+        def attend(q, k, v, spec=spec):
+            out, *aux = reference.score(spec, q, k, v)
             return out, aux
 
-        x, (attended, clipped) = decoder.block(
-            params["blocks"][layer], x, at, attend, rotate=turning is None
-        )
+        x, (attended, clipped) = decoder.block(block, x, at, attend, rotate=spec.rotation is None)
         share = attended / (at + 1).astype(jnp.float32)
         shares.append(jnp.sum(jnp.where(valid, share, jnp.float32(0.0))))
         clips.append(jnp.sum(jnp.where(valid, clipped, 0), dtype=jnp.int32))
@@ -283,21 +271,18 @@ def judge_all(
     return tuple(jnp.moveaxis(y, 0, 1).reshape(B, T) for y in (logprobs, correct))
 
 
-def grow(state: LayerState, S: int, room: int | None = None) -> LayerState:
-    """One layer's state for the bucket S; see `attention.grow`."""
-    return attention.grow(state, S, room)
-
-
 def freeze(state: LayerState, S: int) -> LayerState:
-    """One layer's state with its tokens encoded, for the bucket S."""
+    """One part of a layer with its tokens encoded, for the bucket S."""
     return attention.grow(attention.freeze(state), S)
 
 
 def adopt(kv: KVState, other: KVState, rows, which) -> KVState:
-    """The states of all layers with sequences of `other`; see `LayerState.adopt`."""
-    return tuple(state.adopt(source, rows, which) for state, source in zip(kv, other, strict=True))
+    """`kv` with the sequences `which` replaced by `rows` of `other`; see `LayerState.adopt`."""
+    pairs = zip(kv.layers, other.layers, strict=True)
+    return KVState(tuple((state.adopt(source, rows, which),) for (state,), (source,) in pairs))
 
 
-def _embed(decoder: Decoder, params, tokens):
+def decoder_inputs(decoder: Decoder, params, tokens) -> tuple[jax.Array, jax.Array]:
+    """x [B, T, D] of tokens [B, T] from position 0 on, and their positions [B, T]."""
     at = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
     return decoder.embed(params, tokens, at), at

@@ -6,6 +6,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from alisa_jax.axes import adopted
+
 # per layer, sequence and selection head; an exchange that needs more stops and is called again
 PENDING_ROWS = 16
 
@@ -42,6 +44,11 @@ class Pending:
     def room(self, E: int) -> jax.Array:
         """[] bool: `E` more fit for each sequence and head."""
         return jnp.max(self.count()) + E <= PENDING_ROWS
+
+    def adopt(self, other: Pending, rows: jax.Array, which: jax.Array) -> Pending:
+        """The sequences `which` [B] bool replaced by the sequences `rows` [B] of `other`."""
+        put = lambda a, b: adopted(a, b, rows, which)
+        return Pending(put(self.pos, other.pos), put(self.slot, other.slot), self.more | other.more)
 
     def any(self) -> jax.Array:
         """[] bool: something is pending, or the exchange stopped early."""

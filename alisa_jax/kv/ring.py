@@ -14,13 +14,14 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from alisa_jax.kv import rows
 from alisa_jax.kv.pending import Pending
+from alisa_jax.kv.state import adopt_tree
+from alisa_jax.ops import rows
 
 
 @flax.struct.dataclass
 class Ring:
-    """Takes the place of a `Store` in a `LayerState`."""
+    """A `TokenStore` of C rows; see above."""
 
     k: Any  # packed [B, C, K, H]
     v: Any  # packed [B, C, K, H]
@@ -34,18 +35,13 @@ class Ring:
         v = codec.empty((B, C, K, H), "tokens", "v")
         return Ring(k, v, jnp.zeros((B,), jnp.int32), Pending.empty(B, P))
 
-    def append(self, codec, k: jax.Array, v: jax.Array, length: jax.Array) -> Ring:
-        """Write `k`, `v` [B, K, H] of the token at position `length` [B]."""
+    def append(self, codec, k, v, length):
         row = jnp.mod(length, self.rows(codec))
         return self.replace(
             k=codec.write_token(self.k, k, row), v=codec.write_token(self.v, v, row)
         )
 
-    def take(self, codec, pos: jax.Array) -> tuple[Any, Any]:
-        """Codes of K and V of tokens `pos` [B, P, E], head-major.
-
-        Rows that left the ring return garbage; the caller masks them.
-        """
+    def take(self, codec, pos):
         row = jnp.mod(pos, self.rows(codec))
         return codec.take(self.k, row), codec.take(self.v, row)
 
@@ -53,9 +49,38 @@ class Ring:
         """C."""
         return codec.leaves(self.k)[0].shape[1]
 
-    def freeze(self, codec) -> Ring:
-        """The same rows, all of them encoded."""
+    def grow(self, codec, S):
+        """As `TokenStore` says: a ring is as large for every S."""
+        return self
+
+    def freeze(self, codec):
         return self.replace(k=codec.freeze(self.k, "tokens"), v=codec.freeze(self.v, "tokens"))
+
+    def adopt(self, other, rows, which):
+        return Ring(
+            adopt_tree(self.k, other.k, rows, which),
+            adopt_tree(self.v, other.v, rows, which),
+            adopt_tree(self.host, other.host, rows, which),
+            self.pending.adopt(other.pending, rows, which),
+        )
+
+    def request(self, pending, slot, pos, more):
+        absent = (pos >= 0) & (pos < self.host[:, None, None])
+        pending = pending.note(slot, pos, absent)
+        pending = pending.replace(more=more & ~pending.room(slot.shape[-1]))
+        return jnp.where(absent, -1, slot), pending, more & ~pending.more
+
+    def waiting(self, pending):
+        return self.replace(pending=pending)
+
+    def delivered(self):
+        return self.waiting(Pending.empty(*self.pending.pos.shape[:2]))
+
+    def hide(self, bias):
+        return self.pending.hide(bias)
+
+    def waits(self):
+        return self.pending.any()
 
 
 def newest(length: jax.Array, host: jax.Array, C: int) -> jax.Array:

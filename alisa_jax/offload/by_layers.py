@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alisa_jax.kv.buckets import bucket
+from alisa_jax.kv.cache import KVState
 from alisa_jax.kv.state import tree_bytes
 from alisa_jax.offload.run import PlacedRun, page_range
 from alisa_jax.placement.plan import PAGE_TOKENS, Plan, pages, stream_pages
@@ -46,8 +47,8 @@ class LayerRun(PlacedRun):
         prefix_x, prefix_at, prefix_n = self._prefix(prefixes) if prefixes else (None, None, None)
         ranges = {b: page_range(r) for b, r in self._ranges(plan.load).items()}
         flight = [self._stream(layer, ranges) for layer in range(min(plan.ahead + 1, L))]
-        kv = list(self.kv)
-        self.kv = ()  # the layers' states are donated one by one
+        kv = list(self.kv.layers)
+        self.kv = KVState(())  # the layers' states are donated one by one
         for layer in range(L):
             block, states = self.params["blocks"][layer], kv[layer]
             prefix = ()
@@ -66,7 +67,7 @@ class LayerRun(PlacedRun):
             self.mover.release(layer)
             if layer + plan.ahead + 1 < L:
                 flight.append(self._stream(layer + plan.ahead + 1, ranges))
-        self.kv = tuple(kv)
+        self.kv = KVState(tuple(kv))
         self.meter.recomputed_rows += L * sum(prefixes.values())
         self.meter.recomputed_tokens += sum(prefixes.values())
         self._take(

@@ -21,7 +21,7 @@ from alisa_jax.engine.prompts import condensed
 from alisa_jax.offload import settings
 from alisa_jax.offload.by_layers import LayerRun
 from alisa_jax.offload.by_rows import RowRun
-from alisa_jax.offload.programs import Programs
+from alisa_jax.offload.programs import PlacedPrograms
 from alisa_jax.placement import mover
 from alisa_jax.placement.plan import Controller, Setting
 
@@ -79,6 +79,11 @@ class Placed:
         device_kv_bytes: float = math.inf,
         host_kv_bytes: float = math.inf,
     ):
+        if engine.chunk_tokens is not None:
+            raise ValueError(
+                "placement reads prompts layer by layer, so that what does not stay leaves before "
+                f"the next layer; give chunk_tokens=None, not {engine.chunk_tokens}"
+            )
         self.engine = engine
         self.controller: Controller = (
             placement.parse(controller) if isinstance(controller, str) else controller
@@ -86,7 +91,7 @@ class Placed:
         self.device_kv_bytes, self.host_kv_bytes = device_kv_bytes, host_kv_bytes
         self.host = mover.self_test() if self.controller.offloads else None
         self.placed = settings.placed_layers(engine.layers)
-        self.programs = Programs(engine, self.placed)
+        self.programs = PlacedPrograms(engine, self.placed)
 
     def under(
         self, controller, device_kv_bytes: float = math.inf, host_kv_bytes: float = math.inf

@@ -1,7 +1,7 @@
 """The pure functions that placed runs jit: prompts by layer, what obeys a plan, dense layers.
 
-`kv` is a tuple over layers of tuples over parts (`alisa_jax.attention.parts`); the away part, where
-there is one, is the last. `placed` names the layers whose tokens a controller places.
+The layers of `kv` are in parts (`alisa_jax.attention.parts`); the away part, where there is one, is
+the last. `placed` names the layers whose tokens a controller places.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from alisa_jax.attention import parts
 from alisa_jax.attention.compute import causal
-from alisa_jax.attention.parts import Leaves, Part, Parts, Streamed
+from alisa_jax.attention.parts import Leaves, Part, Streamed
 from alisa_jax.engine import step
-from alisa_jax.engine.sampling import next_token
+from alisa_jax.kv.cache import KVState, Layer, lengths
+from alisa_jax.kv.state import LayerSpec
 from alisa_jax.models.decoder import Decoder
 from alisa_jax.placement.plan import PAGE_TOKENS
 
@@ -42,15 +43,9 @@ def embed(decoder: Decoder, params, tokens, at) -> jax.Array:
     return decoder.embed(params, tokens, at)
 
 
-def last_logits(decoder: Decoder, params, x, length) -> jax.Array:
-    """Logits [B, V] of the last token of each prompt, x [B, T, D]."""
-    last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
-    return decoder.unembed(params, last)[:, 0]
-
-
 def prefill_layer(
     decoder: Decoder,
-    kind: step.Layer,
+    spec: LayerSpec,
     layout: tuple[Part, ...],
     cuts: tuple[Cut, ...],
     block,
@@ -62,10 +57,10 @@ def prefill_layer(
     """One layer of a prompt: (x, its parts, for each cut the leaves of each page)."""
 
     def attend(q, k, v):
-        out, states, kept = parts.prefill(kind, layout, q, k, v, length, host)
+        out, states, kept = parts.prefill(spec, layout, q, k, v, length, host)
         pages = [
             [
-                parts.prompt_page(kind, kept, c.sequences, page, PAGE_TOKENS)
+                parts.prompt_page(spec, kept, c.sequences, page, PAGE_TOKENS)
                 for page in range(c.first, c.stop)
             ]
             for c in cuts
@@ -82,25 +77,30 @@ def steps(decoder: Decoder, placed: tuple[int, ...], params, kv, token, done, eo
     return out, kv, waiting(placed, kv)
 
 
-def waiting(placed: tuple[int, ...], kv) -> Waiting | None:
-    """What is pending in `kv`, as one set of arrays of its own."""
-    stores = [kv[layer][-1].store for layer in placed]
-    if not all(hasattr(store, "pending") for store in stores):
+def waiting(placed: tuple[int, ...], kv: KVState) -> Waiting | None:
+    """What is pending in `kv`, as one set of arrays of its own; None where nothing can be."""
+    stores = [part.store for part in away(placed, kv) if part.store is not None]
+    pending = [store.pending for store in stores if jax.tree.leaves(store.pending)]
+    if not pending:
         return None
-    pending = [store.pending for store in stores]
     more = jnp.any(jnp.stack([d.more for d in pending]))
     return Waiting(jnp.stack([d.pos for d in pending]), jnp.stack([d.slot for d in pending]), more)
 
 
-def held(placed: tuple[int, ...], kv) -> jax.Array:
+def away(placed: tuple[int, ...], kv: KVState) -> list:
+    """The away part of each placed layer."""
+    return [kv.layers[layer][-1] for layer in placed]
+
+
+def held(placed: tuple[int, ...], kv: KVState) -> jax.Array:
     """[L, B, P, M] int32: the token of each active slot of the away parts, -1 elsewhere."""
-    sets = [kv[layer][-1].ws for layer in placed]
+    sets = [part.ws for part in away(placed, kv)]
     return jnp.stack([jnp.where(ws.bias > -jnp.inf, ws.pos, -1) for ws in sets])
 
 
-def ring_pages(placed: tuple[int, ...], kv, sequences, page) -> list[Leaves]:
+def ring_pages(placed: tuple[int, ...], kv: KVState, sequences, page) -> list[Leaves]:
     """A page of `sequences` [n] from the ring of each placed layer."""
-    return [parts.ring_page(kv[layer][-1], sequences, page, PAGE_TOKENS) for layer in placed]
+    return [parts.ring_page(part, sequences, page, PAGE_TOKENS) for part in away(placed, kv)]
 
 
 def move_host(placed: tuple[int, ...], kv, host):
@@ -149,14 +149,15 @@ def recompute(
     E = pos.shape[2]
     at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (n, T))
     x = decoder.embed(params, tokens, at)
-    kv = list(kv)
+    layers = list(kv.layers)
     for layer in range(placed[-1] + 1):
 
         def attend(q, k, v, layer=layer):
-            out = causal(q, k, v, length, kv[layer][-1].impl)
+            state = layers[layer][-1]
+            out = causal(q, k, v, length, state.spec.impl)
             if layer not in placed:
                 return out, None
-            i, state = placed.index(layer), kv[layer][-1]
+            i = placed.index(layer)
             leaves = parts.encoded(state, k, v, jnp.maximum(sequence, 0), pos[i])
             rows = jnp.where(pos[i] >= 0, sequence[:, None], -1).reshape(n * E)
             return out, parts.deliver(
@@ -165,8 +166,8 @@ def recompute(
 
         x, state = decoder.block(params["blocks"][layer], x, at, attend)
         if state is not None:
-            kv[layer] = (*kv[layer][:-1], state)
-    return tuple(kv)
+            layers[layer] = (*layers[layer][:-1], state)
+    return KVState(tuple(layers))
 
 
 def dense_layer(
@@ -174,7 +175,7 @@ def dense_layer(
     order: tuple[int, ...],
     block,
     x,
-    states: Parts,
+    states: Layer,
     host,
     dropped,
     staged,
@@ -187,7 +188,7 @@ def dense_layer(
     on; () for nothing. order: the places of the away sequences among them. prefix: recomputed
     leaves of positions from 0 on, or (). Returns (x, states).
     """
-    at = step.lengths(states)[:, None]
+    at = lengths(states)[:, None]
     pieces = []
     if staged or prefix:
         joined = (
@@ -210,12 +211,12 @@ def prefix_layer(decoder: Decoder, block, x, at, length, state):
     """One layer of the prefixes of the away part: (x, leaves [B, K, T, *] as its ring has them)."""
 
     def attend(q, k, v):
-        ws, codec = state.ws, state.codec
+        ws, codec = state.ws, state.spec.codec
         leaves = [
             codec.encode(packed, jnp.swapaxes(y, 1, 2), "slots")
             for packed, y in ((ws.k, k), (ws.v, v))
         ]
-        return causal(q, k, v, length, state.impl), (*leaves[0], *leaves[1])
+        return causal(q, k, v, length, state.spec.impl), (*leaves[0], *leaves[1])
 
     return decoder.block(block, x, at, attend)
 
@@ -233,25 +234,25 @@ def _ordered(groups: tuple[jax.Array, ...], order: tuple[int, ...]) -> jax.Array
     return joined if order == tuple(range(len(order))) else joined[jnp.asarray(order)]
 
 
-def _away(placed: tuple[int, ...], kv, change):
+def _away(placed: tuple[int, ...], kv: KVState, change) -> KVState:
     """`kv` with `change(i, state)` of the away part of the i-th placed layer."""
-    kv = list(kv)
+    layers = list(kv.layers)
     for i, layer in enumerate(placed):
-        kv[layer] = (*kv[layer][:-1], change(i, kv[layer][-1]))
-    return tuple(kv)
+        layers[layer] = (*layers[layer][:-1], change(i, layers[layer][-1]))
+    return KVState(tuple(layers))
 
 
-class Programs:
+class PlacedPrograms:
     """The functions above, jitted for `engine`; `Engine.compiles` counts their traces."""
 
     def __init__(self, engine, placed: tuple[int, ...]):
         decoder = engine.model.decoder
-        jit = engine._jit
+        jit = engine.programs.jit
         on = functools.partial
         self.embed = jit(on(embed, decoder))
-        self.last_logits = jit(on(last_logits, decoder))
+        self.last_logits = jit(on(step.last_logits, decoder))
         self.prefill_layer = jit(on(prefill_layer, decoder), static_argnums=(0, 1, 2))
-        self.next_token = jit(next_token)
+        self.next_token = engine.programs.next_token
         self.steps = jit(on(steps, decoder, placed), donate_argnums=1)
         self.held = jit(on(held, placed))
         self.ring_pages = jit(on(ring_pages, placed))

@@ -11,6 +11,7 @@ import numpy as np
 
 from alisa_jax.engine import finite, step
 from alisa_jax.engine.sampling import Forced
+from alisa_jax.kv.cache import KVState
 from alisa_jax.kv.state import tree_bytes
 from alisa_jax.offload import settings
 from alisa_jax.offload.programs import Cut
@@ -21,7 +22,10 @@ from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Rows, Setting, Span
 class PlacedRun:
     """The prompt, the loop, stores and drops of a run; `placed` is the `offload.engine.Placed`.
 
-    first: which sequence of the batch is the first of this run.
+    first: which sequence of the batch is the first of this run. read_layer: what reads a layer of
+    the prompts, with the arguments and results of `programs.prefill_layer`; None for that. `limit`
+    new tokens are the most that a step may make in all: a caller that sets it looks at the run
+    there.
     """
 
     layout_of_pages = ""
@@ -35,6 +39,7 @@ class PlacedRun:
         length: np.ndarray,
         forced,
         first: int = 0,
+        read_layer: Callable | None = None,
     ):
         self.placed = placed
         self.setting = setting
@@ -42,6 +47,8 @@ class PlacedRun:
         self.forced = forced
         self.first = first
         self.programs = placed.programs
+        self.read_layer = read_layer or self.programs.prefill_layer
+        self.limit = setting.new_tokens
         self.controller, self.params = placed.controller, placed.engine.model.params
         self.tokens, self.length = tokens, length
         layout = self.controller.layout(setting)
@@ -68,14 +75,14 @@ class PlacedRun:
         self.decisions = 0
         self.made = 0
         self.next_move = 0
-        self.kv, self.token = (), None
+        self.kv, self.token = KVState(()), None
         self.done = jnp.zeros((setting.batch,), jnp.bool_)
         self.eos = jnp.full((1,), -1, jnp.int32)
 
     def run(self, progress: Callable[[int], None]) -> None:
         """Run to the end; calls `progress(n)` after n new tokens of each sequence."""
         start = time.perf_counter()
-        self._take(self.prefill())
+        self.begin()
         progress(1)
         self.prefill_s = time.perf_counter() - start
         while self.made < self.setting.new_tokens:
@@ -84,11 +91,15 @@ class PlacedRun:
             progress(self.made - before)
         self.decode_s = time.perf_counter() - start - self.prefill_s
         # the next run begins with empty memories
-        self.kv = ()
+        self.kv = KVState(())
         self.mover = None
         self.behind = []
         for side in ("device", "host"):
             self.meter.hold(side, -self.meter.live[side])
+
+    def begin(self) -> None:
+        """Read the prompts and make the first new token of each."""
+        self._take(self.prefill())
 
     def step(self) -> None:
         """What a plan asks for before the next step, and as many steps as need no further plan."""
@@ -111,15 +122,13 @@ class PlacedRun:
         host = jnp.asarray([span.host for span in self.spans], jnp.int32)
         length = jnp.asarray(self.length)
         x, kv = self.programs.embed(self.params, jnp.asarray(tokens), at), []
-        for layer, (kind, layout) in enumerate(
+        for layer, (spec, layout) in enumerate(
             zip(placed.engine.layers, self.layouts, strict=True)
         ):
             mine = cuts if layer in placed.placed else []
             block = self.params["blocks"][layer]
             chosen = tuple(cut for _, cut in mine)
-            x, states, some = self.programs.prefill_layer(
-                kind, layout, chosen, block, x, at, length, host
-            )
+            x, states, some = self.read_layer(spec, layout, chosen, block, x, at, length, host)
             kv.append(states)
             self.meter.hold("device", tree_bytes((states, some)))
             if some:
@@ -136,7 +145,7 @@ class PlacedRun:
             size = tree_bytes(some)
             del some
             self.meter.hold("device", -size)
-        self.kv = tuple(kv)
+        self.kv = KVState(tuple(kv))
         logits = self.programs.last_logits(self.params, x, length)
         return self.programs.next_token(logits, self._draw(), jnp.int32(0))
 
@@ -262,7 +271,7 @@ class PlacedRun:
 
     def _chunk(self, n: int):
         """Up to n steps in one program; returns what is pending after them."""
-        n = jnp.int32(min(n, step.CHUNK_STEPS))
+        n = jnp.int32(min(n, step.CHUNK_STEPS, self.limit - self.made))
         out, self.kv, waiting = self.programs.steps(
             self.params, self.kv, self.token, self.done, self.eos, n, self._draw()
         )

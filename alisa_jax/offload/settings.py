@@ -10,16 +10,14 @@ import jax
 from alisa_jax import attention
 from alisa_jax.attention import parts
 from alisa_jax.attention.parts import Part
-from alisa_jax.engine.step import Layer
-from alisa_jax.kv.ring import Ring
-from alisa_jax.kv.state import tree_bytes
+from alisa_jax.kv.state import LayerSpec, tree_bytes
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.placement.plan import PAGE_TOKENS, Controller, Layout, Setting, pages
 
 
 def setting_of(
     config: ModelConfig,
-    layers: tuple[Layer, ...],
+    layers: tuple[LayerSpec, ...],
     prompt_tokens: Sequence[int],
     new_tokens: int,
     device_kv_bytes: float = math.inf,
@@ -40,7 +38,7 @@ def setting_of(
     context = PAGE_TOKENS * pages(max(prompt_tokens) + new_tokens - 1)
     slots = max(p.capacity(context) for p in policies) if selects else 0
     fixed = sum(
-        _fixed_bytes(config, kind, context, i in placed, evicts) for i, kind in enumerate(layers)
+        _fixed_bytes(config, spec, context, i in placed, evicts) for i, spec in enumerate(layers)
     )
     return Setting(
         layers=len(placed),
@@ -58,9 +56,9 @@ def setting_of(
     )
 
 
-def placed_layers(layers: tuple[Layer, ...]) -> tuple[int, ...]:
+def placed_layers(layers: tuple[LayerSpec, ...]) -> tuple[int, ...]:
     """The layers whose tokens a controller places: those that select, or all where none does."""
-    selecting = tuple(i for i, kind in enumerate(layers) if kind.policy.selects)
+    selecting = tuple(i for i, spec in enumerate(layers) if spec.policy.selects)
     return selecting or tuple(range(len(layers)))
 
 
@@ -77,28 +75,28 @@ def check(controller: Controller, setting: Setting) -> None:
         )
 
 
-def check_layers(layers: tuple[Layer, ...]) -> None:
+def check_layers(layers: tuple[LayerSpec, ...]) -> None:
     """Raise ValueError, in one sentence, for what no controller can run."""
-    for kind in layers:
-        if kind.route != "working_set":
+    for spec in layers:
+        if spec.route != "working_set":
             raise ValueError(
-                f"placement serves the route working_set; {kind.policy} is run by the route "
-                f"{kind.route}"
+                f"placement serves the route working_set; {spec.policy} is run by the route "
+                f"{spec.route}"
             )
-        if kind.policy.appends:
+        if spec.policy.appends:
             raise ValueError(
-                f"placement plans sets of a known size; {kind.policy} keeps what its prompt "
+                f"placement plans sets of a known size; {spec.policy} keeps what its prompt "
                 "leaves and all after it"
             )
-        if not kind.codec.placed:
+        if not spec.codec.placed:
             raise ValueError(
                 "placement moves tokens by their rows, and the codec keeps some tokens beside "
                 "their rows: give raw, int8 or int4"
             )
-        if kind.turning is not None:
+        if spec.rotation is not None:
             raise ValueError(
-                f"placement moves keys that carry their positions; {kind.policy} with "
-                f"{kind.codec} turns them at every step"
+                f"placement moves keys that carry their positions; {spec.policy} with "
+                f"{spec.codec} turns them at every step"
             )
 
 
@@ -113,15 +111,17 @@ def layout_of(layout: Layout, setting: Setting, placed: bool) -> tuple[Part, ...
     return tuple(found)
 
 
-def _fixed_bytes(config: ModelConfig, kind: Layer, context: int, placed: bool, evicts: bool) -> int:
+def _fixed_bytes(
+    config: ModelConfig, spec: LayerSpec, context: int, placed: bool, evicts: bool
+) -> int:
     """Bytes of one sequence in one layer beside the rows of the store."""
     rings = placed and not evicts
-    ring = PAGE_TOKENS if rings and kind.policy.selects else 0
+    ring = PAGE_TOKENS if rings and spec.policy.selects else 0
     part = Part(0, 1, context, ring)
     empty = lambda: attention.freeze(
-        parts.init(kind, part, config.n_heads, config.n_kv_heads, config.head_dim)
+        parts.init(spec, part, config.n_heads, config.n_kv_heads, config.head_dim)
     )
     state = jax.eval_shape(empty)
-    home = state.store if isinstance(state.store, Ring) else state.ws
-    rows = [*kind.codec.leaves(home.k), *kind.codec.leaves(home.v)] if rings else []
+    home = state.store if ring else state.ws
+    rows = [*spec.codec.leaves(home.k), *spec.codec.leaves(home.v)] if rings else []
     return tree_bytes(state) - tree_bytes(rows)

@@ -252,8 +252,11 @@ class Policy:
         """
         raise NotImplementedError
 
-    def adopt(self, stats: Stats, other: Stats, rows: jax.Array, which: jax.Array) -> Stats:
-        """`stats` with sequences `which` [B] bool replaced by `rows` [B] of `other`."""
+    def adopt(self, stats: Stats, other: Stats, rows: jax.Array, which: jax.Array | None) -> Stats:
+        """`stats` with sequences `which` [B] bool replaced by `rows` [B] of `other`.
+
+        which: None for the sequences `rows` alone, however many (`axes.adopted`).
+        """
         return jax.tree.map(lambda a, b: adopted(a, b, rows, which), stats, other)
 
     def select(self, stats: Stats, length, S: int, q=None) -> jax.Array:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from alisa_jax import attention
+from alisa_jax.kv.state import LayerSpec
 from alisa_jax.policies import Policy
 from alisa_jax.testing.rules import RULES, refuse
 from alisa_jax.testing.streams import (
@@ -70,7 +71,7 @@ def check_policy(
         raise ValueError(f"{policy} runs on {', '.join(policy.routes)}; got route {unknown[0]!r}")
     routes = policy.routes if routes is None else tuple(routes)
     for route in routes:
-        attention.check(policy, CODEC, route, T, N, K)
+        attention.check(LayerSpec(policy, CODEC, route), T, N, K)
     driver = driver or Driver()
     seen = {"value"}
     runs = []

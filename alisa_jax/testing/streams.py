@@ -13,7 +13,7 @@ import numpy as np
 
 from alisa_jax import attention
 from alisa_jax.codecs import Codec, Raw
-from alisa_jax.kv.state import EMPTY
+from alisa_jax.kv.state import EMPTY, LayerSpec, LayerState
 from alisa_jax.policies import Policy
 
 CODEC = Raw("float32")
@@ -62,7 +62,7 @@ class Run(NamedTuple):
     contexts: np.ndarray  # [steps], the context bucket
     first: np.ndarray  # [B]
     prompt: np.ndarray | None  # [B, T, N, H], the outputs over the prompts
-    state: attention.LayerState
+    state: LayerState
 
     @property
     def sets(self) -> list:
@@ -105,8 +105,8 @@ class Driver:
         self._runs: dict = {}
 
     def _decode(self, state, q, k, v):
-        self.traces[state.policy, state.route, state.context] += 1
-        return attention.decode(state, q, k, v)
+        self.traces[state.spec.policy, state.spec.route, state.context] += 1
+        return attention.step(state, q, k, v)
 
     def shared_run(
         self, policy: Policy, route: str, start: str, buckets: Sequence[int] = BUCKETS
@@ -135,10 +135,11 @@ class Driver:
         B, T, N, H = q.shape
         K = k.shape[2]
         S = buckets.pop(0)
-        dims = attention.dims_of(policy, route, B, N, K, S)
+        spec = LayerSpec(policy, self.codec, route)
+        dims = attention.dims_of(spec, B, N, K, S)
         if prompt is not None:
-            dims = attention.prompt_dims(dims, policy, route, S - max(prompt))
-        state = attention.init(policy, self.codec, route, dims, H)
+            dims = attention.prompt_dims(dims, spec, S - max(prompt))
+        state = attention.init(spec, dims, H)
         length, prompt_out = np.zeros(B, np.int32), None
         if prompt is not None:
             length = np.array(prompt, np.int32)

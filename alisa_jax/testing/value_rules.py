@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alisa_jax import attention
-from alisa_jax.kv.state import EMPTY, bias_of
+from alisa_jax.kv.state import EMPTY, LayerSpec, bias_of
 from alisa_jax.policies import Dims, Policy
 from alisa_jax.testing.rules import refuse
 from alisa_jax.testing.streams import BUCKETS, QUICK, H, K, N
@@ -87,8 +87,9 @@ def check_sizes(policy: Policy) -> None:
 
 def check_types(policy: Policy, route: str, B: int = 2, S: int = 24, later: int = 40) -> None:
     """Traces every method on `route` once; nothing is compiled."""
-    dims = attention.dims_of(policy, route, B, N, K, S, H)
-    grown = attention.dims_of(policy, route, B, N, K, later, H)
+    spec = LayerSpec(policy, None, route)
+    dims = attention.dims_of(spec, B, N, K, S, H)
+    grown = attention.dims_of(spec, B, N, K, later, H)
     P = policy.selection_heads(K)
     M = dims.M
     f = jnp.float32

@@ -1,6 +1,6 @@
 """One decode step of one attention layer, SWA at 80 % KV sparsity beside dense, at 8,192 and 32,768 tokens.
 
-The state is the library's own: `attention.decode` on the route of the working set, so a step appends to the store and to
+The state is the library's own: `attention.step` on the route of the working set, so a step appends to the store and to
 the set, attends, observes, and exchanges for the next query. K and V are drawn and no prompt is computed; the policy is
 seeded with rows that are drawn. Nothing that is out of the set comes back then, while text brings about 0.2 rows a step
 and sequence; `entering_rows_per_sequence` says what came.
@@ -17,6 +17,7 @@ what else the codec keeps of a sequence included. Times are medians over repeats
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import time
@@ -124,7 +125,7 @@ def measure(cell: Cell, steps: int, seed: int, rates: dict | None, seconds: dict
     began = time.perf_counter()
     state = jax.block_until_ready(fill(policy, codec, cell.shape, jnp.full((B,), start, jnp.int32), jnp.uint32(seed)))
     found = {"fill_s": time.perf_counter() - began}
-    state = state.replace(impl=cell.impl)
+    state = state.replace(spec=dataclasses.replace(state.spec, impl=cell.impl))
     slots, kv_bytes = state.ws.pos.shape[-1], tree_bytes((state.ws.k, state.ws.v))
     state_bytes = tree_bytes(state)
     drawn = draw(cell.shape, steps, jnp.uint32(seed + 1))
@@ -196,14 +197,15 @@ def limit_bytes() -> float:
 def fill(policy, codec, shape: Shape, length, seed):
     """The state after `length` [B] tokens whose K and V are drawn, with room up to the context."""
     from alisa_jax import attention
-    from eval.speed.seeded import Seeded
+    from alisa_jax.kv.state import LayerSpec
+    from eval.speed import seeded
 
     N, K, H, B, S = shape
-    dims = attention.dims_of(policy, "working_set", B, N, K, S)
-    state = attention.init(Seeded(policy, jax.random.key(seed)), codec, "working_set", dims, H)
+    spec = LayerSpec(policy, codec, "working_set")
+    dims = attention.dims_of(spec, B, N, K, S, H)
     k, v = (timing.uniform(seed + i, (B, S, K, H), jnp.bfloat16) for i in range(2))
-    _, state = attention.prefill(state, jnp.zeros((B, S, N, H), jnp.bfloat16), k, v, length)
-    return state.replace(policy=policy)
+    rows = seeded.rows(policy, dims, length, jax.random.key(seed))
+    return attention.fill(attention.init(spec, dims, H), k, v, length, rows, N)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -224,7 +226,7 @@ def decode_steps(state, q, k, v, steps: int):
 
     def step(i, carry):
         state, _, attended, loads = carry
-        out, state, taps = attention.decode(state, q[i], k[i], v[i])
+        out, state, taps = attention.step(state, q[i], k[i], v[i])
         loads = loads + jnp.mean(taps.loads.astype(jnp.float32))
         return state, out, attended + jnp.mean(taps.attended), loads
 
@@ -242,16 +244,15 @@ def observe(state):
     """The mass of a query, here the same for all slots, enters the statistics."""
     mass = jnp.where(state.ws.pos >= 0, jnp.float32(1.0), jnp.float32(0.0))
     slot = jnp.zeros(state.ws.pos.shape[:2], jnp.int32)
-    return state.replace(stats=state.policy.observe(state.stats, mass, state.ws.pos, slot, state.length - 1))
+    return state.replace(stats=state.spec.policy.observe(state.stats, mass, state.ws.pos, slot, state.length - 1))
 
 
 def exchange(state):
     """The set for the next query."""
-    from alisa_jax.attention.exchange import exchange_layer
+    from alisa_jax import attention
 
-    s = state
-    stats, ws, store, _ = exchange_layer(s.policy, s.codec, s.store, s.stats, s.ws, s.length, s.context, s.ws.bias)
-    return s.replace(stats=stats, ws=ws, store=store)
+    ((state,),), _ = attention.exchange_sets([(state,)], [state.ws.bias])
+    return state
 
 
 def repeated(program, carry, given=()):
@@ -280,7 +281,7 @@ def attend(cell: Cell, state, q, calls: int) -> tuple[dict, dict]:
     """
     from alisa_jax.attention import compute
 
-    codec, K = state.codec, cell.shape.n_kv_heads
+    codec, K = state.spec.codec, cell.shape.n_kv_heads
     q = q.reshape(q.shape[0], K, -1, q.shape[-1])
     slots = lambda impl, q, k, v, bias: compute.slots(codec, q, k, v, bias, impl)
     args = (q, state.ws.k, state.ws.v, state.ws.bias)

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alisa_jax import attention
 from alisa_jax.engine import step
 from alisa_jax.kv.buckets import bucket
+from alisa_jax.kv.cache import KVState
 from alisa_jax.kv.state import tree_bytes
 from eval.drawing import costs
 from eval.figures import base
@@ -79,7 +81,9 @@ def cached(engine, config: dict, seed: int) -> dict:
     tokens, s, n = _tokens(engine, config, seed), config["prompt_tokens"], config["new_tokens"]
     params, B = engine.model.params, config["batch"]
     chunk = jax.jit(functools.partial(step.generate_chunk, engine.model.decoder), donate_argnums=1)
-    grow = jax.jit(lambda kv, S: tuple(step.grow(state, S) for state in kv), static_argnums=1)
+    grow = jax.jit(
+        lambda kv, S: KVState(tuple((attention.grow(state, S),) for (state,) in kv.layers)), static_argnums=1
+    )
     more = jnp.zeros((B,), jnp.bool_), jnp.full((1,), -1, jnp.int32), jnp.int32(1)
     met = _buckets(config)
     S = met[0]

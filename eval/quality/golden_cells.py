@@ -16,7 +16,7 @@ import numpy as np
 from alisa_jax import codecs, policies, spec
 from alisa_jax.analysis.calibrate import calibrate
 from alisa_jax.engine import step
-from alisa_jax.kv.state import LayerState, bytes_of
+from alisa_jax.kv.state import LayerState
 from alisa_jax.offload.engine import Placed
 from eval import methods
 from eval.quality.golden_arrays import POSITIONS, array_text, bits_text, short
@@ -142,7 +142,7 @@ def measure(cell: Cell, model, make_engine: Callable) -> Measured:
         watch = Watch(engine)
         run = engine.generate(prompts(), NEW_TOKENS, eos_ids=())
         kv = watch.end()
-        content, other = bytes_of(kv)
+        content, other = kv.bytes
         more = {"kv_bytes": int(content), "other_bytes": int(other), "codes": token_codes(kv)}
     values = {
         "tokens": [list(map(int, row)) for row in run.tokens],
@@ -204,19 +204,20 @@ class Watch:
     def __init__(self, engine, placed: Placed | None = None):
         self.engine, self.sets, self.fed = engine, [], None
         self._taps = jax.jit(
-            lambda params, kv, token: [t.pos for t in step.decode(engine.model.decoder, params, kv, token)[2]]
+            lambda params, kv, token: [t.pos for (t,) in step.decode(engine.model.decoder, params, kv, token)[2]]
         )
         self._made, self._first, self._last = 1, 0, None
-        filter_prompt = engine._filter_prompt
+        programs = engine.programs
+        filter_prompt = programs.filter_prompt
 
         def watched(*args):
             at = np.array(filter_prompt(*args))
             self.fed = _bits(at[:, None])
             return at
 
-        engine._filter_prompt = watched
+        programs.filter_prompt = watched
         if placed is None:
-            engine._generate = self._resident(engine._generate)
+            programs.generate = self._resident(programs.generate)
         elif engine.layers[0].policy.selects or engine.layers[-1].policy.selects:
             placed.programs.steps = self._placed(placed.programs.steps)
 
@@ -242,7 +243,7 @@ class Watch:
             before, self._made = self._made, self._made + int(out.steps)
             half = NEW_TOKENS // 2
             if before < half <= self._made or self._made == NEW_TOKENS:
-                self._add([_joined(parts) for parts in kv])
+                self._add([_joined(parts) for parts in kv.layers])
             if self._made == NEW_TOKENS:  # the next group of sequences begins
                 self._made, self._first = 1, self._first + len(out.token)
             return out, kv, waiting
@@ -250,8 +251,8 @@ class Watch:
         return heard
 
     def _note(self, kv, token) -> None:
-        found = [_set(state) for state in kv]
-        if any(state.ws is None for state in kv):  # the set is chosen by the query
+        found = [_joined(parts) for parts in kv.layers]
+        if any(state.ws is None for (state,) in kv.layers):  # the set is chosen by the query
             pos = self._taps(self.engine.model.params, kv, token)
             found = [(_bits(np.asarray(p)), s[1]) if s[0] is None else s for p, s in zip(pos, found, strict=True)]
         self._add(found)
@@ -262,7 +263,8 @@ class Watch:
 
 def _joined(parts: Sequence[LayerState]):
     sets, scores = zip(*map(_set, parts), strict=True)
-    return np.concatenate(sets), None if any(s is None for s in scores) else np.concatenate(scores)
+    join = lambda found: None if any(x is None for x in found) else np.concatenate(found)
+    return join(sets), join(scores)
 
 
 def _set(state: LayerState):
@@ -288,8 +290,8 @@ def token_codes(kv) -> dict[str, list[str]]:
     Of the first sequence it is the first token that its head attends, of the second one in the middle, of the last the last.
     """
     found = {}
-    for layer in (0, len(kv) - 1):
-        state = kv[layer]
+    for layer in (0, len(kv.layers) - 1):
+        (state,) = kv.layers[layer]
         ws = state.ws is not None
         home = state.ws if ws else state.store
         for b, part in enumerate((0.0, 0.5, 1.0)):
@@ -300,7 +302,7 @@ def token_codes(kv) -> dict[str, list[str]]:
             held = np.sort(active[active >= 0])
             pos = int(held[int(part * (len(held) - 1))])
             at = (b, 0, int(np.flatnonzero(active == pos)[0])) if ws else (b, pos, 0)
-            leaves = [x for packed in (home.k, home.v) for x in _rows(state.codec, packed)]
+            leaves = [x for packed in (home.k, home.v) for x in _rows(state.spec.codec, packed)]
             found[f"{layer}.{b}.{pos}"] = [array_text(np.asarray(x[at])) for x in leaves]
     return found
 

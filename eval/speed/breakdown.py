@@ -19,7 +19,7 @@ Ours: the working set is kept, its M slots are attended, and a step moves only w
     attend       QK, softmax and AV over all slots in one program, and the mass of each slot
     observe      the mass enters the window's sums: one row comes, one row goes
     exchange     the set for the next query, and the rows that this moves
-    step         all of it in one program, `attention.decode`, as an engine runs it
+    step         all of it in one program, `attention.step`, as an engine runs it
 
 Queries, keys and values are those of one layer of a trained model that reads text densely: what random ones select does
 not move as it does on text. Heads and channels are repeated until there are N of H, queries scaled so that the logits stay
@@ -40,8 +40,8 @@ import numpy as np
 
 from alisa_jax import attention, policies
 from alisa_jax.attention import compute
-from alisa_jax.attention.exchange import exchange_layer
 from alisa_jax.codecs import Raw
+from alisa_jax.kv.state import LayerSpec
 from alisa_jax.policies import base, budget, swap
 from eval.script.common import UserError
 from eval.speed import timing
@@ -175,7 +175,7 @@ def separate(state, shape: Shape, kept: int, q: jax.Array, repeats: int) -> tupl
 
     q [B, N, 1, H]. A dense `state` has no sums to select by: its slots are attended as they lie.
     """
-    codec, found = state.codec, {}
+    codec, found = state.spec.codec, {}
 
     def run(name: str, function: Callable, *args):
         function, found[name] = jax.jit(function), []
@@ -209,40 +209,42 @@ def beginning(policy, past: Past, start: int, context: int) -> Callable:
     """A function that makes the state after a dense prompt of `start` tokens of `past`, with room for `context`."""
     B, _, N, H = past.q.shape
     kind, codec = dtype(), Raw(dtype())
-    dims = attention.dims_of(policy, "working_set", B, N, N, context)
+    spec = LayerSpec(policy, codec, "working_set")
+    dims = attention.dims_of(spec, B, N, N, context)
 
     @jax.jit
     def prompt(q, k, v):
-        empty = attention.init(policy, codec, "working_set", dims, H)
-        return attention.prefill(empty, q, k, v, jnp.full((B,), start, jnp.int32))[1]
+        return attention.prefill(attention.init(spec, dims, H), q, k, v, jnp.full((B,), start, jnp.int32))[1]
 
     return lambda: jax.block_until_ready(prompt(*(jnp.asarray(x[:, :context], kind) for x in past)))
 
 
 def append(state, k, v):
     """The state with a token more, k and v [B, N, H], and its slot [B, 1]."""
-    store = None if state.store is None else state.store.append(state.codec, k, v, state.length)
-    ws, slot = state.ws.append(state.codec, k, v, state.length)
+    codec = state.spec.codec
+    codes = codec.encode_token(state.ws.k, k), codec.encode_token(state.ws.v, v)
+    store = None if state.store is None else state.store.append(codec, *codes, state.length)
+    ws, slot = state.ws.append(codec, *codes, state.length)
     return state.replace(ws=ws, store=store), slot
 
 
 def attended(state, q):
     """q [B, N, H] -> out [B, N, 1, H] float32 and the mass [B, 1, M] of the slots."""
-    part, mass = compute.slots(state.codec, q[:, :, None], state.ws.k, state.ws.v, state.ws.bias, state.impl)
+    spec, ws = state.spec, state.ws
+    part, mass = compute.slots(spec.codec, q[:, :, None], ws.k, ws.v, ws.bias, spec.impl)
     return part.out, mass
 
 
 def observe(state, slot, mass):
     """The state when its policy has taken in the step."""
-    stats = state.policy.observe(state.stats, mass, state.ws.pos, slot, state.length)
+    stats = state.spec.policy.observe(state.stats, mass, state.ws.pos, slot, state.length)
     return state.replace(stats=stats, length=state.length + 1)
 
 
 def exchange(state):
     """The state with the set for the next query, and the rows that were moved for it [B]."""
-    s = state
-    stats, ws, store, loads = exchange_layer(s.policy, s.codec, s.store, s.stats, s.ws, s.length, s.context, s.ws.bias)
-    return s.replace(stats=stats, ws=ws, store=store), loads
+    ((state,),), ((loads,),) = attention.exchange_sets([(state,)], [state.ws.bias])
+    return state, loads
 
 
 def own_parts(state, columns: Iterable[tuple[jax.Array, ...]]) -> tuple[dict[str, list[float]], list, object]:
@@ -269,7 +271,7 @@ def own_steps(state, columns: Iterable[tuple[jax.Array, ...]]) -> tuple[list[flo
     """The same in one program a step: seconds, and (out, loads) of each step."""
 
     def step(state, q, k, v):
-        out, state, taps = attention.decode(state, q, k, v)
+        out, state, taps = attention.step(state, q, k, v)
         return state, (out, taps.loads)
 
     step, seconds, shown = jax.jit(step, donate_argnums=0), [], []

@@ -2,11 +2,10 @@
 
 A run begins as `Placed.generate` begins one, but its layers are filled and not computed: K and V are drawn, the same for
 all systems of a context, and a policy that is seeded from attention is given rows that are drawn too. Pages, rings, working
-sets and budgets are those that a prompt of this length leaves (`parts.prefill` makes them; XLA deletes its attention, which
-nothing reads). From there on every step is the run's own.
+sets and budgets are those that a prompt of this length leaves (`parts.fill` makes
+them). From there on every step is the run's own.
 """
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -16,12 +15,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from alisa_jax import placement, policies
+from alisa_jax import attention, placement, policies
 from alisa_jax.attention import parts
+from alisa_jax.kv.state import LayerSpec
 from alisa_jax.models import Model
 from alisa_jax.offload.by_layers import LayerRun
 from alisa_jax.offload.by_rows import RowRun
@@ -34,8 +33,7 @@ from alisa_jax.placement.plan import PAGE_TOKENS
 from eval.modelled import machines, shapes
 from eval.script import inputs
 from eval.script.common import UserError
-from eval.speed import limits, models, systems, timing, traces
-from eval.speed.seeded import Seeded
+from eval.speed import limits, models, seeded, systems, timing, traces
 from eval.speed.systems import System, Work
 from eval.text import windows
 
@@ -59,7 +57,7 @@ def recorded(name: str, policy: str, work: Work, source: windows.Source, load: C
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def fill(kind: parts.Kind, layout, N: int, K: int, H: int, x, length, host, key):
+def fill(spec: LayerSpec, layout, N: int, K: int, H: int, x, length, host, key):
     """A layer's parts after prompts of `length` [B] tokens whose K and V are drawn, and the rows of the last part.
 
     x [B, T, D] of the prompts gives the sizes and the type; what lies below `host` [B] does not stay on the device.
@@ -67,47 +65,30 @@ def fill(kind: parts.Kind, layout, N: int, K: int, H: int, x, length, host, key)
     B, T, _ = x.shape
     first, second, third = jax.random.split(key, 3)
     k, v = (jax.random.normal(one, (B, T, K, H), x.dtype) for one in (first, second))
-    q = jnp.zeros((B, T, N, H), x.dtype)
-    stand_in = kind._replace(policy=Seeded(kind.policy, third))
-    _, states, kept = parts.prefill(stand_in, layout, q, k, v, length, host)
-    return tuple(state.replace(policy=kind.policy) for state in states), kept
+
+    def rows(part):
+        dims = attention.dims_of(spec, part.stop - part.first, N, K, part.context, H)
+        return seeded.rows(spec.policy, dims, length[part.first : part.stop], third)
+
+    return parts.fill(spec, layout, k, v, length, host, rows, N)
 
 
-def filling(placed, seed: int):
-    """The programs of `placed` with `prefill_layer` replaced: it fills a layer and hands x on."""
+def filling(placed, seed: int) -> Callable:
+    """What reads a layer of a prompt in place of `prefill_layer`: it fills the layer and hands x on."""
     c, number = placed.engine.model.decoder.config, itertools.count()
 
-    def prefill_layer(kind, layout, cuts, block, x, at, length, host):
+    def read_layer(spec, layout, cuts, block, x, at, length, host):
         del block, at
         key = jax.random.fold_in(jax.random.key(seed), next(number))
-        states, kept = fill(kind, layout, c.n_heads, c.n_kv_heads, c.head_dim, x, length, host, key)
+        states, kept = fill(spec, layout, c.n_heads, c.n_kv_heads, c.head_dim, x, length, host, key)
         kept = jax.tree.map(np.asarray, kept) if cuts else None
         pages = [
-            [parts.prompt_page(kind, kept, cut.sequences, page, PAGE_TOKENS) for page in range(cut.first, cut.stop)]
+            [parts.prompt_page(spec, kept, cut.sequences, page, PAGE_TOKENS) for page in range(cut.first, cut.stop)]
             for cut in cuts
         ]
         return x, states, pages
 
-    programs = copy.copy(placed.programs)
-    programs.prefill_layer = prefill_layer
-    return programs
-
-
-class Bounded(PlacedRun):
-    """A run whose chunks end where `stop` tokens are made, so that it can be timed in rounds."""
-
-    stop = 1
-
-    def _chunk(self, n: int):
-        return super()._chunk(min(n, self.stop - self.made))
-
-
-class BoundedRowRun(Bounded, RowRun):
-    """See `Bounded`."""
-
-
-class BoundedLayerRun(Bounded, LayerRun):
-    """See `Bounded`."""
+    return read_layer
 
 
 def begun(placed, work: Work, seed: int) -> PlacedRun:
@@ -117,10 +98,9 @@ def begun(placed, work: Work, seed: int) -> PlacedRun:
     tokens = rng.integers(0, work.config.vocab_size, (len(length), int(length.max()))).astype(np.int32)
     setting = placed.check(work.prompt_tokens, work.new_tokens)
     meter = mover.Meter(placed.device_kv_bytes, placed.host_kv_bytes)
-    kind = BoundedRowRun if setting.selects else BoundedLayerRun
-    run = kind(placed, setting, meter, tokens, length, None)
-    run.programs = filling(placed, seed)
-    run._take(run.prefill())
+    kind = RowRun if setting.selects else LayerRun
+    run = kind(placed, setting, meter, tokens, length, None, 0, filling(placed, seed))
+    run.begin()
     return run
 
 
@@ -135,7 +115,7 @@ def rounds(
     found = {system: [] for system in runs}
     for stop in range(1 + steps, work.new_tokens + 1, steps):
         for system, run in runs.items():
-            run.stop = stop
+            run.limit = stop
             before = _counts(run)
             began = time.perf_counter()
             while run.made < stop:

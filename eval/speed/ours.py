@@ -8,7 +8,7 @@ import numpy as np
 
 from alisa_jax import Engine, attention, policies
 from alisa_jax.kv.buckets import bucket, prompt_bucket
-from alisa_jax.kv.state import bytes_of
+from alisa_jax.kv.cache import KVState
 from eval.script import inputs
 from eval.speed import cells, models, traces
 from eval.speed.cells import Cell, System
@@ -45,7 +45,8 @@ class Decoding:
     """Greedy decoding of B sequences from caches that are filled layer by layer."""
 
     def __init__(self, engine: Engine, cell: Cell, start: int):
-        self.engine, self.cell, self.start, self.kv = engine, cell, start, []
+        self.engine, self.cell, self.start = engine, cell, start
+        self.kv = KVState(())
         self._filled = {}
         B = cell.batch
         self.token = jnp.zeros(B, jnp.int32)
@@ -53,21 +54,23 @@ class Decoding:
 
     def fill(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         """Give the next layer the keys and values of `start` tokens; its policy is seeded by what the queries attend."""
-        kind, B, S = self.engine.layers[layer], self.cell.batch, self.cell.context
-        if kind not in self._filled:
+        spec, B, S = self.engine.layers[layer], self.cell.batch, self.cell.context
+        if spec not in self._filled:
 
             def prefill(q, k, v, length):
-                return attention.prefill(self.engine.init(B, S)[layer], q, k, v, length)[1]
+                (empty,) = self.engine.init(B, S).layers[layer]
+                return attention.prefill(empty, q, k, v, length)[1]
 
-            self._filled[kind] = jax.jit(prefill)
+            self._filled[spec] = jax.jit(prefill)
         length = jnp.full((B,), self.start, jnp.int32)
-        self.kv.append(jax.block_until_ready(self._filled[kind](q, k, v, length)))
+        state = jax.block_until_ready(self._filled[spec](q, k, v, length))
+        self.kv = KVState((*self.kv.layers, (state,)))
 
     def advance(self) -> np.ndarray:
         """The tokens [B, steps] of one round."""
         done, eos, n = self._rest
-        kv, self.kv = tuple(self.kv), None
-        out, self.kv = self.engine._generate(self.engine.model.params, kv, self.token, done, eos, n, None)
+        kv, self.kv = self.kv, None
+        out, self.kv = self.engine.programs.generate(self.engine.model.params, kv, self.token, done, eos, n, None)
         jax.block_until_ready((out, self.kv))
         self.token = out.token
         return np.asarray(out.tokens)[:, : self.cell.steps]
@@ -78,7 +81,7 @@ class Decoding:
 
     def values(self) -> dict:
         """What its record says beside times."""
-        content, stats = bytes_of(tuple(self.kv))
+        content, stats = self.kv.bytes
         return {
             "kv_bytes": content,
             "stats_bytes": stats,
@@ -98,8 +101,8 @@ class Prefilling:
 
     def advance(self) -> np.ndarray:
         """The greedy tokens [B, 1] that follow the prompts."""
-        logits, kv = jax.block_until_ready(self.engine._prefill(self.engine.model.params, *self._prompts, 0))
-        self._bytes = bytes_of(kv)
+        logits, kv = jax.block_until_ready(self.engine.programs.prefill(self.engine.model.params, *self._prompts, 0))
+        self._bytes = kv.bytes
         return np.asarray(jnp.argmax(logits, axis=-1))[:, None]
 
     @property

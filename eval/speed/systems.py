@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from alisa_jax import codecs, placement, policies, spec
 from alisa_jax.calibration import Calibration
 from alisa_jax.engine.layers import assemble
-from alisa_jax.engine.step import Layer
+from alisa_jax.kv.state import LayerSpec
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder
 from alisa_jax.offload import settings
@@ -92,7 +92,7 @@ def dense_kv_bytes(config: ModelConfig, dtype: str, batch: int, tokens: int) -> 
 
 def layers(
     system: System, config: ModelConfig, dtype: str, calibration: Calibration | None = None
-) -> tuple[Layer, ...]:
+) -> tuple[LayerSpec, ...]:
     """Policy, codec and route of every layer, as an engine chooses them; refuses what does not go together."""
     try:
         return assemble(Decoder(config), system.policy, system.codec, dtype, calibration=calibration).layers

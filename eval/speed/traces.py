@@ -89,7 +89,7 @@ def record(model, policy: Swa, sequences: Sequence[Sequence[int]], prompt_tokens
     """Let `model` read sequences, all of one length, under `policy`: their first `prompt_tokens` tokens as a dense prompt,
     the others one by one through the real decode path. Raises ValueError where no layer selects."""
     engine = Engine(model, policy, route="working_set")
-    placed = [i for i, kind in enumerate(engine.layers) if kind.policy.selects]
+    placed = [i for i, spec in enumerate(engine.layers) if spec.policy.selects]
     if not placed:
         raise ValueError(f"all {len(engine.layers)} layers of {model.name} attend densely under {policy}")
     decoder, tokens = model.decoder, np.asarray(sequences, np.int32)
@@ -105,17 +105,18 @@ def record(model, policy: Swa, sequences: Sequence[Sequence[int]], prompt_tokens
         """Feed tokens [B, C] up to `steps`: kv, sums [C, l, B, P, S], the sets that they chose [C, l, B, P, M], loads."""
 
         def seen(kv, pos, loads):
-            parts = [state.stats.sums.hi for state in kv if state.policy.selects], pos, loads
-            return tuple(jnp.stack(part) for part in parts)
+            sums = [kv.layers[i][0].stats.sums.hi for i in placed]
+            return tuple(jnp.stack(part) for part in (sums, pos, loads))
 
         def one(i, carry):
             kv, out = carry
             _, after, taps = step.decode(decoder, params, kv, tokens[:, i])
-            taps = [taps[layer] for layer in placed]
+            taps = [taps[layer][0] for layer in placed]
             now = seen(kv, [tap.pos for tap in taps], [tap.loads for tap in taps])
             return after, jax.tree.map(lambda old, new: old.at[i].set(new), out, now)
 
-        shapes = seen(kv, [kv[i].ws.pos for i in placed], [kv[i].length for i in placed])
+        states = [kv.layers[i][0] for i in placed]
+        shapes = seen(kv, [state.ws.pos for state in states], [state.length for state in states])
         room = jax.tree.map(lambda x: jnp.zeros((tokens.shape[1], *x.shape), x.dtype), shapes)
         return jax.lax.fori_loop(0, steps, one, (kv, room))
 

@@ -9,6 +9,7 @@ import pytest
 
 from alisa_jax import attention
 from alisa_jax.attention import compute, reference
+from alisa_jax.kv.state import LayerSpec
 from alisa_jax.ops.rope import Rotation, Turn
 from alisa_jax.policies import parse
 from tests import oracle, replay
@@ -140,7 +141,7 @@ MASKED = (
 @pytest.mark.parametrize("text", MASKED)
 def test_scoring_a_whole_text_under_the_mask_equals_decoding_it(text):
     policy = parse(text)
-    score = jax.jit(functools.partial(reference.score, policy, replay.CODEC))
+    score = jax.jit(functools.partial(reference.score, LayerSpec(policy, replay.CODEC, "masked")))
     out, attended, clipped = score(*(jnp.asarray(x) for x in STREAM))
     assert not np.asarray(clipped).any()
     decoded = run(text, policy.routes[0], "empty")
@@ -151,12 +152,18 @@ def test_scoring_a_whole_text_under_the_mask_equals_decoding_it(text):
 # ---- the prompt
 
 
+def prompt(q, k, v, length, heads, reduce, W=None):
+    """Outputs, and the attention that the tokens got."""
+    out, lse = compute.prompt(q, k, v, length)
+    return out, compute.mass(q, k, lse, length, heads, reduce, W)
+
+
 @pytest.mark.parametrize("P", [1, K])
 def test_prompt_outputs_last_rows_and_sums_equal_the_oracle(P):
     T, W, length = 37, 11, (37, 6, 1)
     q, k, v = (jnp.asarray(x[:, :T]) for x in STREAM)
-    out, total = compute.prompt(q, k, v, jnp.array(length), P, "sum")
-    _, rows = compute.prompt(q, k, v, jnp.array(length), P, "rows", W)
+    out, total = prompt(q, k, v, jnp.array(length), P, "sum")
+    _, rows = prompt(q, k, v, jnp.array(length), P, "rows", W)
     assert rows.shape == (B, P, W, T)
     for b, n in enumerate(length):
         want_out, weights = oracle.causal(*(x[b, :n] for x in STREAM))
@@ -173,11 +180,11 @@ def test_a_prompt_longer_than_a_block_of_queries_equals_the_oracle():
     T, W = 256, 150
     tokens = replay.stream(3, 1, T, 2, 1, 3)
     q, k, v = (jnp.asarray(x) for x in tokens)
-    out, total = compute.prompt(q, k, v, jnp.array([T - 3]), 1, "sum")
+    out, total = prompt(q, k, v, jnp.array([T - 3]), 1, "sum")
     want, weights = oracle.causal(*(x[0] for x in tokens))
     np.testing.assert_allclose(out[0, : T - 3], want[: T - 3], atol=TOLERANCE)
     np.testing.assert_allclose(total[0, 0], weights[: T - 3].sum(axis=(0, 1)), atol=1e-4)
-    _, rows = compute.prompt(q, k, v, jnp.array([T - 3]), 1, "rows", W)
+    _, rows = prompt(q, k, v, jnp.array([T - 3]), 1, "rows", W)
     np.testing.assert_allclose(rows[0, 0], weights[T - 3 - W : T - 3].sum(axis=1), atol=TOLERANCE)
 
 
@@ -186,15 +193,16 @@ def test_a_prompt_longer_than_a_block_of_queries_equals_the_oracle():
 
 def test_check_names_what_does_not_fit():
     dense, query = parse("dense"), parse("strided(kv_sparsity=0.5,anchor=query)")
-    attention.check(dense, replay.CODEC, "masked", 64, 6, 3)
+    check = lambda policy, route, *sizes: attention.check(LayerSpec(policy, replay.CODEC, route), *sizes)
+    check(dense, "masked", 64, 6, 3)
     with pytest.raises(ValueError, match="route must be auto or one of working_set, indexed, masked; got 'gather'"):
-        attention.check(dense, replay.CODEC, "gather", 64, 6, 3)
+        check(dense, "gather", 64, 6, 3)
     with pytest.raises(ValueError, match="runs on indexed, masked; got route 'working_set'"):
-        attention.check(query, replay.CODEC, "working_set", 64, 6, 3)
+        check(query, "working_set", 64, 6, 3)
     with pytest.raises(ValueError, match="query heads must be a multiple of kv heads; got 6 and 4"):
-        attention.check(dense, replay.CODEC, "masked", 64, 6, 4)
+        check(dense, "masked", 64, 6, 4)
     with pytest.raises(ValueError, match="serves at most 16384 tokens"):
-        attention.check(parse("swa(kv_sparsity=0.8)"), replay.CODEC, "masked", 32768, 6, 3)
+        check(parse("swa(kv_sparsity=0.8)"), "masked", 32768, 6, 3)
 
 
 def test_what_no_kernel_does_is_refused_and_not_left_out():

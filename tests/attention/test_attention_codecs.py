@@ -11,7 +11,7 @@ import pytest
 from alisa_jax import attention, codecs
 from alisa_jax.attention import reference
 from alisa_jax.codecs import NO_ROTATION, Rotation
-from alisa_jax.kv.state import tree_bytes
+from alisa_jax.kv.state import LayerSpec, tree_bytes
 from alisa_jax.policies import POLICIES, parse
 from alisa_jax.testing.streams import QUICK, Driver, H
 from tests.policies.test_policy_contract import EXAMPLES, label
@@ -144,13 +144,14 @@ def test_scoring_under_the_mask_equals_decoding_with_codes(text, policy):
     """The first tokens are attended raw in both, and the same elements are clipped."""
     run = driver(text)
     tokens = [jnp.asarray(x) for x in run.tokens]
-    score = jax.jit(functools.partial(reference.score, policy, run.codec), compiler_options=dict(QUICK))
+    spec = LayerSpec(policy, run.codec, "masked")
+    score = jax.jit(functools.partial(reference.score, spec), compiler_options=dict(QUICK))
     out, attended, clipped = score(*tokens)
     decoded = run.shared_run(policy, policy.routes[0], "empty")
     np.testing.assert_allclose(out, decoded.out, atol=TOLERANCE)
     np.testing.assert_allclose(attended, decoded.attended, rtol=1e-6)
     # the taps of the decode path, from the state at the end of the run: every token judged by the frozen range
-    home = decoded.state.store if decoded.state.ws is None else decoded.state.ws
+    home = decoded.state.home
     k, v = (jnp.swapaxes(x, 1, 2) for x in tokens[1:])
     want = np.array(run.codec.clipped(home.k, k) + run.codec.clipped(home.v, v))
     want[:, : run.codec.frozen_after] = 0
@@ -162,15 +163,14 @@ def test_scoring_under_the_mask_equals_decoding_with_codes(text, policy):
 def step(policy: str, codec: str):
     """Memory of a donated step in bfloat16, bytes of its K and V, and its state: (B, S, N, K, H) = (4, 4096, 12, 12, 64)."""
     B, S, N, K, H = 4, 4096, 12, 12, 64
-    policy, codec = parse(policy), codecs.parse(codec).resolve(jnp.bfloat16)
+    spec = LayerSpec(parse(policy), codecs.parse(codec).resolve(jnp.bfloat16), "working_set")
 
     def start():
-        dims = attention.dims_of(policy, "working_set", B, N, K, S)
-        return attention.freeze(attention.init(policy, codec, "working_set", dims, H))
+        return attention.freeze(attention.init(spec, attention.dims_of(spec, B, N, K, S), H))
 
     state = jax.eval_shape(start)
     q, k = (jax.ShapeDtypeStruct((B, heads, H), jnp.bfloat16) for heads in (N, K))
-    lowered = jax.jit(lambda *a: attention.decode(*a)[:2], donate_argnums=0).lower(state, q, k, k)
+    lowered = jax.jit(lambda *a: attention.step(*a)[:2], donate_argnums=0).lower(state, q, k, k)
     homes = [h for h in (state.ws, state.store) if h is not None]
     return lowered.compile(dict(QUICK)).memory_analysis(), tree_bytes([(h.k, h.v) for h in homes]), state
 

@@ -8,7 +8,7 @@ import pytest
 
 from alisa_jax import attention
 from alisa_jax.codecs import Raw
-from alisa_jax.kv.state import tree_bytes
+from alisa_jax.kv.state import LayerSpec, tree_bytes
 from alisa_jax.policies import parse
 from tests import replay
 
@@ -33,8 +33,8 @@ def shapes(*sizes):
 
 @functools.cache
 def abstract(text, route, codec=CODEC, S=S, B=B):
-    policy = parse(text)
-    return jax.eval_shape(lambda: attention.init(policy, codec, route, attention.dims_of(policy, route, B, N, K, S), H))
+    spec = LayerSpec(parse(text), codec, route)
+    return jax.eval_shape(lambda: attention.init(spec, attention.dims_of(spec, B, N, K, S), H))
 
 
 @pytest.mark.full(sample=1, per=("text", "B"))
@@ -42,7 +42,7 @@ def abstract(text, route, codec=CODEC, S=S, B=B):
 @pytest.mark.parametrize("text", POLICIES)
 def test_a_donated_step_updates_the_state_in_place_and_copies_neither_cache_nor_window(text, B):
     state = abstract(text, "working_set", B=B)
-    step = jax.jit(lambda *a: attention.decode(*a)[:2], donate_argnums=0)
+    step = jax.jit(lambda *a: attention.step(*a)[:2], donate_argnums=0)
     lowered = step.lower(state, shapes(B, N, H), shapes(B, K, H), shapes(B, K, H))
     memory = lowered.compile(replay.QUICK).memory_analysis()  # buffers are assigned before LLVM comes in
     assert memory.alias_size_in_bytes == tree_bytes(state), "some part of the state is written to new memory"
@@ -64,7 +64,7 @@ ROUTES = [
 def test_a_step_gives_back_a_state_of_the_same_types_so_nothing_is_traced_twice(text, route, dtype):
     state = abstract(text, route, Raw(dtype), 96)
     q, k = (jax.ShapeDtypeStruct((B, heads, H), jnp.dtype(dtype)) for heads in (N, K))
-    out, after, taps = jax.eval_shape(attention.decode, state, q, k, k)
+    out, after, taps = jax.eval_shape(attention.step, state, q, k, k)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state)):
         assert (new.shape, new.dtype, new.weak_type) == (old.shape, old.dtype, old.weak_type)

@@ -12,6 +12,7 @@ from alisa_jax import codecs
 from alisa_jax.analysis.attention_maps import attentions
 from alisa_jax.attention import maps
 from alisa_jax.models import Decoder, Model, ModelConfig
+from alisa_jax.kv.state import LayerSpec
 from alisa_jax.policies import parse
 from tests import oracle, replay
 
@@ -32,7 +33,8 @@ T = 40  # tokens of the random streams: 2 sequences, 6 query heads over 3 kv hea
 def mapped(text: str, codec: str = "raw"):
     """The maps of the random streams, as NumPy arrays, and the output."""
     chosen = codecs.parse(codec).resolve("float32")
-    run = jax.jit(functools.partial(maps.maps, parse(text), chosen), compiler_options=replay.QUICK)
+    spec = LayerSpec(parse(text), chosen, "masked")
+    run = jax.jit(functools.partial(maps.maps, spec), compiler_options=replay.QUICK)
     out, found = run(*(jnp.asarray(x[:, :T]) for x in replay.STREAM))
     return np.asarray(out), maps.Maps(*map(np.asarray, found))
 

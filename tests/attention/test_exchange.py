@@ -10,6 +10,7 @@ import pytest
 from alisa_jax import attention, policies
 from alisa_jax.attention import exchange
 from alisa_jax.codecs.raw import Raw
+from alisa_jax.kv.state import LayerSpec
 from alisa_jax.policies import Swa
 
 B, N, K, H, S, LAYERS = 3, 4, 2, 4, 64, 3
@@ -24,18 +25,21 @@ def states(policy, route="working_set"):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def filled(policy, route, q, k, v):
-    dims = attention.dims_of(policy, route, B, N, K, S)
-    empty = attention.init(policy, Raw("float32"), route, dims, H)
+    spec = LayerSpec(policy, Raw("float32"), route)
+    empty = attention.init(spec, attention.dims_of(spec, B, N, K, S), H)
     return attention.prefill(empty, q, k, v, jnp.asarray(STARTS, jnp.int32))[1]
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def step(kv, new, together):
-    made = [attention.decode(state, *x, exchange=not together) for state, x in zip(kv, new, strict=True)]
-    outs, kv, loads = [m[0] for m in made], [m[1] for m in made], [m[2].loads for m in made]
+    made = [attention.decode((state,), *x) for state, x in zip(kv, new, strict=True)]
+    outs, layers = [m[0] for m in made], [m[1] for m in made]
     if together:
-        kv, loads = exchange.exchange_layers(kv, outs)
-    return outs, kv, loads
+        layers, loads = attention.exchange_sets(layers, outs)
+    else:
+        each = [attention.exchange_sets([layer], [out]) for layer, out in zip(layers, outs, strict=True)]
+        layers, loads = [e[0][0] for e in each], [e[1][0] for e in each]
+    return outs, [layer[0] for layer in layers], [load[0] for load in loads]
 
 
 @pytest.mark.parametrize(
@@ -59,11 +63,11 @@ def test_layers_exchange_together_as_they_do_one_by_one(text):
 
 def test_only_layers_that_go_about_it_alike_exchange_together():
     swa, other = (states(policies.parse(f"swa(kv_sparsity={s})"))[0] for s in (0.5, 0.8))
-    assert exchange.joint(swa) == exchange.joint(swa.replace(length=swa.length + 1))
-    assert exchange.joint(swa) != exchange.joint(other)
+    assert exchange.joint_key(swa) == exchange.joint_key(swa.replace(length=swa.length + 1))
+    assert exchange.joint_key(swa) != exchange.joint_key(other)
     for text in ("dense", "local(kv_sparsity=0.5)", "h2o(kv_sparsity=0.5)"):
-        assert exchange.joint(states(policies.parse(text))[0]) is None
-    assert exchange.joint(states(policies.parse("swa(kv_sparsity=0.5)"), "indexed")[0]) is None
+        assert exchange.joint_key(states(policies.parse(text))[0]) is None
+    assert exchange.joint_key(states(policies.parse("swa(kv_sparsity=0.5)"), "indexed")[0]) is None
 
 
 class Own(Swa):
@@ -73,7 +77,9 @@ class Own(Swa):
 
 def test_a_policy_with_an_exchange_of_its_own_is_not_passed_over():
     own = states(Own(kv_sparsity=0.5))[0]
-    assert exchange.joint(own) is None
-    new = (jnp.zeros((B, n, H)) for n in (N, K, K))
-    with pytest.raises(ValueError, match="exchanges layer by layer"):
-        attention.decode(own, *new, exchange=False)
+    assert exchange.joint_key(own) is None
+    new = [jnp.zeros((B, n, H)) for n in (N, K, K)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Own, "exchange", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            attention.step(own, *new)

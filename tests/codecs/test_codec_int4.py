@@ -1,5 +1,7 @@
 """int4 against float64 NumPy: the error bound of a group, what lies in a byte, what moves, attention, bytes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from alisa_jax.codecs import Int4
 from alisa_jax.codecs.int4 import GroupCodes
 from alisa_jax.kv.state import tree_bytes
 from alisa_jax.spec import SpecError
+from tests import encoded
 
 B, K, M, S, G = 2, 3, 5, 11, 2
 SHAPES = [(8, 64), (5, 2), (10, 4), (130, 64)]  # channels and group: one group, odd ones, a last group that is not full
@@ -77,7 +80,8 @@ def test_constant_and_all_zero_groups_are_safe(value):
 @pytest.mark.parametrize("H, group", SHAPES)
 def test_tokens_written_one_by_one_equal_a_filled_prompt_and_move_bit_for_bit(H, group):
     codec, x = Int4(group).resolve(jnp.float32), normal(1, B, S, K, H)
-    write_token, write_slot = (jax.jit(f, donate_argnums=0) for f in (codec.write_token, codec.write_slot))
+    write_token = jax.jit(functools.partial(encoded.write_token, codec), donate_argnums=0)
+    write_slot = jax.jit(functools.partial(encoded.write_slot, codec), donate_argnums=0)
     begin = jax.jit(lambda: (codec.empty((B, S, K, H), "tokens", "k"), codec.empty((B, K, S, H), "slots", "k")))
     store, slots = begin()
     for t in range(S):

@@ -1,5 +1,7 @@
 """int8 against float64 NumPy: the error bound, the frozen range, what moves, what folds, what it weighs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from alisa_jax.codecs.int8_channel import Calibrating, ChannelCodes
 from alisa_jax.codecs.int8_token import TokenCodes
 from alisa_jax.kv.state import tree_bytes
 from alisa_jax.spec import SpecError
+from tests import encoded
 
 B, K, M, S, H, G, C = 2, 3, 5, 11, 8, 2, 4
 EXACT = Int8(calibration_tokens=C, headroom=0.0)  # the range is that of the first C tokens, and no more
@@ -163,8 +166,8 @@ def test_headroom_widens_the_range_about_its_middle(headroom):
 def test_tokens_written_one_by_one_equal_a_filled_prompt_and_move_bit_for_bit(codec):
     """Jitted with donation, in both layouts; the range freezes on the way."""
     x = normal(4, B, S, K, H)
-    write_token = jax.jit(codec.write_token, donate_argnums=0)
-    write_slot = jax.jit(codec.write_slot, donate_argnums=0)
+    write_token = jax.jit(functools.partial(encoded.write_token, codec), donate_argnums=0)
+    write_slot = jax.jit(functools.partial(encoded.write_slot, codec), donate_argnums=0)
     store = codec.empty((B, S, K, H), "tokens", "k")
     slots = codec.empty((B, K, S, H), "slots", "k")
     for t in range(S):
@@ -194,7 +197,7 @@ def test_tokens_stay_raw_until_the_range_is_frozen():
     x = normal(5, B, C, K, H)
     store = CHANNEL.empty((B, S, K, H), "tokens", "v")
     for t in range(C):
-        store = CHANNEL.write_token(store, jnp.asarray(x[:, t]), jnp.full((B,), t, jnp.int32))
+        store = encoded.write_token(CHANNEL, store, jnp.asarray(x[:, t]), jnp.full((B,), t, jnp.int32))
     assert isinstance(store, Calibrating)
     np.testing.assert_array_equal(store.values[:, :C], x)
     np.testing.assert_array_equal(store.low, x.min(1))

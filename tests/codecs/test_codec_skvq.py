@@ -16,13 +16,13 @@ from alisa_jax.calibration import Calibration
 from alisa_jax.codecs import packing
 from alisa_jax.codecs.skvq import Skvq, groups
 from alisa_jax.codecs.skvq.groups import Groups
-from alisa_jax.kv.state import WorkingSet, tree_bytes
-from alisa_jax.kv.store import Store
+from alisa_jax.kv.state import Store, WorkingSet, tree_bytes
 from alisa_jax.ops.rope import Rotation, Turn
 from alisa_jax.policies import parse
 from alisa_jax.spec import SpecError, to_text
 from alisa_jax.spec import parse as parse_spec
 from alisa_jax.testing.streams import Driver, stream
+from tests import encoded
 
 B, K, H = 2, 3, 10
 FLOAT = {"float8": ml_dtypes.float8_e4m3fn, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -65,8 +65,11 @@ def jitted(asked: Skvq, dtype="float32"):
     """The codec and its compiled methods; writes are donated, as in a step."""
     codec = asked.resolve(jnp.dtype(dtype))
     donated = {
-        name: jax.jit(getattr(codec, name), donate_argnums=0) for name in ("write_slot", "write_token", "copy_in")
+        "write_slot": functools.partial(encoded.write_slot, codec),
+        "write_token": functools.partial(encoded.write_token, codec),
+        "copy_in": codec.copy_in,
     }
+    donated = {name: jax.jit(write, donate_argnums=0) for name, write in donated.items()}
     return codec, donated | {name: jax.jit(getattr(codec, name)) for name in ("values", "take", "logits", "mix")}
 
 

@@ -8,6 +8,7 @@ import pytest
 from alisa_jax import codecs
 from alisa_jax.codecs import Raw
 from alisa_jax.spec import SpecError
+from tests import encoded
 
 B, K, M, S, H, G = 2, 3, 5, 7, 11, 2
 DTYPES = ("float32", "bfloat16", "float16")
@@ -21,12 +22,12 @@ def normal(seed, *shape):
 def test_a_token_written_is_read_back_rounded_once_and_moved_bit_for_bit(dtype):
     codec, x = Raw(dtype), normal(1, B, K, H)
     rounded = np.asarray(x.astype(dtype))
-    store = codec.write_token(codec.empty((B, S, K, H), "tokens", "k"), x, jnp.array([2, 6]))
+    store = encoded.write_token(codec, codec.empty((B, S, K, H), "tokens", "k"), x, jnp.array([2, 6]))
     np.testing.assert_array_equal(np.asarray(store)[[0, 1], [2, 6]], rounded)
     codes = codec.take(store, jnp.array([[[2]], [[6]]]))
     slots = codec.copy_in(codec.empty((B, K, M, H), "slots", "k"), codes, jnp.array([[[4]], [[0]]]))
     np.testing.assert_array_equal(np.asarray(slots)[[0, 1], :, [4, 0]], rounded)
-    direct = codec.write_slot(codec.empty((B, K, M, H), "slots", "k"), x, jnp.array([[4], [0]]))
+    direct = encoded.write_slot(codec, codec.empty((B, K, M, H), "slots", "k"), x, jnp.array([[4], [0]]))
     np.testing.assert_array_equal(direct, slots)
     np.testing.assert_array_equal(codec.slice_tokens(store, jnp.int32(2), 3)[0, :, 0], rounded[0])
 
@@ -37,7 +38,7 @@ def test_filling_a_prompt_equals_writing_its_tokens_one_by_one(dtype):
     filled = codec.fill(codec.empty((B, S, K, H), "tokens", "k"), x, "tokens")
     one_by_one = codec.empty((B, S, K, H), "tokens", "k")
     for t in range(S):
-        one_by_one = codec.write_token(one_by_one, x[:, t], jnp.full((B,), t))
+        one_by_one = encoded.write_token(codec, one_by_one, x[:, t], jnp.full((B,), t))
     np.testing.assert_array_equal(filled, one_by_one)
 
 

@@ -159,7 +159,7 @@ def test_the_last_token_is_not_sure_to_be_kept(model, engine):
     one, n = engine(SPEC), LENGTHS[0]
     rows = np.random.default_rng(9).integers(0, model.decoder.config.vocab_size, (len(LENGTHS), n)).tolist()
     length = jnp.full(len(rows), n, jnp.int32)
-    at = one._filter_prompt(model.params, jnp.asarray(one.batch(rows).padded(T)), length, LAYER)
+    at = one.programs.filter_prompt(model.params, jnp.asarray(one.batch(rows).padded(T)), length, LAYER)
     kept = gemfilter.last_kept(at, length)
     assert kept.tolist() == [n - 1 in by_hand(model, row, LAYER) for row in rows]
     assert 0 < float(kept.mean()) < 1

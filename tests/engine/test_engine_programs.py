@@ -60,14 +60,14 @@ def test_the_number_of_buckets_is_logarithmic():
 
 def test_a_layer_is_freed_before_the_next_one_grows(random_model):
     engine = alisa_jax.Engine(random_model(n_layers=3), "dense")
-    grow, old = engine._grow, []
+    grow, old = engine.programs.grow, []
 
     def watched(state, *S):
         assert all(ref() is None for ref in old)
         old.append(weakref.ref(state.ws.k))
         return grow(state, *S)
 
-    engine._grow = watched
+    engine.programs.grow = watched
     engine.generate([[1] * 32], 2)
     assert len(old) == 3
 
@@ -93,13 +93,13 @@ def test_no_step_copies_the_cache_or_the_window(random_model, policy, layers, pr
     n = struct((), jnp.int32)
     if program == "generate":
         rest = (struct((B,), jnp.int32), struct((B,), jnp.bool_), struct((1,), jnp.int32), n)
-        lowered = engine._generate.lower(params, kv, *rest)
+        lowered = engine.programs.generate.lower(params, kv, *rest)
     else:
         tokens = struct((B, CHUNK_STEPS), jnp.int32)
-        lowered = engine._score.lower(params, kv, tokens, tokens, struct((B, CHUNK_STEPS), jnp.bool_), n)
+        lowered = engine.programs.score.lower(params, kv, tokens, tokens, struct((B, CHUNK_STEPS), jnp.bool_), n)
     memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes == tree_bytes(kv)  # all of the state is updated in place
-    state = kv[-1]
+    (state,) = kv.layers[-1]
     cache = [x.k for x in (state.ws, state.store) if x is not None]
     assert min(tree_bytes(x) for x in cache) > 1.5 * MIB  # a copy of any of them would show
     slots = state.ws.k.shape[2]

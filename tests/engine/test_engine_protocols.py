@@ -138,7 +138,7 @@ def test_bytes_per_token_are_those_of_the_real_arrays(score, engine, policy, lay
     B, S = len(LENGTHS), bucket(max(LENGTHS))
     states = engine(policy, layers=layers).init(B, max(LENGTHS))
     content, other = 0, 0
-    for state in states:
+    for (state,) in states.layers:
         for home in (state.ws, state.store):
             content += 0 if home is None else home.k.nbytes + home.v.nbytes
         other += state.length.nbytes + (0 if state.ws is None else state.ws.pos.nbytes + state.ws.bias.nbytes)

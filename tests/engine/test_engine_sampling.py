@@ -223,7 +223,7 @@ def test_every_token_is_the_sample_of_the_logits_and_the_key_of_its_step(drawing
     model, keys = drawing.model, sequence_keys(9, range(4))
     for j in (0, 1, 2, 9, 15):
         rows = alisa_jax.Batch.from_lists([p + t[:j] for p, t in zip(PROMPTS, together.tokens, strict=True)])
-        logits, _ = drawing._prefill(model.params, jnp.asarray(rows.padded(64)), jnp.asarray(rows.length))
+        logits, _ = drawing.programs.prefill(model.params, jnp.asarray(rows.padded(64)), jnp.asarray(rows.length))
         step_keys = jax.vmap(lambda key, j=j: jax.random.fold_in(key, j))(keys)
         expected = sample(logits, step_keys, WARM).tolist()
         assert [t[j] for t in together.tokens] == expected

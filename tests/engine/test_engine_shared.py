@@ -90,7 +90,7 @@ def test_a_sequence_that_is_adopted_goes_on_as_where_it_came_from(random_model, 
 
     _, young = run(engine.init(3, 64), tokens[:3, :12])
     _, old = run(engine.init(3, 64), tokens[2:, :20])
-    mixed = engine._adopt(young, old, jnp.array([0, 2, 0]), jnp.array([False, True, False]))
+    mixed = engine.programs.adopt(young, old, jnp.array([0, 2, 0]), jnp.array([False, True, False]))
     after = np.stack([tokens[0, 12:32], tokens[4, 20:40], tokens[2, 12:32]])
     found, _ = run(mixed, after)
     _, again = run(engine.init(3, 64), tokens[:3, :12])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import alisa_jax
-from alisa_jax.engine import prompts, step
+from alisa_jax import attention
+from alisa_jax.engine import prompts
 from alisa_jax.engine.batch import Batch
 from alisa_jax.kv.buckets import bucket, next_bucket
-from alisa_jax.kv.state import bytes_of
 from tests import oracle
 from tests.policies.snapkv_oracle import chosen
 
@@ -105,15 +105,20 @@ def test_after_the_prompt_the_set_has_the_capacity_and_room_and_grows_with_the_b
     assert begun.room == 32 and S - max(LENGTHS) <= 32
     longer = prompts.begin(engine, Batch.from_lists([texts[0] * 5]), 3)
     assert longer.room == 32 < bucket(5 * len(texts[0])) - 5 * len(texts[0])
-    for state in begun.kv:
+    for (state,) in begun.kv.layers:
         assert state.ws.k.shape == (3, K, 24 + 32, H) and state.store is None
         assert (np.asarray(state.ws.pos) >= 0).sum(-1).tolist() == [[24, 24], [24, 24], [5, 5]]
-        grown = jax.eval_shape(lambda one: step.grow(one, next_bucket(S)), state)
+        grown = jax.eval_shape(lambda one: attention.grow(one, next_bucket(S)), state)
         assert grown.ws.k.shape == (3, K, 24 + 32 + next_bucket(S) - S, H)
-        assert jax.eval_shape(lambda one: step.grow(one, next_bucket(S), 5), state).ws.k.shape == (3, K, 24 + 32 + 5, H)
+        assert jax.eval_shape(lambda one: attention.grow(one, next_bucket(S), 5), state).ws.k.shape == (
+            3,
+            K,
+            24 + 32 + 5,
+            H,
+        )
 
 
 def test_with_the_same_room_a_cache_has_the_same_bytes_whatever_its_prompt(engine):
     """Capacity and room, by 2 layers, K and V, 2 heads of 6 float32."""
-    sizes = {S: bytes_of(jax.eval_shape(lambda S=S: engine.init(1, S, 32)))[0] for S in (96, 480, bucket(4096))}
+    sizes = {S: jax.eval_shape(lambda S=S: engine.init(1, S, 32)).bytes[0] for S in (96, 480, bucket(4096))}
     assert set(sizes.values()) == {(24 + 32) * 2 * 2 * 2 * 6 * 4}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import alisa_jax
-from alisa_jax.engine import engine as module
+from alisa_jax.engine import scoring as module
 from alisa_jax.kv.buckets import bucket
 
 LENGTHS = 1040, 601
@@ -29,14 +29,14 @@ def test_stages_change_no_score(random_model, monkeypatch, policy, codec, bound)
     for stages in (module.stages, lambda tokens: [bucket(tokens)]):
         monkeypatch.setattr(module, "stages", stages)
         engine = alisa_jax.Engine(model, policy, codec=codec)
-        run = engine._score
+        run = engine.programs.score
         seen = set()
 
         def watched(params, kv, *rest, run=run, seen=seen):
-            seen.add(kv[0].context)
+            seen.add(kv.layers[0][0].context)
             return run(params, kv, *rest)
 
-        engine._score = watched
+        engine.programs.score = watched
         found.append(engine.score(texts, "decode"))
         contexts.append(sorted(seen))
     grown, whole = found

@@ -104,7 +104,7 @@ def test_dense_and_both_caches_of_transformers_decode_the_same_tokens(config, to
     assert tokens.shape == (2, 18) and len(np.unique(tokens)) > 5, "one token over and over would agree for free"
     assert [len(one.seconds) for one in runs.values()] == [5, 5, 5] and runs["dense"].compiles == 0
     assert runs["dense"].warmup_compiles == 1, "all rounds run one program"
-    assert sides["dense"].kv[0].length.tolist() == [64, 64] and sides["dynamic"].cache.get_seq_length() == 64
+    assert sides["dense"].kv.lengths.tolist() == [64, 64] and sides["dynamic"].cache.get_seq_length() == 64
     per_token = 2 * config.n_layers * config.n_kv_heads * 8 * 4
     assert {side.values()["kv_bytes"] for side in sides.values()} == {2 * 64 * per_token}
     again = bench_ours.Decoding(sides["dense"].engine, CELL, start)

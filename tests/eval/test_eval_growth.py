@@ -12,6 +12,7 @@ import pytest
 from alisa_jax import policies
 from alisa_jax.attention import parts
 from alisa_jax.codecs import Raw
+from alisa_jax.kv.state import LayerSpec
 from alisa_jax.models import ModelConfig
 from eval import growth
 from eval.script import common
@@ -172,23 +173,23 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(bench, flags, w
 @pytest.mark.parametrize("policy", ["dense", "swa(kv_sparsity=0.5,window=4,spare_slots=2)"])
 def test_a_filled_layer_is_what_a_prompt_of_the_same_keys_leaves(policy):
     B, T, N, H, layout = 2, 48, 3, 8, (parts.Part(0, 1, 64), parts.Part(1, 2, 64, 16))
-    kind = parts.Kind(policies.parse(policy), Raw("float32"), "working_set")
+    spec = LayerSpec(policies.parse(policy), Raw("float32"), "working_set")
     x, length, host = jnp.zeros((B, T, N * H)), jnp.array([45, 41], jnp.int32), jnp.array([0, 32], jnp.int32)
     key = jax.random.key(3)
-    found, kept = filled.fill(kind, layout, N, N, H, x, length, host, key)
+    found, kept = filled.fill(spec, layout, N, N, H, x, length, host, key)
     k, v = (jax.random.normal(one, (B, T, N, H)) for one in jax.random.split(key, 3)[:2])
-    _, want, rows = parts.prefill(kind, layout, jnp.zeros_like(k), k, v, length, host)
+    _, want, rows = parts.prefill(spec, layout, jnp.zeros_like(k), k, v, length, host)
     same = lambda a, b: np.allclose(a, b, rtol=0, atol=1e-5)  # the draws are fused there
     assert same(kept.k, rows.k) and same(kept.v, rows.v)
     for b, (one, other) in enumerate(zip(found, want, strict=True)):
-        assert one.policy == kind.policy and int(one.length[0]) == int(length[b])
+        assert one.spec == spec and int(one.length[0]) == int(length[b])
         if policy == "dense":
             assert all(same(a, c) for a, c in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
             continue
         assert same(one.store.k, other.store.k) and same(one.store.v, other.store.v)
         pos = np.asarray(one.ws.pos[0, 0])
         active = pos >= 0
-        counts = kind.policy.counts(64)
+        counts = spec.policy.counts(64)
         assert active.sum() == counts.local[int(length[b])] + counts.top[int(length[b])]
         assert same(np.asarray(one.ws.k)[0][:, active], np.asarray(k)[b, pos[active]].swapaxes(0, 1))
         sums = np.asarray(one.stats.sums.hi)[0, 0]

@@ -19,7 +19,7 @@ from eval import rooms
         ("alisa_jax.codecs", "codec"),
         ("alisa_jax.codecs.int8_token", "codec"),
         ("alisa_jax.codecs.skvq.bits", "codec"),
-        ("alisa_jax.kv.rows", "kv.rows"),
+        ("alisa_jax.kv.ring", "kv.ring"),
         ("alisa_jax.kv.state", "kv.state"),
         ("alisa_jax.attention.layer", "attention.layer"),
         ("pallas_kernels.partial", "pallas_kernels.partial"),
@@ -79,8 +79,8 @@ def test_a_step_opens_at_its_first_block_and_at_the_first_exchange_outside_of_bl
         code = SimpleNamespace(co_qualname=name)
         return module, SimpleNamespace(f_code=code, f_locals={"x": x}, f_back=caller)
 
-    prompt, block, exchange = call(*rooms.BLOCK, tokens=7), call(*rooms.BLOCK), call(rooms.EXCHANGES, "exchange")
-    of_a_layer = call(rooms.EXCHANGES, "exchange", caller=block[1])
+    prompt, block, exchange = call(*rooms.BLOCK, tokens=7), call(*rooms.BLOCK), call(rooms.EXCHANGES, "exchange_sets")
+    of_a_layer = call(rooms.EXCHANGES, "exchange_sets", caller=block[1])
     calls = [exchange, prompt, block, of_a_layer, exchange, block, exchange]
     step, prefill = rooms.layer_of("step"), rooms.layer_of("prefill")
     assert [step(*c) for c in calls] == [False, False, True, False, True, False, False]

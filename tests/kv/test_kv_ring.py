@@ -14,7 +14,8 @@ from alisa_jax.codecs.base import Rotation
 from alisa_jax.kv import ring
 from alisa_jax.kv.pending import PENDING_ROWS, Pending
 from alisa_jax.kv.ring import Ring
-from alisa_jax.kv.store import Store
+from alisa_jax.kv.state import Store
+from tests import encoded
 
 B, C, K, H = 2, 32, 3, 4
 
@@ -24,14 +25,14 @@ def codec(spec):
     return parse(spec).resolve(jnp.float32, Rotation((), 0))
 
 
-append = jax.jit(lambda spec, r, k, v, n: r.append(codec(spec), k, v, n), static_argnums=0, donate_argnums=1)
+append = jax.jit(lambda spec, r, k, v, n: encoded.append(r, codec(spec), k, v, n), static_argnums=0, donate_argnums=1)
 
 
 @pytest.mark.parametrize("spec", ["raw", "int8(axis=token)"])
 def test_a_ring_keeps_the_newest_rows_of_a_store(spec):
     rng, one = np.random.default_rng(0), codec(spec)
     small, whole = Ring.empty(one, B, C, K, H, 1), Store.empty(one, B, 3 * C, K, H)
-    write = jax.jit(lambda s, k, v, n: s.append(one, k, v, n), donate_argnums=0)
+    write = jax.jit(lambda s, k, v, n: encoded.append(s, one, k, v, n), donate_argnums=0)
     first = np.array([0, 5])
     for n in range(2 * C + 7):
         k, v = (jnp.asarray(rng.normal(size=(B, K, H)), jnp.float32) for _ in "kv")

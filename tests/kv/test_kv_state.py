@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 from alisa_jax.codecs import Raw
-from alisa_jax.kv.state import EMPTY, WorkingSet, bias_of, tree_bytes
-from alisa_jax.kv.store import Store
+from alisa_jax.kv.state import EMPTY, Store, WorkingSet, bias_of, tree_bytes
+from tests import encoded
 
 B, K, M, S, H, E = 2, 3, 7, 23, 5, 2
 CODEC = Raw("float32")
 
 
 def append_(ws, k, v, length):
-    return ws.append(CODEC, k, v, length)
+    return encoded.append(ws, CODEC, k, v, length)
 
 
 append = jax.jit(append_, donate_argnums=0)
 load = jax.jit(lambda ws, store, slot, pos: ws.load(CODEC, store, slot, pos), donate_argnums=0)
-store_append = jax.jit(lambda store, k, v, length: store.append(CODEC, k, v, length), donate_argnums=0)
+store_append = jax.jit(lambda store, k, v, length: encoded.append(store, CODEC, k, v, length), donate_argnums=0)
 
 
 class Model:

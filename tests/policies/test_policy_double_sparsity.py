@@ -12,7 +12,7 @@ import pytest
 import alisa_jax
 from alisa_jax import attention, spec
 from alisa_jax.calibration import Calibration
-from alisa_jax.kv.state import tree_bytes
+from alisa_jax.kv.state import LayerSpec, tree_bytes
 from alisa_jax.models.checkpoint import Model
 from alisa_jax.models.decoder import Decoder, ModelConfig
 from alisa_jax.policies import POLICIES, Dense, Dims, parse
@@ -268,7 +268,7 @@ def test_layers_have_their_own_channels_and_the_first_ones_are_dense():
     assert layers[0] == Dense() and layers[1] != layers[2]
     for i in (1, 2):
         assert layers[i].table[0] == tuple(tuple(np.sort(np.argsort(-row)[:2]).tolist()) for row in weight[i])
-        attention.check(layers[i], replay.CODEC, "indexed", 8, 2, 2)
+        attention.check(LayerSpec(layers[i], replay.CODEC, "indexed"), 8, 2, 2)
     with pytest.raises(ValueError, match="take for_layer"):
         whole.init(Dims(1, 2, 2, 8, 8, H))
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from alisa_jax import attention
+from alisa_jax.kv.state import LayerSpec
 from alisa_jax.policies import Dense, Dims, Merge, merging, parse
 from tests import oracle, replay
 
@@ -351,7 +352,7 @@ def prompt_and_steps(state, prompt, length, later):
     """Later tokens [STEPS, B, ...] after a prompt: outputs and tokens attended by step, and the last state."""
 
     def step(state, token):
-        out, state, taps = attention.decode(state, *token)
+        out, state, taps = attention.step(state, *token)
         return state, (out, taps.attended)
 
     _, state = attention.prefill(state, *prompt, length)
@@ -362,8 +363,9 @@ def prompt_and_steps(state, prompt, length, later):
 def decoded(policy, route, tokens):
     """`prompt_and_steps` on prompts of STARTS tokens, with a working set of the size that an engine gives it."""
     (B, T, N, H), K = tokens.q.shape, tokens.k.shape[2]
-    dims = attention.prompt_dims(attention.dims_of(policy, route, B, N, K, T, H), policy, route, STEPS)
-    state = attention.init(policy, replay.CODEC, route, dims, H)
+    spec = LayerSpec(policy, replay.CODEC, route)
+    dims = attention.prompt_dims(attention.dims_of(spec, B, N, K, T, H), spec, STEPS)
+    state = attention.init(spec, dims, H)
     at = np.array(STARTS)[:, None] + np.arange(STEPS)
     later = [np.swapaxes(np.take_along_axis(x, at[..., None, None], axis=1), 0, 1) for x in tokens]
     with jax.default_matmul_precision("highest"):

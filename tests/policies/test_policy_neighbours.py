@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alisa_jax.kv.state import bias_of, tree_bytes
+from alisa_jax.kv.state import LayerSpec, bias_of, tree_bytes
 from alisa_jax.policies import H2O, Dims, Local, Streaming, parse
 from alisa_jax.testing import check_policy
 from tests import oracle, replay
@@ -244,8 +244,8 @@ def test_memory_does_not_grow_with_the_stream():
 def _empty(policy, S):
     from alisa_jax import attention
 
-    dims = attention.dims_of(policy, "working_set", 1, 4, 2, S)
-    return attention.init(policy, replay.CODEC, "working_set", dims, H)
+    spec = LayerSpec(policy, replay.CODEC, "working_set")
+    return attention.init(spec, attention.dims_of(spec, 1, 4, 2, S), H)
 
 
 def test_a_planted_heavy_hitter_stays_and_a_local_window_loses_it():

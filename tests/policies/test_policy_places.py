@@ -10,6 +10,7 @@ import pytest
 import alisa_jax
 from alisa_jax import attention
 from alisa_jax.codecs import NO_ROTATION, Rotation
+from alisa_jax.kv.state import LayerSpec
 from alisa_jax.models import Decoder, Model, ModelConfig
 from alisa_jax.policies import Dense, Local, Streaming, parse
 from tests import oracle, replay
@@ -29,8 +30,8 @@ def tokens(G):
 
 def states(policy, G, route="working_set"):
     """The state of a layer that keeps its keys as they were projected."""
-    dims = attention.dims_of(policy, route, 1, *HEADS[G], T)
-    return attention.init(policy, replay.CODEC, route, dims, H, turning=TURNS)
+    spec = LayerSpec(policy, replay.CODEC, route, rotation=TURNS)
+    return attention.init(spec, attention.dims_of(spec, 1, *HEADS[G], T), H)
 
 
 @functools.partial(jax.jit, compiler_options=dict(replay.QUICK))
@@ -38,7 +39,7 @@ def decoded(state, q, k, v):
     """Steps over q [B, T, N, H], k and v [B, T, K, H]: the state behind them and the outputs [B, T, N, H]."""
 
     def step(state, token):
-        out, state, _ = attention.decode(state, *token)
+        out, state, _ = attention.step(state, *token)
         return state, out
 
     with jax.default_matmul_precision("highest"):
@@ -181,8 +182,8 @@ def test_both_protocols_agree_beyond_the_context_of_the_model(arch, codec):
 
 def test_ranges_of_channels_are_those_of_keys_before_their_rotation():
     over, true = (engine(policy, "llama", "int8(calibration_tokens=6)") for policy in (CACHE, TRUE))
-    assert over.layers[0].turning == true.layers[0].codec.rotation != NO_ROTATION
-    assert over.layers[0].codec.rotation == NO_ROTATION and true.layers[0].turning is None
+    assert over.layers[0].rotation == true.layers[0].codec.rotation != NO_ROTATION
+    assert over.layers[0].codec.rotation == NO_ROTATION and true.layers[0].rotation is None
 
 
 def test_what_follows_depends_on_the_kept_tokens_and_not_on_what_was_between():
@@ -213,7 +214,7 @@ def test_memory_does_not_grow_with_a_stream_that_has_no_end():
     assert sizes[40] == (2 * 2 * K * slots * H * 4, 2 * (slots * 8 + 4))  # K and V; positions, biases and the length
     new = [jnp.asarray(x[:, 0]) for x in tokens(4)]
     programs = [
-        jax.jit(attention.decode).lower(states(CACHE, 4).replace(context=S), *new).as_text() for S in (T, 400_000)
+        jax.jit(attention.step).lower(states(CACHE, 4).replace(context=S), *new).as_text() for S in (T, 400_000)
     ]
     assert len({len(program) for program in programs}) == 1, "a table of the whole stream"
 

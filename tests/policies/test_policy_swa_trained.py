@@ -14,6 +14,7 @@ import pytest
 
 from alisa_jax import attention, models
 from alisa_jax.codecs import Raw
+from alisa_jax.kv.state import LayerSpec
 from alisa_jax.policies import parse
 from tests import oracle
 
@@ -48,7 +49,7 @@ def layer_step(decoder, block, state, x):
     """One decode step of one layer: block is its parameters, x [B, 1, D]."""
 
     def attend(q, k, v):
-        out, new, taps = attention.decode(state, q[:, 0], k[:, 0], v[:, 0])
+        out, new, taps = attention.step(state, q[:, 0], k[:, 0], v[:, 0])
         return out[:, None], (new, taps)
 
     x, (new, taps) = decoder.block(block, x, state.length[:, None], attend)
@@ -112,8 +113,9 @@ def drive(text, policy_text, watch, buckets, prompt=None, route="working_set"):
     decoder, params, tokens = text
     c, policy, buckets = decoder.config, parse(policy_text), list(buckets)
     B, S = len(tokens), buckets.pop(0)
-    dims = attention.dims_of(policy, route, B, c.n_heads, c.n_kv_heads, S)
-    states = [attention.init(policy, CODEC, route, dims, c.head_dim) for _ in range(c.n_layers)]
+    spec = LayerSpec(policy, CODEC, route)
+    dims = attention.dims_of(spec, B, c.n_heads, c.n_kv_heads, S)
+    states = [attention.init(spec, dims, c.head_dim) for _ in range(c.n_layers)]
     length = np.zeros(B, np.int32)
     if prompt is not None:
         length = np.array(prompt, np.int32)

@@ -48,7 +48,7 @@ from alisa_jax.codecs.raw import Raw
 from alisa_jax.codecs.recent import Reach, Recent
 from alisa_jax.codecs.skvq.bits import PARAMS, GroupBits, Rows
 from alisa_jax.codecs.skvq.groups import SPANS, Groups
-from alisa_jax.kv import rows
+from alisa_jax.ops import rows
 from alisa_jax.ops.rope import turned
 
 
@@ -129,6 +129,14 @@ class Held:
     side: str = flax.struct.field(pytree_node=False)  # "k" | "v"
 
 
+@flax.struct.dataclass
+class NewToken:
+    """One token, encoded, and raw for the rows of the last tokens."""
+
+    rows: Rows  # [B, K or U, *]
+    x: jax.Array  # [B, K, H]
+
+
 @dataclass(frozen=True)
 class SlidingCodec(Codec):
     """See above.
@@ -192,17 +200,18 @@ class SlidingCodec(Codec):
         """`packed`, filled from x, as it is after only the first `length` [B] tokens of x."""
         return packed.replace(recent=packed.recent.after(x, length, layout))
 
-    def write_slot(self, packed, x, slot):
-        new, at = self._bits(packed.side).encode(x), slot[:, :, None]
-        held = _each(lambda old, new: rows.put_slots(old, new[:, :, None], at), packed.rows, new)
-        recent = packed.recent.append(x, slot, packed.rows.codes.shape[2])
-        return packed.replace(rows=held, recent=recent)
+    def encode_token(self, packed, x):
+        return NewToken(self._bits(packed.side).encode(x), x)
 
-    def write_token(self, packed, x, pos):
-        new = self._bits(packed.side).encode(x)
-        held = _each(lambda old, new: rows.put_tokens(old, new, pos), packed.rows, new)
-        recent = packed.recent.append(x, None, packed.rows.codes.shape[1])
-        return packed.replace(rows=held, recent=recent)
+    def write_slot(self, packed, codes, slot):
+        put = lambda old, new: rows.put_slots(old, new[:, :, None], slot[:, :, None])
+        recent = packed.recent.append(codes.x, slot, packed.rows.codes.shape[2])
+        return packed.replace(rows=_each(put, packed.rows, codes.rows), recent=recent)
+
+    def write_token(self, packed, codes, pos):
+        put = lambda old, new: rows.put_tokens(old, new, pos)
+        recent = packed.recent.append(codes.x, None, packed.rows.codes.shape[1])
+        return packed.replace(rows=_each(put, packed.rows, codes.rows), recent=recent)
 
     def take(self, packed, pos):
         taken = _each(lambda x: rows.take_tokens(x, pos), packed.rows)

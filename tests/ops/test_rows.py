@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alisa_jax.kv import rows
+from alisa_jax.ops import rows
 
 B, K, M, S, E, H = 2, 3, 7, 11, 5, 13
 NOWHERE = (-1, -M, -1000, 2**31 - 1, -(2**31))
