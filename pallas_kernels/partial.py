@@ -41,6 +41,19 @@ def weight(part: jax.Array, whole: jax.Array) -> jax.Array:
     )
 
 
+def softmax(z: jax.Array, axis: int = -1) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Softmax of logits z along `axis`, whose weights are `e / total`.
+
+    Returns e like z, total with `axis` of size 1, and the lse without `axis`. Logits of -inf get
+    weight 0; where there are no others, e is 0, total 1 and the lse -inf.
+    """
+    top = jnp.max(z, axis=axis, keepdims=True, initial=-jnp.inf)
+    e = jnp.exp(z - jnp.where(top == -jnp.inf, jnp.float32(0.0), top))
+    total = jnp.sum(e, axis=axis, keepdims=True)
+    lse = jnp.squeeze(top + jnp.log(total), axis)
+    return e, jnp.where(total == 0, jnp.float32(1.0), total), lse
+
+
 def merge(a: Partial, b: Partial) -> Partial:
     """Attention over the union of two disjoint token sets (equation above), in equal shapes."""
     lse = jnp.logaddexp(a.lse, b.lse)
@@ -54,12 +67,8 @@ def merge_axis(parts: Partial, axis: int) -> Partial:
     `out` has that axis at the same place from the left.
     """
     axis = axis % parts.lse.ndim
-    top = jnp.max(parts.lse, axis=axis, keepdims=True)
-    e = weight(parts.lse, top)
-    total = jnp.sum(e, axis=axis, keepdims=True)
-    shares = e / jnp.where(total == 0, jnp.float32(1.0), total)
-    out = jnp.sum(shares[..., None] * parts.out, axis=axis)
-    return Partial(out, jnp.squeeze(top + jnp.log(total), axis))
+    e, total, lse = softmax(parts.lse, axis)
+    return Partial(jnp.sum((e / total)[..., None] * parts.out, axis=axis), lse)
 
 
 def mass_of(logits: jax.Array, lse: jax.Array, P: int) -> jax.Array:

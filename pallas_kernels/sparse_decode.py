@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import backend, online
-from pallas_kernels.partial import Partial, mass_of
+from pallas_kernels.partial import Partial, mass_of, softmax
 from pallas_kernels.tilings import DecodeTiling as Tiling
 
 
@@ -52,15 +52,13 @@ def attend_rows(q, k, v, bias, mass: bool) -> tuple[Partial, jax.Array | None]:
     z = jnp.einsum("bkgh,bkmh->bkgm", heads.astype(k.dtype), k, preferred_element_type=jnp.float32)
     # a row that nobody attends may hold anything
     z = jnp.where(bias > -jnp.inf, z + bias, -jnp.inf)
-    top = jnp.max(z, axis=-1, keepdims=True, initial=-jnp.inf)
-    e = jnp.exp(z - jnp.where(top == -jnp.inf, jnp.float32(0.0), top))
-    total = jnp.sum(e, axis=-1, keepdims=True)
-    p = (e / jnp.where(total == 0, jnp.float32(1.0), total)).astype(v.dtype)
+    e, total, lse = softmax(z)
+    p = (e / total).astype(v.dtype)
     seen = jnp.where((bias > -jnp.inf)[:, :, 0, :, None], v, jnp.zeros((), v.dtype))
     out = jnp.einsum("bkgm,bkmh->bkgh", p, seen, preferred_element_type=jnp.float32).reshape(
         B, N, H
     )
-    lse = (top + jnp.log(total)).reshape(B, N)
+    lse = lse.reshape(B, N)
     return Partial(out, lse), mass_of(z.reshape(B, N, M), lse, P) if mass else None
 
 

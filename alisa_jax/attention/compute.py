@@ -28,7 +28,7 @@ from pallas_kernels import (
     sparse_decode,
 )
 from pallas_kernels.backend import Choice
-from pallas_kernels.partial import Partial, merge
+from pallas_kernels.partial import Partial, merge, softmax
 
 IMPLS = backend.IMPLS
 _PAGE_TOKENS = 32  # rows of a store that XLA attends at once
@@ -165,11 +165,9 @@ def _slots(codec, q, k, v, bias, turn=None, heads=None) -> tuple[Partial, jax.Ar
     (B, K, G, H), M = q.shape, bias.shape[-1]
     heads = bias.shape[1] if heads is None else heads
     z = _logits(codec, q.astype(jnp.float32) * jnp.float32(H**-0.5), k, turn) + bias[:, :, None, :]
-    top = jnp.max(z, axis=-1, keepdims=True)
-    e = jnp.exp(z - jnp.where(top == -jnp.inf, jnp.float32(0.0), top))
-    total = jnp.sum(e, axis=-1, keepdims=True)
-    p = e / jnp.where(total == 0, jnp.float32(1.0), total)
-    piece = Partial(codec.mix(p, v), (top + jnp.log(total))[..., 0])
+    e, total, lse = softmax(z)
+    p = e / total
+    piece = Partial(codec.mix(p, v), lse)
     if heads == K * G and heads > 1:
         return piece, p.reshape(B, heads, M)
     return piece, jnp.sum(p, axis=(1, 2))[:, None] if heads == 1 else jnp.sum(p, axis=2)

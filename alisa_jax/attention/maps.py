@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax.attention import reference
+from alisa_jax.attention.compute import softmax
 from alisa_jax.kv.state import LayerSpec
 
 
@@ -65,6 +66,5 @@ def _logits(codec, q, k) -> jax.Array:
 
 
 def _softmax(z, seen) -> jax.Array:
-    e = jnp.where(seen, z, -jnp.inf)
-    e = jnp.exp(e - jnp.max(e, axis=-1, keepdims=True))
-    return e / jnp.sum(e, axis=-1, keepdims=True)
+    e, total, _ = softmax(jnp.where(seen, z, -jnp.inf))
+    return e / total

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from alisa_jax.attention.compute import slots as attend
 from alisa_jax.codecs import Raw
-from pallas_kernels.partial import Partial, empty, merge, weight
+from pallas_kernels.partial import Partial, empty, merge, softmax, weight
 
 B, K, G, H, M = 2, 3, 2, 5, 11
 CODEC = Raw("float32")
@@ -89,6 +89,20 @@ def test_pieces_of_very_different_weight_join_without_overflow():
 def test_weight_is_the_share_of_the_softmax():
     got = weight(jnp.array([0.0, -np.inf, -np.inf, 700.0]), jnp.array([np.log(4.0), 2.0, -np.inf, 700.0]))
     np.testing.assert_allclose(got, [0.25, 0, 0, 1], rtol=1e-6)
+
+
+def test_softmax_of_any_axis_gives_nothing_to_what_is_not_seen():
+    z = np.random.default_rng(4).normal(size=(3, 5, 2)).astype(np.float32) * 50
+    z[:, 1], z[0, 3:, 0], z[2, :, 1] = -np.inf, -np.inf, -np.inf
+    for axis in (1, -1):
+        e, total, lse = softmax(jnp.asarray(z), axis)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            want = np.exp(z.astype(np.float64)) / np.exp(z.astype(np.float64)).sum(axis, keepdims=True)
+            want_lse = np.log(np.exp(z.astype(np.float64)).sum(axis))
+        np.testing.assert_allclose(e / total, np.nan_to_num(want), atol=1e-6)
+        np.testing.assert_allclose(lse, want_lse, rtol=1e-6)
+    e, total, lse = softmax(jnp.zeros((2, 0)))
+    assert e.shape == (2, 0) and total.tolist() == [[1.0], [1.0]] and lse.tolist() == [-np.inf] * 2
 
 
 def test_mass_is_summed_over_the_heads_that_share_a_selection():
