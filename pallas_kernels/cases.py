@@ -26,7 +26,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import flash_prefill, int8_decode, packed_decode, sparse_decode
+from pallas_kernels import (
+    flash_prefill,
+    int8_decode,
+    packed_decode,
+    prompt_mass,
+    sparse_decode,
+)
 from pallas_kernels.shapes import Shape
 from pallas_kernels.timing import Case, Work, noise, uniform
 
@@ -138,5 +144,5 @@ def _prompt(kernel: str, shape: Shape, dtype, impl: str, tiling) -> Case:
     else:
         how, work = dict(reduce="sum"), Work(read, 4 * B * T, B * N * H * T * T)
     return Case(
-        functools.partial(flash_prefill.prompt_mass, impl=impl, tiling=tiling, **how), inputs, work
+        functools.partial(prompt_mass.prompt_mass, impl=impl, tiling=tiling, **how), inputs, work
     )

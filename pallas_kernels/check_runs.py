@@ -35,6 +35,7 @@ from pallas_kernels import (
     int8_decode,
     oracle,
     packed_decode,
+    prompt_mass,
     shapes,
     sparse_decode,
 )
@@ -75,6 +76,8 @@ class Prompt(NamedTuple):
     lengths: tuple[int, ...] | None  # of the prompts; None: two that fill the context
     queries: int | None = None
     groups: int = 1  # that heads are summed in
+    chunk: int | None = None  # queries that are given; None: those of the whole context
+    first: tuple[int, ...] | None = None  # the position of each first one
 
 
 # ---- small shapes
@@ -211,19 +214,21 @@ def _joined(parts: list[Partial]) -> tuple[Partial, Partial]:
 
 
 def _prompt(check, impl: str, seed: int) -> tuple[dict[str, float], list[str]]:
-    q, k, v, length = args = prompts(check, seed)
-    out, lse, weights = oracle.prompt(*args)
-    attend = compiled(flash_prefill.flash_prefill, impl, check.tiling)
+    q, k, v, length, first = prompts(check, seed)
+    out, lse, weights = oracle.prompt(q, k, v, length, first)
+    program = compiled(flash_prefill.flash_prefill, impl, check.tiling)
+    attend = lambda q, k, v, length: program(q, k, v, length, first=first)
     faults = []
     if check.kind == "overflow" and np.max(lse) <= 100:
         faults.append(f"the inputs are wrong: the greatest lse is {np.max(lse):.3g}, not over 100")
-    padding = (lse == -np.inf).all(axis=2)
-    poison = lambda x: jnp.where(padding[(...,) + (None,) * (x.ndim - 2)], jnp.nan, x)
+    none = (lse == -np.inf).all(axis=2)
+    unread = none if first is None else _behind(k.shape[1], q.shape[1], length, first)
+    poison = lambda x, rows: jnp.where(rows[(...,) + (None,) * (x.ndim - 2)], jnp.nan, x)
     if check.kernel == "flash_prefill":
-        part = attend(*args)
+        part = attend(q, k, v, length)
         faults += _faults(part, lse)
         if check.kind == "poison":
-            again = attend(poison(q), poison(k), poison(v), length)
+            again = attend(poison(q, none), poison(k, unread), poison(v, unread), length)
             faults += _changed("with poison", again, part)
         if check.kind == "beyond":
             further = jnp.where(length == q.shape[1], 2**30, length)
@@ -231,43 +236,56 @@ def _prompt(check, impl: str, seed: int) -> tuple[dict[str, float], list[str]]:
         found = oracle.error(part.out, out), oracle.lse_error(part.lse, lse)
         return dict(zip(("out", "lse"), found)), faults
     own = check.kind in ("own lse", "overflow", "sums")
-    norm = attend(*args).lse if own else jnp.asarray(lse, jnp.float32)
+    norm = attend(q, k, v, length).lse if own else jnp.asarray(lse, jnp.float32)
     W, P = check.shape.queries, check.shape.groups
-    mass_of = lambda reduce: compiled(
-        flash_prefill.prompt_mass, impl, check.tiling, queries=W, heads=P, reduce=reduce
-    )
+
+    def mass_of(reduce, q, k, norm):
+        options = dict(queries=W, heads=P, reduce=reduce)
+        run = compiled(prompt_mass.prompt_mass, impl, check.tiling, **options)
+        return run(q, k, norm, length, first=first)
+
     reduce = check.kernel.removeprefix("prompt_mass_")
-    rows = oracle.last_rows(weights, length, W or q.shape[1], P)
-    got = mass_of(reduce)(q, k, norm, length)
+    all_of_them = (q if reduce == "rows" else k).shape[1]
+    rows = oracle.last_rows(weights, length, W or all_of_them, P, first)
+    got = mass_of(reduce, q, k, norm)
     errors = {"mass": oracle.error(got, rows if reduce == "rows" else rows.sum(axis=2))}
     faults += _wrong_type(mass=got)
     if check.kind == "poison":
-        again = mass_of(reduce)(poison(q), poison(k), poison(norm), length)
+        again = mass_of(reduce, poison(q, none), poison(k, unread), poison(norm, none))
         faults += _changed("with poison", again, got)
     if check.kind == "sums":
         heads = q.shape[2] / P
         if reduce == "rows":
             off = np.asarray(got, np.float64).sum(-1) / heads - (rows.sum(-1) > 0)
         else:  # near zero the sum over queries is told relative to 0.2
-            total = np.asarray(mass_of("rows")(q, k, norm, length), np.float64).sum(2)
+            total = np.asarray(mass_of("rows", q, k, norm), np.float64).sum(2)
             off = (np.asarray(got) - total) / (0.2 + total)
         errors["sum"] = float(np.max(np.abs(off)))
     return errors, faults
 
 
+def _behind(T: int, C: int, length, first) -> np.ndarray:
+    """[B, T] bool: keys behind a prompt, or behind all queries of its chunk."""
+    end = np.minimum(np.asarray(length), np.asarray(first) + C)
+    return np.arange(T)[None] >= end[:, None]
+
+
 def prompts(check, seed: int):
-    """q, k, v and lengths [B]; for `overflow` one channel of q and one key are large."""
-    T, K, G, H, length, *_ = check.shape
+    """q, k, v, lengths [B] and first [B].
+
+    For `overflow` one channel of q and one key are large.
+    """
+    T, K, G, H, length, *_, chunk, first = check.shape
     r = np.random.default_rng(seed)
     B = 2 if length is None else len(length)
-    q = r.normal(size=(B, T, K * G, H))
+    q = r.normal(size=(B, chunk or T, K * G, H))
     k = r.normal(size=(B, T, K, H))
     v = r.normal(size=(B, T, K, H))
     if check.kind == "overflow":
         q[..., 0] *= 30.0
         k[:, 7] *= 30.0
-    length = None if length is None else jnp.asarray(length, jnp.int32)
-    return *(jnp.asarray(x, jnp.dtype(check.dtype)) for x in (q, k, v)), length
+    numbers = (None if x is None else jnp.asarray(x, jnp.int32) for x in (length, first))
+    return *(jnp.asarray(x, jnp.dtype(check.dtype)) for x in (q, k, v)), *numbers
 
 
 # ---- named shapes

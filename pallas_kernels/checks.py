@@ -61,10 +61,16 @@ PROMPTS = MappingProxyType(
         "less than a tile": Prompt(5, 2, 2, 16, (3, 5)),
         "more than a block of the references": Prompt(149, 2, 2, 32, (149, 133)),
         "tails of large tiles": Prompt(331, 2, 4, 128, (331, 203)),
+        "chunks, ragged": Prompt(67, 3, 1, 32, (67, 41, 13, 0), chunk=23, first=(37, 30, -9, 3)),
+        "chunks of one": Prompt(37, 2, 4, 80, (37, 20), chunk=1, first=(36, 19)),
+        "chunks longer than a tile": Prompt(67, 2, 4, 80, (67, 29), chunk=41, first=(26, -12)),
+        "chunks longer than prompts": Prompt(19, 2, 2, 16, (19, 7), chunk=37, first=(-18, 0)),
+        "chunks of large tiles": Prompt(331, 2, 4, 128, (331, 203), chunk=139, first=(192, 30)),
     }
 )
 MAIN = "one head per kv head, ragged"
 GROUPED = "four heads, no power of two"
+CHUNKS = "chunks, ragged"
 MAIN_LISTS = "one head per kv head"
 GROUPED_LISTS = "four heads"
 HALVES = ("bfloat16", "float16")
@@ -174,12 +180,15 @@ def _described(check: Check) -> dict:
         lengths = None
         lists = 1
         queries = min(cases.WINDOW, s.context) if check.kernel == "prompt_mass_rows" else None
+        chunk = first = None
         attended = cases.attended(check.kernel, s, check_runs.KV_SPARSITY)
     else:
         prompt = isinstance(shape, Prompt)
         lengths = shape.lengths if prompt else None
         lists = shape.groups if prompt else shape.lists
         queries = shape.queries if prompt else None
+        chunk = shape.chunk if prompt else None
+        first = shape.first if prompt else None
         batch = len(lengths or (0, 0)) if prompt else shape.batch
         heads = shape.group * shape.n_kv_heads
         s = shapes.Shape(heads, shape.n_kv_heads, shape.head_dim, batch, shape.context)
@@ -190,6 +199,8 @@ def _described(check: Check) -> dict:
         "lists": lists,
         "queries": queries,
         "lengths": lengths and " ".join(map(str, lengths)),
+        "chunk": chunk,
+        "first": first and " ".join(map(str, first)),
         "tiling": check.tiling and str(check.tiling),
         "kind": check.kind or None,
         "large": check.large,
@@ -269,8 +280,9 @@ def _decode_checks() -> Iterator[Check]:
 def _prompt_checks() -> Iterator[Check]:
     rows, total = "prompt_mass_rows", "prompt_mass_sum"
     longest, tails = "more than a block of the references", "tails of large tiles"
+    chunk_tails = "chunks of large tiles"
     for label in PROMPTS:
-        if label not in (longest, tails):
+        if label not in (longest, tails, chunk_tails):
             yield _prompt("flash_prefill", label)
     yield _prompt(rows, MAIN, W=19, P=3)
     yield _prompt(rows, MAIN, W=71)  # more rows than tokens
@@ -280,6 +292,14 @@ def _prompt_checks() -> Iterator[Check]:
     yield _prompt(total, GROUPED, W=37, P=2)
     yield _prompt(total, "eight heads", P=8)
     yield _prompt(total, "less than a tile", P=2)
+    yield _prompt(rows, CHUNKS, W=29, P=3)
+    yield _prompt(rows, "chunks of one", W=5, P=2)
+    yield _prompt(rows, "chunks longer than a tile", W=41, P=2)  # first is length - W
+    yield _prompt(total, CHUNKS, P=3)
+    yield _prompt(total, "chunks longer than a tile", W=37)
+    yield _prompt(total, "chunks longer than prompts", P=2)
+    for kernel in ("flash_prefill", rows, total):
+        yield _prompt(kernel, CHUNKS, W=None if kernel == "flash_prefill" else 71, kind="poison")
     for dtype in HALVES:
         yield _prompt("flash_prefill", GROUPED, dtype)
         yield _prompt(rows, GROUPED, dtype, 7, 2, kind="own lse")
@@ -297,6 +317,7 @@ def _prompt_checks() -> Iterator[Check]:
     for label, dtypes, tiling in (
         (longest, ("float32",), SMALL_PROMPT),
         (tails, ("float32", *HALVES), None),
+        (chunk_tails, ("float32", *HALVES), None),
     ):
         for dtype in dtypes:
             yield _prompt("flash_prefill", label, dtype, tiling=tiling, large=True)

@@ -38,36 +38,43 @@ def decode(q, k, v, index, bias, head_major: bool):
     return out, lse, mass, logits
 
 
-def prompt(q, k, v, length):
-    """Causal attention, query by query.
+def prompt(q, k, v, length, first=None):
+    """Causal attention, query by query; the query in row i stands at first + i, or at i.
 
-    length: [B], or None for all of T. Returns out [B, T, N, H], lse [B, T, N] and weights
-    [B, N, T, T].
+    length: [B], or None for all of T. Returns out [B, C, N, H], lse [B, C, N] and weights
+    [B, N, C, T].
     """
     q, k, v = map(_wide, (q, k, v))
-    B, T, N, H = q.shape
+    B, C, N, H = q.shape
+    T, K = k.shape[1:3]
     out = np.zeros(q.shape)
-    lse = np.full((B, T, N), -np.inf)
-    weights = np.zeros((B, N, T, T))
-    for b in range(B):
-        for i in range(T if length is None else int(length[b])):
-            for n in range(N):
-                h = n // (N // k.shape[2])
-                z = k[b, : i + 1, h] @ q[b, i, n] / np.sqrt(H)
-                lse[b, i, n] = np.log(np.exp(z - z.max()).sum()) + z.max()
-                weights[b, n, i, : i + 1] = np.exp(z - lse[b, i, n])
-                out[b, i, n] = weights[b, n, i, : i + 1] @ v[b, : i + 1, h]
+    lse = np.full((B, C, N), -np.inf)
+    weights = np.zeros((B, N, C, T))
+    for b, i in np.ndindex(B, C):
+        at = i + (0 if first is None else int(first[b]))
+        if not 0 <= at < (T if length is None else int(length[b])):
+            continue
+        for n in range(N):
+            h = n // (N // K)
+            z = k[b, : at + 1, h] @ q[b, i, n] / np.sqrt(H)
+            lse[b, i, n] = np.log(np.exp(z - z.max()).sum()) + z.max()
+            weights[b, n, i, : at + 1] = np.exp(z - lse[b, i, n])
+            out[b, i, n] = weights[b, n, i, : at + 1] @ v[b, : at + 1, h]
     return out, lse, weights
 
 
-def last_rows(weights, length, W: int, P: int):
-    """[B, P, W, T]: the last W rows of weights [B, N, T, T], summed over the heads of P groups."""
-    B, N, T, _ = weights.shape
+def last_rows(weights, length, W: int, P: int, first=None):
+    """[B, P, W, T]: weights [B, N, C, T] of the last W queries, summed over the heads of P groups.
+
+    Zero for queries that have no row.
+    """
+    B, N, C, T = weights.shape
     rows = np.zeros((B, P, W, T))
-    for b in range(B):
-        end = T if length is None else int(length[b])
-        for r in range(max(0, W - end), W):
-            rows[b, :, r] = weights[b, :, end - W + r].reshape(P, N // P, T).sum(axis=1)
+    for b, r in np.ndindex(B, W):
+        at = (T if length is None else int(length[b])) - W + r
+        i = at - (0 if first is None else int(first[b]))
+        if at >= 0 and 0 <= i < C:
+            rows[b, :, r] = weights[b, :, i].reshape(P, N // P, T).sum(axis=1)
     return rows
 
 

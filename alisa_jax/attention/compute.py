@@ -1,14 +1,15 @@
 """Attention over given tokens, by XLA or by the kernels of `pallas_kernels`, with equal results.
 
-Four functions for the layers above. Each takes `impl`, "xla", "pallas" or "interpret", which an
+Functions for the layers above. Each takes `impl`, "xla", "pallas" or "interpret", which an
 engine chooses once for all of its layers (`choose`):
 
     slots      one query per head over head-major rows: a working set            packed_decode
     by_index   one query per head over rows of a store, by index                 sparse_decode
     store      one query per head over all rows of a store                       sparse_decode
-    prompt     prompts, and the mass that their last or all queries paid         flash_prefill
+    prompt     the queries of prompts, all or a chunk of each                    flash_prefill
+    mass       what tokens got of the last or all of these queries               prompt_mass
 
-Shapes: q [B, K, G, H], in a prompt [B, T, N, H], unscaled. Logits, softmax statistics and mass:
+Shapes: q [B, K, G, H], of prompts [B, C, N, H], unscaled. Logits, softmax statistics and mass:
 all float32.
 """
 
@@ -25,6 +26,7 @@ from pallas_kernels import (
     online,
     packed_decode,
     partial,
+    prompt_mass,
     sparse_decode,
 )
 from pallas_kernels.backend import Choice
@@ -142,23 +144,43 @@ def store(
 
 
 def prompt(q, k, v, length, impl: str = "xla", first=None) -> Partial:
-    """TEMPORARY"""
-    assert first is None
-    piece = flash_prefill.flash_prefill(q, k, v, length, impl=impl)
-    return Partial(piece.out.astype(q.dtype), piece.lse)
+    """Dense causal attention over prompts, or over a chunk of each.
+
+    q [B, C, N, H] of the tokens at positions first .. first + C - 1; k and v [B, T, K, H] of all
+    tokens from 0 on; length [B]: tokens of each prompt. first: [B] int32, None for 0. Returns
+    Partial(out [B, C, N, H] of q's type, lse [B, C, N] float32); queries before 0 or behind a
+    prompt have out = 0 and lse = -inf.
+    """
+    piece = flash_prefill.flash_prefill(q, k, v, length, first=first, impl=impl)
+    return piece._replace(out=piece.out.astype(q.dtype))
 
 
-def mass(q, k, lse, length, heads: int, reduce: str, W, impl: str = "xla", first=None):
-    """TEMPORARY"""
-    assert first is None
-    return flash_prefill.prompt_mass(
-        q, k, lse, length, queries=W, heads=heads, reduce=reduce, impl=impl
-    )
+def mass(
+    q,
+    k,
+    lse,
+    length,
+    heads: int,
+    reduce: str,
+    W: int | None = None,
+    impl: str = "xla",
+    first=None,
+) -> jax.Array:
+    """What each token of prompts got from queries q, for which `prompt` returned `lse`.
+
+    Float32, summed over the query heads of each of P = `heads` groups; `reduce` selects its form:
+
+        "rows"   [B, P, W, T], of the last W queries below `length`; the last query's row comes
+                 last, and rows of queries that are not in q are zero
+        "sum"    [B, P, T], summed over the queries in q, of which W limits it to the last W
+    """
+    options = dict(first=first, queries=W, heads=heads, reduce=reduce, impl=impl)
+    return prompt_mass.prompt_mass(q, k, lse, length, **options)
 
 
-def causal(q, k, v, length, impl: str = "xla") -> jax.Array:
-    """Dense causal attention over prompts, as in `prompt`: out [B, T, N, H] alone."""
-    return prompt(q, k, v, length, impl).out
+def causal(q, k, v, length, impl: str = "xla", first=None) -> jax.Array:
+    """Dense causal attention over prompts, as in `prompt`: out [B, C, N, H] alone."""
+    return prompt(q, k, v, length, impl, first).out
 
 
 def _slots(codec, q, k, v, bias, turn=None, heads=None) -> tuple[Partial, jax.Array]:

@@ -152,18 +152,13 @@ def test_scoring_a_whole_text_under_the_mask_equals_decoding_it(text):
 # ---- the prompt
 
 
-def prompt(q, k, v, length, heads, reduce, W=None):
-    """Outputs, and the attention that the tokens got."""
-    out, lse = compute.prompt(q, k, v, length)
-    return out, compute.mass(q, k, lse, length, heads, reduce, W)
-
-
 @pytest.mark.parametrize("P", [1, K])
 def test_prompt_outputs_last_rows_and_sums_equal_the_oracle(P):
     T, W, length = 37, 11, (37, 6, 1)
     q, k, v = (jnp.asarray(x[:, :T]) for x in STREAM)
-    out, total = prompt(q, k, v, jnp.array(length), P, "sum")
-    _, rows = prompt(q, k, v, jnp.array(length), P, "rows", W)
+    out, lse = compute.prompt(q, k, v, jnp.array(length))
+    total = compute.mass(q, k, lse, jnp.array(length), P, "sum")
+    rows = compute.mass(q, k, lse, jnp.array(length), P, "rows", W)
     assert rows.shape == (B, P, W, T)
     for b, n in enumerate(length):
         want_out, weights = oracle.causal(*(x[b, :n] for x in STREAM))
@@ -180,11 +175,12 @@ def test_a_prompt_longer_than_a_block_of_queries_equals_the_oracle():
     T, W = 256, 150
     tokens = replay.stream(3, 1, T, 2, 1, 3)
     q, k, v = (jnp.asarray(x) for x in tokens)
-    out, total = prompt(q, k, v, jnp.array([T - 3]), 1, "sum")
+    out, lse = compute.prompt(q, k, v, jnp.array([T - 3]))
+    total = compute.mass(q, k, lse, jnp.array([T - 3]), 1, "sum")
     want, weights = oracle.causal(*(x[0] for x in tokens))
     np.testing.assert_allclose(out[0, : T - 3], want[: T - 3], atol=TOLERANCE)
     np.testing.assert_allclose(total[0, 0], weights[: T - 3].sum(axis=(0, 1)), atol=1e-4)
-    _, rows = prompt(q, k, v, jnp.array([T - 3]), 1, "rows", W)
+    rows = compute.mass(q, k, lse, jnp.array([T - 3]), 1, "rows", W)
     np.testing.assert_allclose(rows[0, 0], weights[T - 3 - W : T - 3].sum(axis=1), atol=TOLERANCE)
 
 

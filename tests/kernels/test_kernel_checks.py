@@ -8,7 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels import bench, cases, check_runs, checks, flash_prefill, int8_decode, oracle, sparse_decode
+from pallas_kernels import (
+    bench,
+    cases,
+    check_runs,
+    checks,
+    flash_prefill,
+    int8_decode,
+    oracle,
+    prompt_mass,
+    sparse_decode,
+)
 from tests.full import seed
 
 SEED = seed()
@@ -22,7 +32,7 @@ def altered(monkeypatch, function, alter):
 
     def compiled(asked, *args, **options):
         run = right(asked, *args, **options)
-        return (lambda *arrays: alter(run(*arrays))) if asked is function else run
+        return (lambda *arrays, **more: alter(run(*arrays, **more))) if asked is function else run
 
     monkeypatch.setattr(check_runs, "compiled", compiled)
 
@@ -54,7 +64,7 @@ def test_a_wrong_output_fails_a_check(monkeypatch, alter, note):
         (sparse_decode.sparse_decode, "partial/four heads/float32/16x2", "out is off by"),
         (sparse_decode.sparse_decode, "sparse_decode/four heads/float32/16x2/sums", "sum is off by"),
         (flash_prefill.flash_prefill, "flash_prefill/less than a tile/float32/32x16", "out is off by"),
-        (flash_prefill.prompt_mass, "prompt_mass_sum/less than a tile/W=all P=2/float32/32x16", "mass is off by"),
+        (prompt_mass.prompt_mass, "prompt_mass_sum/less than a tile/W=all P=2/float32/32x16", "mass is off by"),
     ],
 )
 def test_a_thousandth_too_much_fails_the_check_of_every_kind_of_kernel(monkeypatch, function, name, note):
