@@ -20,7 +20,6 @@ from tqdm import tqdm
 from alisa_jax.attention import compute, turned_prompt
 from alisa_jax.calibration import Calibration
 from alisa_jax.engine.batch import Batch
-from alisa_jax.ops.rope import Rotation
 
 MINIMA = ("k_min", "v_min")
 MAXIMA = ("k_max", "v_max")
@@ -80,7 +79,7 @@ def _embed(decoder, params, tokens):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _layer(decoder, block, x, at) -> tuple[jax.Array, dict[str, jax.Array]]:
-    rotation = Rotation(decoder.rotary_angles, decoder.config.max_positions)
+    rotation = decoder.cache_rotation
 
     def look(q, k, v):
         seen_q, seen_k = turned_prompt(q, rotation), turned_prompt(k, rotation)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from alisa_jax.attention import compute
 from alisa_jax.kv.state import LayerSpec, LayerState, Store, WorkingSet, bias_of
-from alisa_jax.ops.rope import Rotation, turned
+from alisa_jax.ops.rope import Rotation, rotate
 from alisa_jax.ops.writes import put
 from alisa_jax.policies.base import Dims, column, positions
 
@@ -238,4 +238,4 @@ def turned_prompt(x, rotation: Rotation | None, first=None):
         return x
     at = jnp.arange(x.shape[1], dtype=jnp.int32)[None, :, None]
     at = at if first is None else at + first[:, None, None]
-    return turned(x, jnp.broadcast_to(at, x.shape[:3]), rotation)
+    return rotate(x, at, rotation)

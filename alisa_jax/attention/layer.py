@@ -31,7 +31,7 @@ from alisa_jax.attention.exchange import exchange_sets
 from alisa_jax.codecs.base import Turn
 from alisa_jax.kv.cache import Layer
 from alisa_jax.kv.state import LayerSpec, LayerState, Store, WorkingSet, bias_of
-from alisa_jax.ops.rope import Rotation, turned
+from alisa_jax.ops.rope import Rotation, rotate
 from alisa_jax.policies.base import Dims, Policy, column, positions, slots_of
 
 ROUTES = ("working_set", "indexed", "masked")
@@ -162,20 +162,15 @@ def _decode(state: LayerState, q, k, v):
     home = state.home
     clipped = codec.clipped(home.k, k) + codec.clipped(home.v, v)
     if policy.takes_keys:
-        keys = k if rotation is None else turned(k, _wide(length, k), rotation)
+        keys = k if rotation is None else rotate(k, length[:, None], rotation)
         state = state.replace(stats=policy.note(state.stats, keys[:, None], length))
     if rotation is not None:
-        q = turned(q, _wide(policy.place(length), q), rotation)
+        q = rotate(q, policy.place(length)[:, None], rotation)
     q_heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])  # [B, K, G, H]
     codes = codec.encode_token(home.k, k), codec.encode_token(home.v, v)
     piece, state, taps = attend(state, q_heads, *codes)
     out = piece.out.reshape(q.shape).astype(q.dtype)
     return out, state.replace(length=length + 1), taps._replace(clipped=clipped)
-
-
-def _wide(at, x):
-    """`at` [B] repeated for each head of x [B, heads, H]: [B, heads]."""
-    return jnp.broadcast_to(at[:, None], x.shape[:2])
 
 
 def turn_of(policy: Policy, rotation: Rotation | None, pos, length) -> Turn | None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from alisa_jax import attention
 from alisa_jax.attention import compute
 from alisa_jax.kv.state import LayerSpec
-from alisa_jax.ops.rope import turned
+from alisa_jax.ops.rope import rotate
 from alisa_jax.policies.base import Dims, column, positions
 
 
@@ -64,8 +64,7 @@ def score(spec: LayerSpec, q, k, v, look=attended) -> tuple[jax.Array, jax.Array
         q_row, n = item
         length = jnp.full((B,), n, jnp.int32)
         if rotation is not None:
-            place = jnp.broadcast_to(policy.place(length)[:, None, None], q_row.shape[:3])
-            q_row = turned(q_row, place, rotation)
+            q_row = rotate(q_row, policy.place(length)[:, None, None], rotation)
         own = positions(T) == column(length)
         pos = jnp.where(own, positions(T), pos)
         bias = jnp.where(own, jnp.float32(0.0), bias)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from alisa_jax.ops import products
-from alisa_jax.ops.rope import NO_ROTATION, Rotation, Turn, turned
+from alisa_jax.ops.rope import NO_ROTATION, Rotation, Turn, rotate
 
 __all__ = [
     "NO_ROTATION",
@@ -165,8 +165,7 @@ class Codec(Asked):
 
     def turned_logits(self, q: jax.Array, k: Packed, turn: Turn) -> jax.Array:
         """As `logits`, against keys stored before their rotation, each rotated to its place."""
-        places = jnp.broadcast_to(turn.places, (*q.shape[:2], turn.places.shape[2]))
-        keys = turned(self.values(k), places, turn.rotation)
+        keys = rotate(self.values(k), turn.places, turn.rotation)
         return products.logits(q.astype(jnp.float32), keys)
 
     def mix(self, p: jax.Array, v: Packed) -> jax.Array:

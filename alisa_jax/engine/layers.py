@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from alisa_jax import attention, codecs, policies
 from alisa_jax.attention import compute
-from alisa_jax.codecs import NO_ROTATION, Rotation
+from alisa_jax.codecs import NO_ROTATION
 from alisa_jax.kv.state import LayerSpec
 from alisa_jax.models.decoder import Decoder
 
@@ -39,7 +39,7 @@ def assemble(
     policy = policy.resolve(c, calibration)
     asked = codecs.parse(codec) if isinstance(codec, str) else codec
     each = [policy.for_layer(i) for i in range(c.n_layers)]
-    rotation = Rotation(decoder.rotary_angles, c.max_positions)
+    rotation = decoder.cache_rotation
     raw_keys = asked.raw_keys or any(p.raw_keys for p in each)
     more = {"calibration": calibration, "config": c} if asked.calibrates else {}
     stored = asked.resolve(dtype, NO_ROTATION if raw_keys else rotation, **more)

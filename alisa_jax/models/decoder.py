@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from alisa_jax.axes import check
 from alisa_jax.models import llama, neox, opt
 from alisa_jax.models.config import ModelConfig, RopeScaling
-from alisa_jax.ops.rope import inverse_frequencies
+from alisa_jax.ops import rope
 
 __all__ = ["Decoder", "ModelConfig", "RopeScaling"]
 
@@ -53,12 +53,15 @@ class Decoder:
         unembed = _init_unembed(c, dtype, last, self._table({"embed": embed}))
         return {"embed": embed, "blocks": blocks, "unembed": unembed}
 
-    def embed(self, params: Params, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    def embed(
+        self, params: Params, tokens: jax.Array, positions: jax.Array | None = None
+    ) -> jax.Array:
         """tokens [B, T] int32, positions [B, T] int32 -> x [B, T, D] in the type of the parameters.
 
-        Out-of-range indices (padding) are clipped; raises ValueError where the two shapes differ.
+        positions: None for 0 .. T - 1. Out-of-range indices (padding) are clipped; raises
+        ValueError where the two shapes differ.
         """
-        check("B T", positions, check("B T", tokens, name="tokens"), name="positions")
+        positions = _positions(positions, check("B T", tokens, name="tokens"))
         return (
             _FAMILIES[self.config.arch]
             .Embed(self.config)
@@ -69,7 +72,7 @@ class Decoder:
         self,
         block: Params,
         x: jax.Array,  # [B, T, D]
-        positions: jax.Array,  # [B, T] int32
+        positions: jax.Array | None,  # [B, T] int32; None: 0 .. T - 1
         attend: Attend,
         rotate: bool = True,
     ) -> tuple[jax.Array, Any]:
@@ -78,13 +81,15 @@ class Decoder:
         block: the layer's parameters, an entry of `params["blocks"]`.
         `attend(q [B, T, N, H], k [B, T, K, H], v [B, T, K, H]) -> (out [B, T, N, H], aux)`. It is
         called once. q and k carry their positions (rotated, but for opt); with rotate=False they
-        are as they were before their rotation. q is not scaled: `attend` multiplies logits by
-        H ** -0.5. Raises ValueError where x, positions or the output of `attend` have the wrong
-        shape.
+        are as they were before their rotation, times its gain: `cache_rotation` is what is left to
+        do. q is not scaled: `attend` multiplies logits by H ** -0.5. Raises ValueError where x,
+        positions or the output of `attend` have the wrong shape.
         """
         c = self.config
         sizes = check("B T D", x, {"D": c.d_model}, name="x")
-        check("B T", positions, sizes, name="positions")
+        positions = _positions(positions, sizes)[:, :, None]
+        turn = functools.partial(rope.rotate, positions=positions) if rotate else rope.apply_gain
+        turn = functools.partial(turn, rotation=self.rotation)
         expected = {**sizes, "N": c.n_heads, "H": c.head_dim}
 
         def checked(q, k, v):
@@ -92,8 +97,7 @@ class Decoder:
             check("B T N H", out, expected, name="output of attend")
             return out, aux
 
-        module = _FAMILIES[c.arch].Block(c, rotate=rotate)
-        return module.apply({"params": block}, x, positions, checked)
+        return _FAMILIES[c.arch].Block(c).apply({"params": block}, x, turn, checked)
 
     def unembed(self, params: Params, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> logits [B, T, V] float32."""
@@ -124,14 +128,15 @@ class Decoder:
         return total
 
     @property
-    def rotary_angles(self) -> tuple[float, ...]:
-        """Radians per position of each pair (c, c + rotary_dims / 2) of key channels; or ()."""
+    def rotation(self) -> rope.Rotation:
+        """How `block` rotates q and k; it has no angles for opt."""
         c = self.config
-        return (
-            tuple(inverse_frequencies(c.rotary_dims, c.rope_theta, c.rope_scaling).tolist())
-            if c.rotary_dims
-            else ()
-        )
+        return rope.Rotation.of(c.rotary_dims, c.rope_theta, c.max_positions, c.rope_scaling)
+
+    @property
+    def cache_rotation(self) -> rope.Rotation:
+        """What is left of `rotation` for q and k of `block(rotate=False)`, which have the gain."""
+        return dataclasses.replace(self.rotation, gain=1.0)
 
     def kv_bytes_per_token(self, element_bytes: int = 2) -> int:
         """Bytes of K and V of one token over all layers: 2 L K H element_bytes."""
@@ -167,6 +172,14 @@ class Decoder:
         return params["embed"]["tokens"]["table"] if self.config.tie_embeddings else None
 
 
+def _positions(positions: jax.Array | None, sizes: dict[str, int]) -> jax.Array:
+    """positions [B, T], checked; without them [1, T]: 0 .. T - 1."""
+    if positions is None:
+        return jnp.arange(sizes["T"], dtype=jnp.int32)[None]
+    check("B T", positions, sizes, name="positions")
+    return positions
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _init_embed(config: ModelConfig, dtype: Any, key: jax.Array) -> Params:
     index = jnp.zeros((1, 1), jnp.int32)
@@ -175,11 +188,11 @@ def _init_embed(config: ModelConfig, dtype: Any, key: jax.Array) -> Params:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _init_block(config: ModelConfig, dtype: Any, key: jax.Array) -> Params:
-    x, index = jnp.zeros((1, 1, config.d_model), dtype), jnp.zeros((1, 1), jnp.int32)
+    x = jnp.zeros((1, 1, config.d_model), dtype)
     return (
         _FAMILIES[config.arch]
         .Block(config, dtype)
-        .init(key, x, index, lambda q, k, v: (q, ()))["params"]
+        .init(key, x, lambda y: y, lambda q, k, v: (q, ()))["params"]
     )
 
 

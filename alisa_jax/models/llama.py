@@ -7,8 +7,8 @@ rotated.
     x = x + o(attend(rotate(q(n)), rotate(k(n)), v(n)))        n = RMSNorm(x)
     x = x + down(act(gate(n)) * up(n))                         n = RMSNorm(x)
 
-Three modules that hold parameters and nothing else. The block hands q, k and v to `attend` and
-knows nothing of caches; q is not scaled.
+Three modules that hold parameters and nothing else. The block is given `rotate` and `attend` and
+knows neither positions nor caches; q is not scaled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.layers import DType, Head, Linear, RMSNorm, Table, activation
-from alisa_jax.ops.rope import rotate
 
 
 class Embed(nn.Module):
@@ -39,10 +38,9 @@ class Block(nn.Module):
 
     config: ModelConfig
     param_dtype: DType = jnp.float32
-    rotate: bool = True  # False: q and k before their rotation
 
     @nn.compact
-    def __call__(self, x: jax.Array, positions: jax.Array, attend):
+    def __call__(self, x: jax.Array, rotate, attend):
         c, dtype = self.config, self.param_dtype
         B, T, _ = x.shape
         residual = (2 * c.n_layers) ** -0.5
@@ -58,7 +56,7 @@ class Block(nn.Module):
             y = heads(name, count)
             if c.qk_norm:
                 y = RMSNorm(c.norm_eps, dtype, name=f"{name}_norm")(y)
-            return rotate(y, positions if self.rotate else None, c.rope_theta, c.rope_scaling)
+            return rotate(y)
 
         n = RMSNorm(c.norm_eps, dtype, name="attn_norm")(x)
         q = placed("q", c.n_heads)

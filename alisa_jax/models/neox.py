@@ -7,8 +7,8 @@ With sequential residuals m is LayerNorm(x + a). `rotate` turns the leading `rot
 of each head and leaves the others as they are. Checkpoints hold q, k and v as one matrix; here they
 are three, as in the other families.
 
-Three modules that hold parameters and nothing else. The block hands q, k and v to `attend` and
-knows nothing of caches; q is not scaled.
+Three modules that hold parameters and nothing else. The block is given `rotate` and `attend` and
+knows neither positions nor caches; q is not scaled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.layers import DType, Head, LayerNorm, Linear, Table, activation
-from alisa_jax.ops.rope import rotate
 
 
 class Embed(nn.Module):
@@ -39,10 +38,9 @@ class Block(nn.Module):
 
     config: ModelConfig
     param_dtype: DType = jnp.float32
-    rotate: bool = True  # False: q and k before their rotation
 
     @nn.compact
-    def __call__(self, x: jax.Array, positions: jax.Array, attend):
+    def __call__(self, x: jax.Array, rotate, attend):
         c, dtype = self.config, self.param_dtype
         B, T, D = x.shape
         residual = (2 * c.n_layers) ** -0.5
@@ -54,12 +52,9 @@ class Block(nn.Module):
             return linear(name, D, c.attention_bias)(n).reshape(B, T, c.n_heads, c.head_dim)
 
         n = LayerNorm(c.norm_eps, dtype, name="attn_norm")(x)
-        q = heads("q")
-        k = heads("k")
+        q = rotate(heads("q"))
+        k = rotate(heads("k"))
         v = heads("v")
-        at = positions if self.rotate else None
-        q = rotate(q, at, c.rope_theta, c.rope_scaling, c.rotary_dims)
-        k = rotate(k, at, c.rope_theta, c.rope_scaling, c.rotary_dims)
         out, aux = attend(q, k, v)
         a = linear("o", D, c.attention_bias, residual)(out.reshape(B, T, D))
 

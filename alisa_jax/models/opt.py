@@ -41,14 +41,13 @@ class Embed(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x [B, T, D] -> ([B, T, D], aux of attend); positions are in x already."""
+    """One layer: x [B, T, D] -> ([B, T, D], aux of attend). Positions are in x: nothing is rotated."""
 
     config: ModelConfig
     param_dtype: DType = jnp.float32
-    rotate: bool = True  # of no effect: positions are in x
 
     @nn.compact
-    def __call__(self, x: jax.Array, positions: jax.Array, attend):
+    def __call__(self, x: jax.Array, rotate, attend):
         c, dtype = self.config, self.param_dtype
         B, T, D = x.shape
         residual = (2 * c.n_layers) ** -0.5

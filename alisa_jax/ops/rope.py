@@ -8,10 +8,9 @@ is paired with channel i of their second half, and the pair is rotated by
 Angles, sines and the rotation itself are float32: a bfloat16 position is wrong by whole tokens
 beyond 256.
 
-`rotate` serves models, by theta; `turned` serves caches, by the angles of a `Rotation`. A rotary
-model makes logits from differences of positions alone. Keys that are stored before their rotation
-can thus be placed anew at every step (StreamingLLM), and are quantised without the rotation that
-mixes their channels (SKVQ).
+A rotary model makes logits from differences of positions alone. Keys that are stored before their
+rotation can thus be placed anew at every step (StreamingLLM), and are quantised without the
+rotation that mixes their channels (SKVQ).
 """
 
 from __future__ import annotations
@@ -119,41 +118,24 @@ def _ramp(dims: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     return (np.arange(dims // 2) - first) / ((last - first) or 0.001)
 
 
-def rotate(
-    x: jax.Array,  # [B, T, N, H]
-    positions: jax.Array | None,  # [B, T] int32; None: not rotated yet
-    theta: float,
-    scaling: RopeScaling | None = None,
-    dims: int | None = None,  # R; None: all H channels
-) -> jax.Array:
-    """x with its leading `dims` channels rotated by its positions: [B, T, N, H] in the type of x.
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """How a model rotates q and k: channels c and c + len(angles) by angles[c] radians a position.
 
-    Worked in float32. They are multiplied by the scaling's `attention_factor` as well, and without
-    positions that is all, so that `turned` need not know of it.
+    Channels beyond the pairs stay as they are.
     """
-    dims = x.shape[-1] if dims is None else dims
-    gain = 1.0 if scaling is None else scaling.attention_factor
-    if positions is None and gain == 1:
-        return x
-    head = x[..., :dims].astype(jnp.float32)
-    if positions is None:
-        return jnp.concatenate([(head * gain).astype(x.dtype), x[..., dims:]], axis=-1)
-    freq = jnp.asarray(inverse_frequencies(dims, theta, scaling), jnp.float32)
-    angle = positions.astype(jnp.float32)[:, :, None, None] * freq[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    if gain != 1:
-        cos = gain * cos
-        sin = gain * sin
-    first, second = jnp.split(head, 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([turned.astype(x.dtype), x[..., dims:]], axis=-1)
-
-
-class Rotation(NamedTuple):
-    """How a model rotates keys: channels c, c + len(angles) by angles[c] radians a position."""
 
     angles: tuple[float, ...]
     positions: int  # of the longest context
+    gain: float = 1.0  # multiplies rotated channels: `RopeScaling.attention_factor`
+
+    @classmethod
+    def of(
+        cls, dims: int, theta: float, positions: int, scaling: RopeScaling | None = None
+    ) -> Rotation:
+        """The rotation of the leading `dims` channels by powers of `theta`."""
+        angles = tuple(inverse_frequencies(dims, theta, scaling).tolist())
+        return cls(angles, positions, 1.0 if scaling is None else scaling.attention_factor)
 
 
 NO_ROTATION = Rotation((), 0)
@@ -166,24 +148,37 @@ class Turn(NamedTuple):
     rotation: Rotation
 
 
-def turned(x: jax.Array, places: jax.Array, rotation: Rotation) -> jax.Array:
-    """x [..., H] rotated to places [...] int32.
+def rotate(x: jax.Array, positions: jax.Array, rotation: Rotation) -> jax.Array:
+    """x [..., H] rotated to `positions` [...] int32: [..., H] in the type of x.
 
-    Pair (c, c + R / 2) of the leading R channels is rotated by places * angles[c], in float32 as in
-    `rotate`; the result has the type of x.
+    Axes of positions are as long as those of x, or 1. Worked in float32.
     """
     half = len(rotation.angles)
     if not half:
         return x
-    cos, sin = sines(places, rotation)
-    wide = x.astype(jnp.float32)
-    first, second = wide[..., :half], wide[..., half : 2 * half]
-    pieces = [first * cos - second * sin, second * cos + first * sin, wide[..., 2 * half :]]
-    return jnp.concatenate(pieces, axis=-1).astype(x.dtype)
+    cos, sin = sines(positions, rotation)
+    first = x[..., :half].astype(jnp.float32)
+    second = x[..., half : 2 * half].astype(jnp.float32)
+    pieces = [first * cos - second * sin, second * cos + first * sin]
+    pieces = [piece.astype(x.dtype) for piece in pieces]
+    return jnp.concatenate([*pieces, x[..., 2 * half :]], axis=-1)
 
 
-def sines(places: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of each pair's angle at places [...] int32: [..., R / 2] float32 each."""
-    angles = jnp.asarray(rotation.angles, jnp.float32).reshape((1,) * places.ndim + (-1,))
-    angle = places.astype(jnp.float32)[..., None] * angles
-    return jnp.cos(angle), jnp.sin(angle)
+def sines(positions: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of each pair's angle at positions [...], times the gain.
+
+    Both [..., R / 2] float32.
+    """
+    angles = np.asarray(rotation.angles, np.float32).reshape((1,) * positions.ndim + (-1,))
+    angle = positions.astype(jnp.float32)[..., None] * angles
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return (cos, sin) if rotation.gain == 1 else (rotation.gain * cos, rotation.gain * sin)
+
+
+def apply_gain(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """x [..., H] with the gain of `rotation` and nothing else of it: position 0."""
+    R = 2 * len(rotation.angles)
+    if not R or rotation.gain == 1:
+        return x
+    head = x[..., :R].astype(jnp.float32) * rotation.gain
+    return jnp.concatenate([head.astype(x.dtype), x[..., R:]], axis=-1)

@@ -37,8 +37,7 @@ def initial_params(decoder: Decoder, key: jax.Array):
     quick = jnp.where(fastest, 1.0, 0.0)
     # After the norm a token has about (D / 2) ** 0.5 along `shared`: one apart, the logit is PREVIOUS_TOKEN_LOGIT.
     quick = quick * (2 * PREVIOUS_TOKEN_LOGIT * c.head_dim**0.5 / c.d_model / jnp.sum(quick)) ** 0.5
-    one = jnp.ones((1, 1), jnp.int32)
-    later = rotate(quick[None, None, None, :], one, c.rope_theta, c.rope_scaling)
+    later = rotate(quick[None], jnp.ones((1,), jnp.int32), decoder.rotation)
     half = max(1, c.n_kv_heads // 2)
     q, k = jnp.tile(quick, half * groups), jnp.tile(later.ravel(), half)
     for name, vector in (("q", q), ("k", k)):
@@ -82,10 +81,9 @@ def causal_attend(q: jax.Array, k: jax.Array, v: jax.Array):
 
 def token_losses(decoder: Decoder, params: Any, tokens: jax.Array):
     """(nats [B, T-1] of tokens 1.. given what precedes them, whether argmax hits them [B, T-1] bool)."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
-    x = decoder.embed(params, tokens, positions)
-    for layer in range(decoder.config.n_layers):
-        x, _ = decoder.block(params["blocks"][layer], x, positions, causal_attend)
+    x = decoder.embed(params, tokens)
+    for block in params["blocks"]:
+        x, _ = decoder.block(block, x, None, causal_attend)
     logits = decoder.unembed(params, x[:, :-1])
     targets = tokens[:, 1:]
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -8,7 +8,6 @@ import pytest
 import alisa_jax
 from alisa_jax.engine import prompts
 from alisa_jax.engine.batch import Batch
-from alisa_jax.ops.rope import Rotation, rotate, turned
 from alisa_jax.policies import Dense
 
 LENGTHS = (21, 9, 24)  # of prompts; with what follows they fill a context bucket
@@ -104,15 +103,6 @@ def test_every_codec_takes_keys_before_their_rotation(random_model, texts, codec
     exact = alisa_jax.Engine(model, "dense").score(texts, "prefill_mask")
     error = max(np.abs(a - b).mean() for a, b in zip(decoded.logprobs, exact.logprobs, strict=True))
     assert 1e-6 < error < 0.2
-
-
-def test_keys_are_turned_as_the_model_turns_them():
-    rng = np.random.default_rng(6)
-    x = rng.normal(size=(2, 5, 3, 8)).astype(np.float32)
-    at = rng.integers(0, 900, (2, 5)).astype(np.int32)
-    angles = tuple((100.0 ** (-np.arange(0, 6, 2) / 6)).tolist())
-    found = turned(x, np.broadcast_to(at[..., None], x.shape[:3]), Rotation(angles, 900))
-    np.testing.assert_allclose(found, rotate(x, at, 100.0, None, 6), atol=2e-6)
 
 
 def test_a_batch_of_prompts_is_fed_as_it_is_unless_a_layer_chooses(random_model, texts):

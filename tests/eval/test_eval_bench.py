@@ -328,7 +328,7 @@ def test_a_trace_reaches_longer_contexts_by_slower_rotations_alone():
     model = tiny(LLAMA)
     longer = models.stretched(model, 200)
     assert longer.decoder.config.max_positions == 200 and models.stretched(model, 96) is model
-    assert longer.decoder.rotary_angles == pytest.approx([angle / 3 for angle in model.decoder.rotary_angles])
+    assert longer.decoder.rotation.angles == pytest.approx([angle / 3 for angle in model.decoder.rotation.angles])
     with pytest.raises(common.UserError, match="--trace: tiny reads 96 tokens at most, and 200 are asked for"):
         models.stretched(tiny(OPT), 200)
 

@@ -21,10 +21,9 @@ def causal(q, k, v):
 
 def forward(decoder, params, tokens):
     """tokens [B, T] int32 -> logits [B, T, V]."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    x = decoder.embed(params, tokens, positions)
-    for layer in range(decoder.config.n_layers):
-        x, _ = decoder.block(params["blocks"][layer], x, positions, causal)
+    x = decoder.embed(params, tokens)
+    for block in params["blocks"]:
+        x, _ = decoder.block(block, x, None, causal)
     return decoder.unembed(params, x)
 
 

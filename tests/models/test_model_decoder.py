@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jax.experimental import io_callback
 
 from alisa_jax.models import Decoder, ModelConfig, RopeScaling
 from alisa_jax.models.layers import LayerNorm, RMSNorm
-from alisa_jax.ops.rope import inverse_frequencies, rotate
+from alisa_jax.ops.rope import rotate
 
 LLAMA = ModelConfig(
     arch="llama",
@@ -222,27 +221,6 @@ def test_layer_norm_equals_float64():
     np.testing.assert_allclose(LayerNorm(1e-3).apply({"params": weights}, jnp.float32(x)), want, rtol=1e-4, atol=1e-5)
 
 
-def test_rotation_is_a_product_of_complex_numbers():
-    x, positions = rows((2, 5, 3, 14)), np.array([[0, 1, 2, 3, 4], [11, 13, 17, 19, 500]], np.int32)
-    turn = np.exp(1j * positions[:, :, None, None] * 700.0 ** (-np.arange(7) / 7))
-    want = (x[..., :7] + 1j * x[..., 7:]) * turn
-    got = np.asarray(rotate(jnp.float32(x), jnp.asarray(positions), 700.0))
-    np.testing.assert_allclose(got, np.concatenate([want.real, want.imag], -1), atol=2e-4)
-    np.testing.assert_array_equal(got[0, 0], np.float32(x)[0, 0])  # position 0 turns nothing
-
-
-def test_partial_rotation_turns_the_leading_channels_alone():
-    """Against the rotation of the leading part by itself, and channel pairs against plane rotations in float64."""
-    x, positions = rows((2, 5, 3, 14)), np.array([[0, 1, 2, 3, 4], [11, 13, 17, 19, 50]], np.int32)
-    got = np.asarray(rotate(jnp.float32(x), jnp.asarray(positions), 700.0, dims=6))
-    np.testing.assert_array_equal(got[..., 6:], np.float32(x)[..., 6:])
-    for c in range(3):  # pairs are (c, c + dims / 2)
-        angle = positions[:, :, None] * 700.0 ** (-2 * c / 6)
-        a, b = x[..., c], x[..., c + 3]
-        np.testing.assert_allclose(got[..., c], a * np.cos(angle) - b * np.sin(angle), atol=2e-5)
-        np.testing.assert_allclose(got[..., c + 3], b * np.cos(angle) + a * np.sin(angle), atol=2e-5)
-
-
 def test_rotary_dims_are_the_channels_that_positions_change(decoder, params, causal_attend):
     c = decoder.config
     assert c.rotary_dims == {"llama": 14, "opt": 0, "gpt_neox": 4}[c.arch]
@@ -252,44 +230,24 @@ def test_rotary_dims_are_the_channels_that_positions_change(decoder, params, cau
     np.testing.assert_array_equal(np.abs(keys[0] - keys[1]).max(axis=0) > 1e-6, np.arange(c.head_dim) < c.rotary_dims)
 
 
-def test_rotated_logits_depend_on_the_distance_alone():
-    q, k = rows((1, 1, 1, 22), seed=1), rows((1, 1, 1, 22), seed=2)
+@pytest.mark.parametrize("config", [LLAMA, NEOX], ids=lambda c: c.arch)
+def test_the_cache_does_the_rest_of_a_rotation_and_none_of_its_gain(config, random_params):
+    """Under YaRN, whose gain is the model's part; positions that are not given are 0 .. T - 1."""
+    yarn = RopeScaling("yarn", 4.0, original_max_positions=24, attention_factor=1.25)
+    decoder = Decoder(dataclasses.replace(config, rope_scaling=yarn))
+    block, x = random_params(decoder.config)["blocks"][0], jnp.float32(rows((2, 7, config.d_model)))
+    attend = lambda q, k, v: (q, (q, k))
 
-    def logit(query_position, key_position):
-        place = lambda p: jnp.asarray([[p]], jnp.int32)
-        a = rotate(jnp.float32(q), place(query_position), 1e4)
-        b = rotate(jnp.float32(k), place(key_position), 1e4)
-        return float(jnp.sum(a * b))
+    @jax.jit
+    def both(block, x):
+        at = jnp.broadcast_to(jnp.arange(7, dtype=jnp.int32)[None], (2, 7))
+        later = decoder.block(block, x, None, attend, rotate=False)[1]
+        rotated = [rotate(y, at[:, :, None], decoder.cache_rotation) for y in later]
+        return decoder.block(block, x, at, attend)[1], decoder.block(block, x, None, attend)[1], rotated
 
-    assert logit(107, 96) == pytest.approx(logit(11, 0), abs=1e-4)
-    assert abs(logit(11, 0) - logit(12, 0)) > 1e-3
-
-
-def test_llama3_scaling_leaves_fast_frequencies_and_divides_slow_ones():
-    """The rule of the released model, wavelength by wavelength."""
-    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
-    plain, scaled = inverse_frequencies(128, 5e5), inverse_frequencies(128, 5e5, scaling)
-    kinds = set()
-    for before, after in zip(plain, scaled, strict=True):
-        wavelength = 2 * math.pi / before
-        if wavelength < 8192 / 4:
-            kinds.add("fast")
-            want = before
-        elif wavelength > 8192:
-            kinds.add("slow")
-            want = before / 8
-        else:
-            kinds.add("between")
-            share = (8192 / wavelength - 1) / (4 - 1)
-            want = (1 - share) * before / 8 + share * before
-        assert after == pytest.approx(want, rel=1e-12)
-    assert kinds == {"fast", "slow", "between"}
-
-
-def test_linear_scaling_is_a_division_of_positions():
-    np.testing.assert_allclose(
-        inverse_frequencies(22, 1e4, RopeScaling("linear", 4.0)), inverse_frequencies(22, 1e4) / 4
-    )
+    for want, same, got in zip(*both(block, x), strict=True):
+        np.testing.assert_array_equal(same, want)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

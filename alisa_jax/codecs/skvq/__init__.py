@@ -49,7 +49,7 @@ from alisa_jax.codecs.recent import Reach, Recent
 from alisa_jax.codecs.skvq.bits import PARAMS, GroupBits, Rows
 from alisa_jax.codecs.skvq.groups import SPANS, Groups
 from alisa_jax.ops import rows
-from alisa_jax.ops.rope import turned
+from alisa_jax.ops.rope import rotate
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class SlidingCodec(Codec):
         if turn is not None:
             places = jnp.broadcast_to(turn.places, (*recent.slot.shape[:2], turn.places.shape[2]))
             places = jnp.take_along_axis(places, jnp.maximum(recent.slot, 0), axis=-1)
-            x = turned(x, places, turn.rotation)
+            x = rotate(x, places, turn.rotation)
         return _at_slots(z, recent.slot).set(jnp.swapaxes(self.raw.logits(q, x), 2, 3), mode="drop")
 
     def mix(self, p, v):

@@ -168,7 +168,7 @@ def _spread(x: jax.Array, group: jax.Array) -> jax.Array:
 
 
 def _turned(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """As `rope.turned`, x [..., H] float32 by angles [..., R / 2] whose axes broadcast.
+    """As `rope.rotate`, x [..., H] float32 by angles [..., R / 2] whose axes broadcast.
 
     Two products of full width, behind a barrier: else the compiler, on a CPU, would compute values
     and sines again for every head and half.
