@@ -3,9 +3,8 @@
     def see(layer, maps, length): print(layer, maps.weights.shape)
     logprobs = attentions(Engine(model, "swa(kv_sparsity=0.8)"), ["some text"], see)
 
-The run is that of `Engine.score(protocol="prefill_mask")`, with one compiled function for all
-layers of one policy; between two layers only the hidden states stay, so one layer's maps are held
-at a time.
+The run is that of `Engine.score(protocol="prefill_mask")`, layer by layer (`layerwise`), so one
+layer's maps are held at a time.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from alisa_jax.analysis import layerwise
 from alisa_jax.attention import maps
 from alisa_jax.attention.maps import Maps
 from alisa_jax.engine import step
@@ -41,31 +40,16 @@ def attentions(engine, sequences, see: Callable[[int, Maps, np.ndarray], None]) 
             f"maps are of keys that carry their positions; {engine.policy} with {engine.codec} "
             "places them anew"
         )
-    decoder = engine.model.decoder
-    params = engine.model.params
     tokens = batch.padded(bucket(T))
-    x, at = _embed(decoder, _without_blocks(params), tokens)
-    for layer, (spec, block) in enumerate(zip(engine.layers, params["blocks"], strict=True)):
-        x, found = _layer(decoder, spec, block, x, at)
+
+    def shown(layer, found):
         see(layer, Maps(*(np.asarray(one)[:, :, :T, :T] for one in found)), length)
+
+    x = layerwise.run(engine.model, tokens, maps.maps, engine.layers, shown)
     targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    logprobs = np.asarray(_judge(decoder, _without_blocks(params), x, targets))
+    ends = {name: engine.model.params[name] for name in ("embed", "unembed")}
+    logprobs = np.asarray(_judge(engine.model.decoder, ends, x, targets))
     return [row[: n - 1] for row, n in zip(logprobs, length, strict=True)]
-
-
-def _without_blocks(params) -> dict:
-    return {name: part for name, part in params.items() if name != "blocks"}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(decoder, params, tokens):
-    at = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    return decoder.embed(params, tokens, at), at
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _layer(decoder, spec, block, x, at) -> tuple[jax.Array, Maps]:
-    return decoder.block(block, x, at, functools.partial(maps.maps, spec))
 
 
 @functools.partial(jax.jit, static_argnums=0)

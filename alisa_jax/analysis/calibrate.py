@@ -5,18 +5,17 @@
 
 Every block counts alike: least and greatest values are those of all blocks, sums grow over all of
 them and are divided once. (In the authors' code of Double Sparsity the mean of |q k| is that of the
-last batch alone.) Between two layers only the hidden states of one batch stay.
+last batch alone.)
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from alisa_jax.analysis import layerwise
 from alisa_jax.attention import compute, turned_prompt
 from alisa_jax.calibration import Calibration
 from alisa_jax.engine.batch import Batch
@@ -57,36 +56,22 @@ def calibrate(model, blocks, batch: int = 8, data: str = "", progress: bool = Fa
 
 def _look(model, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """Least and greatest values and sums over a batch of blocks, float64 [L, heads, H]."""
-    decoder, params = model.decoder, model.params
-    x, at = _embed(
-        decoder, {name: part for name, part in params.items() if name != "blocks"}, tokens
+    layers: list[dict[str, jax.Array]] = []
+    rotations = [model.decoder.cache_rotation] * model.decoder.config.n_layers
+    layerwise.run(
+        model, tokens, _attend, rotations, lambda _, found: layers.append(found), rotate=False
     )
-    layers = []
-    for block in params["blocks"]:
-        x, found = _layer(decoder, block, x, at)
-        layers.append(found)
     return {
         name: np.stack([np.asarray(layer[name], np.float64) for layer in layers])
         for name in layers[0]
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(decoder, params, tokens):
-    at = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    return decoder.embed(params, tokens, at), at
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _layer(decoder, block, x, at) -> tuple[jax.Array, dict[str, jax.Array]]:
-    rotation = decoder.cache_rotation
-
-    def look(q, k, v):
-        seen_q, seen_k = turned_prompt(q, rotation), turned_prompt(k, rotation)
-        out = compute.causal(seen_q, seen_k, v, jnp.full(q.shape[:1], q.shape[1], jnp.int32))
-        return out, _statistics(q, k, v, seen_q, seen_k)
-
-    return decoder.block(block, x, at, look, rotate=False)
+def _attend(rotation, q, k, v) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Dense attention over projected q, k and v, and their statistics."""
+    seen_q, seen_k = turned_prompt(q, rotation), turned_prompt(k, rotation)
+    out = compute.causal(seen_q, seen_k, v, jnp.full(q.shape[:1], q.shape[1], jnp.int32))
+    return out, _statistics(q, k, v, seen_q, seen_k)
 
 
 def _statistics(q, k, v, seen_q, seen_k) -> dict[str, jax.Array]:

@@ -41,7 +41,7 @@ class Embed(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x [B, T, D] -> ([B, T, D], aux of attend). Positions are in x: nothing is rotated."""
+    """One layer: x [B, T, D] -> ([B, T, D], aux of attend); x has positions, nothing is rotated."""
 
     config: ModelConfig
     param_dtype: DType = jnp.float32

@@ -11,8 +11,8 @@ import alisa_jax
 from alisa_jax import codecs
 from alisa_jax.analysis.attention_maps import attentions
 from alisa_jax.attention import maps
-from alisa_jax.models import Decoder, Model, ModelConfig
 from alisa_jax.kv.state import LayerSpec
+from alisa_jax.models import Decoder, Model, ModelConfig
 from alisa_jax.policies import parse
 from tests import oracle, replay
 
