@@ -45,5 +45,5 @@ def test_a_pass_is_block_after_block_and_alike_layers_share_a_program(model, rot
     want = decoder.embed(model.params, jnp.asarray(TOKENS), at)
     for spec, block, got in zip(SPECS, model.params["blocks"], found, strict=True):
         want, k = decoder.block(block, want, at, lambda q, k, v, spec=spec: (spec * q, k), rotate=rotated)
-        np.testing.assert_allclose(got, k, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(x, want, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got, k, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(x, want, rtol=1e-5, atol=1e-4)
