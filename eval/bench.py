@@ -24,7 +24,6 @@ idle machine (torch suffers most from other load); `load_before` records the loa
 measured as a whole, and taken from --out as a whole.
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,13 +33,12 @@ from tqdm import tqdm
 
 from eval.script import common, inputs
 from eval.script.common import UserError
+from eval.script.machine import load as load_before
 from eval.speed import cells as bench_cells
 from eval.speed import gates, limits, peers, rounds
 from eval.speed.cells import NAMES, SUITES, Cell, System
 from eval.speed.limits import Rates
 from eval.text import windows
-
-BUSY = 0.7  # of the load average over a minute
 
 
 def config(argv: Sequence[str]) -> flags.FlagValues:
@@ -109,7 +107,7 @@ def main(argv: Sequence[str], measure_rates: Callable = limits.rates) -> None:
             reused += 1
             records += old
             continue
-        load = _load() if machine is None else load
+        load = load_before() if machine is None else load
         machine = machine or measured_rates(measure_rates, known)
         common.say(f"{cell.title}: {', '.join(systems)}")
         began = time.perf_counter()
@@ -124,14 +122,6 @@ def main(argv: Sequence[str], measure_rates: Callable = limits.rates) -> None:
     if reused:
         common.say(f"{reused} of {len(cells)} cells were already in {values.out}; --rerun measures them again")
     common.emit(records, gates.text(records), values.json)
-
-
-def _load() -> float:
-    """How many threads were busy on this machine in the last minute, on average; says so where times will suffer."""
-    load = os.getloadavg()[0]
-    if load > BUSY:
-        common.say(f"other programs are running (load {load:.1f}): times are of no use, those of torch least of all")
-    return load
 
 
 def measured_rates(measure: Callable, known: bool) -> Rates:

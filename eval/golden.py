@@ -23,9 +23,7 @@ What else may differ stands in `EXCEPTIONS` of `eval/quality/golden_compare.py`,
 when anything differs.
 """
 
-import hashlib
 import os
-import platform
 import random
 import sys
 import time
@@ -41,7 +39,7 @@ from alisa_jax import records
 from eval.quality import golden_cells
 from eval.quality.golden_cells import Cell
 from eval.quality.golden_compare import Compared, compare, summary
-from eval.script import common, inputs
+from eval.script import common, inputs, machine
 from eval.script.common import UserError
 
 EXIT_DIFFERS = 1
@@ -156,23 +154,11 @@ def sample(cells: Sequence[Cell], n: int, seed: int) -> list[Cell]:
 # Where a record was made.
 
 
-def processor() -> str:
-    """Name, family, model and stepping of the processor, and a hash of what it says it can do."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    first = dict(map(str.strip, line.split(":", 1)) for line in text.split("\n\n")[0].splitlines() if ":" in line)
-    can = hashlib.sha256(" ".join(sorted(first.get("flags", "").split())).encode()).hexdigest()[:8]
-    number = "/".join(first.get(key, "?") for key in ("cpu family", "model", "stepping"))
-    return f"{first.get('model name', platform.machine())} {number} {can}"
-
-
 def settings() -> dict:
     """Fields of a record beside `records.environment` that say what its bits depend on."""
     names = ("jax_disable_most_optimizations", "jax_enable_x64", "jax_default_matmul_precision")
     return {
-        "processor": processor(),
+        "processor": machine.processor(),
         "xla_flags": " ".join(sorted(os.environ.get("XLA_FLAGS", "").split())),
         "jax_settings": {name: jax.config.values.get(name) for name in names},
         "numpy": np.__version__,
