@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,12 +21,12 @@ UNFINISHED = ("stopped", "skipped")
 CODE = ("alisa_jax", "pallas_kernels", "eval/card", "eval/speed")
 
 
-def code() -> str:
+def code(root: Path = ROOT, folders: Sequence[str] = CODE) -> str:
     """A hash of all Python files that the numbers depend on: a checkout without git tells versions apart by it."""
     digest = hashlib.sha256()
-    for folder in CODE:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(f"{path.relative_to(ROOT).as_posix()}\n".encode() + path.read_bytes())
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
