@@ -10,6 +10,7 @@ import functools
 import gc
 import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -104,3 +105,5 @@ def _step(decoder, params, kv, token):
 
 if __name__ == "__main__":
     main(sys.argv)
+    sys.stdout.flush()
+    os._exit(0)  # in the end of the interpreter, a thread of XLA that lets go of the GIL can crash Python 3.12
