@@ -26,5 +26,5 @@ def load() -> float:
     """How many threads were busy on this machine in the last minute, on average; says so where times will suffer."""
     found = os.getloadavg()[0]
     if found > BUSY:
-        common.say(f"other programs are running (load {found:.1f}): times are of no use, those of torch least of all")
+        common.say(f"other programs are running (load {found:.1f}): times are of no use")
     return found
