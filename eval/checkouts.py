@@ -177,6 +177,10 @@ def run(values, roots: Mapping[str, Path], fields: Mapping, results, done: dict[
             which = tuple(CELLS[name] for name in values.cells)
             records = measure(roots[side], Job(which, values.batch, values.context, values.steps, values.seed, asked))
             took = time.monotonic() - start
+            if code(roots[side], CODE) != fields[f"{side}_code"]:
+                raise UserError(
+                    f"the files of {roots[side]} changed while they were measured: this process is not kept"
+                )
             for record in records:
                 record |= {"run": now, "load_before": load, "process_s": took}
                 got[side, f"{record['model']}/{record['row']}"] = record

@@ -44,6 +44,7 @@ def setup(other, tmp_path, capsys, monkeypatch):
     clock = SimpleNamespace(s=0.0)
     one = SimpleNamespace(asked=[], values=lambda pair, side: {}, stop_at=None, clock=clock, out=tmp_path / "out.jsonl")
     monkeypatch.setattr(checkouts, "time", SimpleNamespace(monotonic=lambda: clock.s))
+    monkeypatch.setattr(checkouts, "code", lambda root, folders: "as it was")
 
     def measure(root, job):
         pair, side = job.fields["pair"], job.fields["side"]
@@ -66,6 +67,7 @@ def setup(other, tmp_path, capsys, monkeypatch):
 
 
 def lines(path):
+    """The records of a file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -127,6 +129,15 @@ def test_pairs_of_another_code_or_machine_are_not_taken(setup, what, monkeypatch
         monkeypatch.setattr(checkouts, "code", lambda root, _: "one" if root == checkouts.ROOT else "two")
     setup.call("--pairs=1")
     assert setup.asked == pairs(0)
+
+
+def test_a_process_in_whose_time_the_files_of_its_checkout_changed_is_not_kept(setup, monkeypatch):
+    hashes = lambda root, _: "edited" if root == checkouts.ROOT and len(setup.asked) == 4 else "as it was"
+    monkeypatch.setattr(checkouts, "code", hashes)
+    code, rows, err = setup.call("--pairs=2")
+    assert (code, rows) == (common.EXIT_MISTAKE, [])
+    assert err.splitlines()[-1].startswith(f"error: the files of {checkouts.ROOT} changed while they")
+    assert [(r["pair"], r["side"]) for r in lines(setup.out)][:: len(TWO)] == pairs(0, 1)[:3]
 
 
 def test_no_pair_begins_that_would_not_end_in_time_and_the_command_that_goes_on_is_told(setup):
