@@ -1,7 +1,7 @@
 """The speed of this checkout against another one of this project: decode steps, in pairs of processes.
 
     git worktree add ../before COMMIT
-    python -m eval.checkouts --other=../before --out=checkouts.jsonl            on 2 idle CPU cores about 40 minutes
+    python -m eval.checkouts --other=../before --out=checkouts.jsonl            5 minutes of processor time a pair
     python -m eval.checkouts --other=../before --out=checkouts.jsonl --pairs=2 --cells=bundled/dense,bundled/swa-int8
 
 A cell is a model and a row of the suite decode of `eval.bench`. In each, one process measures one checkout: it fills the
