@@ -33,7 +33,7 @@ PACKAGES = ("alisa_jax", "pallas_kernels")
 LEFT_OUT = ("alisa_jax.policies", "alisa_jax.axes")
 SHARED = MappingProxyType({"ops": "alisa_jax.ops", "codec": "alisa_jax.codecs"})  # rooms of several modules: packages
 BLOCK = ("alisa_jax.models.decoder", "Decoder.block")  # module and name of a function
-EXCHANGES = "alisa_jax.attention.exchange"  # module of the functions `exchange...`
+EXCHANGES = "alisa_jax.attention.layer"  # module of the functions `exchange...`
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 2
 DEVICE_KV_BYTES = 180_000  # less than the placed run would take, so the oldest tokens leave

@@ -1,6 +1,5 @@
-"""Attention of one layer: decode, prompts, compute, exchange, the masked reference, maps."""
+"""Attention of one layer: its states, decode and exchange, prompts, compute, reference, maps."""
 
-from alisa_jax.attention.exchange import exchange_sets
 from alisa_jax.attention.lane import (
     Lane,
     begin,
@@ -13,20 +12,15 @@ from alisa_jax.attention.lane import (
     turned_prompt,
     written,
 )
-from alisa_jax.attention.layer import (
+from alisa_jax.attention.layer import Taps, cut, decode, exchange_sets, masked_row, step, turn_of
+from alisa_jax.attention.states import (
     ROUTES,
-    Taps,
     check,
-    cut,
-    decode,
     dims_of,
     freeze,
     grow,
     init,
-    masked_row,
     prompt_dims,
-    step,
-    turn_of,
 )
 
 __all__ = [

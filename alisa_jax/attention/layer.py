@@ -6,8 +6,10 @@ One decode step of one layer, on each of the three routes that give equal result
     indexed       append -> select -> read those rows of the store -> attend -> observe
     masked        append -> attend all tokens under the mask of `select` -> observe: the reference
 
-Layers attend here; afterwards `exchange` changes the sets for the next query. A layer is a tuple
-of parts, `LayerState`s of neighbouring sequences; one where all of them are resident.
+Layers attend (`decode`); afterwards sets change for the next query (`exchange_sets`), of one layer
+or of many: a policy that selects evicts tokens, or requests rows, which are copied from the store.
+Dense layers, and routes whose set is a mask that `select` makes anew, exchange nothing. A layer is
+a tuple of parts, `LayerState`s of neighbouring sequences; one where all of them are resident.
 
 A prompt is attended densely (`lane`), and what its queries attended seeds the policy.
 `reference.score` runs a whole text in one pass.
@@ -20,6 +22,7 @@ the policy gives them.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,14 +30,11 @@ import jax.numpy as jnp
 
 from alisa_jax.attention import compute
 from alisa_jax.attention.compute import Partial
-from alisa_jax.attention.exchange import exchange_sets
 from alisa_jax.codecs.base import Turn
 from alisa_jax.kv.cache import Layer
-from alisa_jax.kv.state import LayerSpec, LayerState, Store, WorkingSet, bias_of
+from alisa_jax.kv.state import LayerSpec, LayerState, Store, bias_of
 from alisa_jax.ops.rope import Rotation, rotate
-from alisa_jax.policies.base import Dims, Policy, column, positions, slots_of
-
-ROUTES = ("working_set", "indexed", "masked")
+from alisa_jax.policies.base import Policy, column, positions, slots_of
 
 
 class Taps(NamedTuple):
@@ -45,81 +45,6 @@ class Taps(NamedTuple):
     attended: jax.Array  # [B] float32: attended tokens, itself included, mean over selection heads
     loads: jax.Array  # [B] int32: rows copied from the store for the next step
     clipped: jax.Array  # [B] int32: elements of the new K and V that the codec clipped
-
-
-def check(spec: LayerSpec, context: int, n_heads: int, n_kv_heads: int) -> None:
-    """Raise ValueError, in one sentence and before any work, for parts that cannot run together."""
-    policy = spec.policy
-    codec = spec.codec
-    route = spec.route
-    if route not in ROUTES:
-        raise ValueError(f"route must be auto or one of {', '.join(ROUTES)}; got {route!r}")
-    if route not in policy.routes:
-        raise ValueError(f"{policy} runs on {', '.join(policy.routes)}; got route {route!r}")
-    if n_heads % n_kv_heads:
-        raise ValueError(
-            f"query heads must be a multiple of kv heads; got {n_heads} and {n_kv_heads}"
-        )
-    if policy.compacts and (policy.raw_keys or codec.raw_keys):
-        raise ValueError(
-            f"{policy} works on keys that carry their positions; {codec} keeps them as they were "
-            "projected"
-        )
-    if (refused := codec.refuses(policy, route)) is not None:
-        raise ValueError(refused)
-    policy.validate(context)
-
-
-def dims_of(spec: LayerSpec, B: int, N: int, K: int, S: int, H: int = 0) -> Dims:
-    """Sizes of the state of one layer for a context bucket of S tokens."""
-    return Dims(B, N, K, S, spec.policy.capacity(S) if spec.route == "working_set" else S, H)
-
-
-def prompt_dims(dims: Dims, spec: LayerSpec, room: int) -> Dims:
-    """`dims` of a state that starts with a prompt and has room for `room` further tokens."""
-    if spec.route != "working_set" or not spec.policy.appends:
-        return dims
-    return dims._replace(M=min(dims.M, spec.policy.prompt_capacity(dims.S) + room))
-
-
-def init(spec: LayerSpec, dims: Dims, H: int) -> LayerState:
-    """The state of a layer that has seen no token."""
-    B, _, K, S, M, _ = dims = dims._replace(H=H)
-    policy = spec.policy
-    codec = spec.codec
-    P = policy.selection_heads(K)
-    ws = None if spec.route == "indexed" else WorkingSet.empty(codec, B, K, M, H, P)
-    keeps_store = spec.route == "indexed" or (spec.route == "working_set" and not policy.evicts)
-    store = Store.empty(codec, B, S, K, H) if keeps_store else None
-    return LayerState(ws, store, policy.init(dims), jnp.zeros((B,), jnp.int32), spec, S)
-
-
-def grow(state: LayerState, S: int, room: int | None = None) -> LayerState:
-    """The same state for a context of S tokens.
-
-    room: the most tokens that may follow, where a set grows by each of them; None: up to S.
-    """
-    policy = state.spec.policy
-    codec = state.spec.codec
-    in_set = state.spec.route == "working_set"
-    M = policy.capacity(S) if in_set else S
-    if policy.appends and in_set:
-        M = state.ws.pos.shape[-1] + min(S - state.context, S if room is None else room)
-    return state.replace(
-        ws=None if state.ws is None else state.ws.grow(codec, M),
-        store=None if state.store is None else state.store.grow(codec, S),
-        stats=policy.grow(state.stats, S, M),
-        context=S,
-    )
-
-
-def freeze(state: LayerState) -> LayerState:
-    """The same state with all tokens encoded, once the codec has seen its `frozen_after` tokens."""
-
-    def frozen(home):
-        return None if home is None else home.freeze(state.spec.codec)
-
-    return state.replace(ws=frozen(state.ws), store=frozen(state.store))
 
 
 def decode(layer: Layer, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Layer, Taps]:
@@ -301,3 +226,107 @@ def _kept(policy: Policy, stats, length, S: int, q):
         keep = keep | (column(which) & (positions(S) < column(length)))
     keep = keep | (positions(S) == column(length))
     return jnp.broadcast_to(keep, (length.shape[0], *keep.shape[1:]))
+
+
+# ---- sets change
+
+
+def exchange_sets(
+    layers: Sequence[Layer], after: Sequence[jax.Array]
+) -> tuple[list[Layer], list[tuple[jax.Array, ...]]]:
+    """The layers with the sets of their next queries, and the rows that each part copied [B] int32.
+
+    after: what each layer's attention returned. The loops overwrite slots, so they must run after
+    the last read of these. XLA copies the values whole unless it can prove that order; the first
+    condition of a loop therefore reads `after` (it is true unless all of it is NaN). Rows that a
+    store does not have become pending there; once no more of them fit, the exchange of that layer
+    stops, and must be called again.
+    """
+    found = [list(layer) for layer in layers]
+    loads = [[jnp.zeros(part.length.shape, jnp.int32) for part in layer] for layer in layers]
+    together: dict[Hashable, list[tuple[int, int]]] = {}
+    for i, layer in enumerate(layers):
+        for j, part in enumerate(layer):
+            if not _exchanges(part.spec):
+                continue
+            if (key := joint_key(part)) is not None:
+                together.setdefault((j, key), []).append((i, j))
+            else:
+                found[i][j], loads[i][j] = _alone(part, after[i])
+    for places in together.values():
+        parts, counts = _together([found[i][j] for i, j in places], [after[i] for i, _ in places])
+        for (i, j), part, count in zip(places, parts, counts, strict=True):
+            found[i][j], loads[i][j] = part, count
+    return [tuple(layer) for layer in found], [tuple(counts) for counts in loads]
+
+
+def _exchanges(spec: LayerSpec) -> bool:
+    """Whether the set of such a layer changes between two queries."""
+    in_set = spec.route == "working_set" or (spec.route == "masked" and spec.policy.evicts)
+    return in_set and spec.policy.selects
+
+
+def joint_key(state: LayerState) -> Hashable | None:
+    """Grouping key: layers with equal keys are exchanged in one batch; None means alone.
+
+    A layer whose rows may be pending stops by itself, so it is alone.
+    """
+    key = state.spec.policy.joint()
+    if key is None or state.spec.route != "working_set" or jax.tree.leaves(state.store.pending):
+        return None
+    return key, state.spec.codec, state.context, state.ws.pos.shape
+
+
+def _alone(state: LayerState, after: jax.Array) -> tuple[LayerState, jax.Array]:
+    """One layer: its state and the loads [B]."""
+    policy = state.spec.policy
+    store = state.store
+
+    def once(stats, ws, pending, loads, _):
+        stats, ex = policy.exchange(stats, ws.pos, ws.bias, state.length, state.context)
+        ws, more = ws.replace(pos=ex.pos, bias=ex.bias), ex.more
+        if ex.load_pos.shape[-1]:
+            slot, pending, more = store.request(pending, ex.load_slot, ex.load_pos, more)
+            ws = ws.load(state.spec.codec, store, slot, ex.load_pos)
+            loads = loads + jnp.sum(ex.load_pos >= 0, axis=(1, 2), dtype=jnp.int32)
+        return stats, ws, pending, loads, more
+
+    pending = () if store is None else store.delivered().pending
+    loads = jnp.zeros(state.length.shape, jnp.int32)
+    start = (state.stats, state.ws, pending, loads, jnp.any(after == after))
+    if policy.evicts:
+        stats, ws, _, loads, _ = once(*start)
+        return state.replace(ws=ws, stats=stats), loads
+    stats, ws, pending, loads, _ = jax.lax.while_loop(lambda c: c[4], lambda c: once(*c), start)
+    return state.replace(ws=ws, stats=stats, store=store.waiting(pending)), loads
+
+
+def _together(
+    states: Sequence[LayerState], after: Sequence[jax.Array]
+) -> tuple[list[LayerState], list[jax.Array]]:
+    """Layers with the same key: one loop, after all have attended."""
+    policies = [state.spec.policy for state in states]
+    codec = states[0].spec.codec
+    length = states[0].length
+    S = states[0].context
+
+    def once(carry):
+        stats, sets, loads, _ = carry
+        stats, found = policies[0].exchange_layers(
+            policies, stats, [ws.pos for ws in sets], [ws.bias for ws in sets], length, S
+        )
+        for i, ex in enumerate(found):
+            ws = sets[i].replace(pos=ex.pos, bias=ex.bias)
+            sets[i] = ws.load(codec, states[i].store, ex.load_slot, ex.load_pos)
+            loads[i] = loads[i] + jnp.sum(ex.load_pos >= 0, axis=(1, 2), dtype=jnp.int32)
+        return stats, sets, loads, found[0].more
+
+    go = jnp.any(jnp.stack([jnp.any(out == out) for out in after]))
+    start = (
+        [s.stats for s in states],
+        [s.ws for s in states],
+        [jnp.zeros(length.shape, jnp.int32)] * len(states),
+        go,
+    )
+    stats, sets, loads, _ = jax.lax.while_loop(lambda c: c[3], once, start)
+    return [s.replace(ws=w, stats=t) for s, w, t in zip(states, sets, stats, strict=True)], loads

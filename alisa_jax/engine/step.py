@@ -46,7 +46,7 @@ def prefill(
 ) -> tuple[jax.Array, KVState]:
     """tokens [B, T], length [B] -> logits [B, V] of each last token, states for the bucket of T."""
     B, T = tokens.shape
-    x, at = decoder_inputs(decoder, params, tokens)
+    x = decoder.embed(params, tokens)
     states = []
     for block, spec in zip(params["blocks"], layers, strict=True):
         empty = init_layer(decoder, spec, B, bucket(T), room)
@@ -54,7 +54,7 @@ def prefill(
         def attend(q, k, v, empty=empty):
             return attention.prefill(empty, q, k, v, length)
 
-        x, state = decoder.block(block, x, at, attend, rotate=spec.rotation is None)
+        x, state = decoder.block(block, x, None, attend, rotate=spec.rotation is None)
         states.append((state,))
     return last_logits(decoder, params, x, length), KVState(tuple(states))
 
@@ -66,13 +66,13 @@ def filter_prompt(
 
     The policy reads queries and keys of `layer`; of later layers nothing is computed.
     """
-    x, at = decoder_inputs(decoder, params, tokens)
+    x = decoder.embed(params, tokens)
     for block in params["blocks"][:layer]:
         x, _ = decoder.block(
-            block, x, at, lambda q, k, v: (compute.causal(q, k, v, length, impl), ())
+            block, x, None, lambda q, k, v: (compute.causal(q, k, v, length, impl), ())
         )
     block = params["blocks"][layer]
-    _, (q, k) = decoder.block(block, x, at, lambda q, k, v: (jnp.zeros_like(q), (q, k)))
+    _, (q, k) = decoder.block(block, x, None, lambda q, k, v: (jnp.zeros_like(q), (q, k)))
     last = jnp.take_along_axis(q, (length - 1)[:, None, None, None], axis=1)[:, 0]
     return policy.choose(last, k, length)
 
@@ -242,7 +242,8 @@ def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):
     Returns log-probabilities and hits [B, T], and two sums [L] over valid tokens: of the share that
     was attended, and of the elements that the codec clipped.
     """
-    x, at = decoder_inputs(decoder, params, tokens)
+    x = decoder.embed(params, tokens)
+    seen = jnp.arange(1, tokens.shape[1] + 1, dtype=jnp.float32)[None]  # by the dense query
     shares, clips = [], []
     for block, spec in zip(params["blocks"], layers, strict=True):
 
@@ -250,9 +251,9 @@ def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):
             out, *aux = reference.score(spec, q, k, v)
             return out, aux
 
-        x, (attended, clipped) = decoder.block(block, x, at, attend, rotate=spec.rotation is None)
-        share = attended / (at + 1).astype(jnp.float32)
-        shares.append(jnp.sum(jnp.where(valid, share, jnp.float32(0.0))))
+        rotate = spec.rotation is None
+        x, (attended, clipped) = decoder.block(block, x, None, attend, rotate=rotate)
+        shares.append(jnp.sum(jnp.where(valid, attended / seen, jnp.float32(0.0))))
         clips.append(jnp.sum(jnp.where(valid, clipped, 0), dtype=jnp.int32))
     return *judge_all(decoder, params, x, targets), jnp.stack(shares), jnp.stack(clips)
 
@@ -280,9 +281,3 @@ def adopt(kv: KVState, other: KVState, rows, which) -> KVState:
     """`kv` with the sequences `which` replaced by `rows` of `other`; see `LayerState.adopt`."""
     pairs = zip(kv.layers, other.layers, strict=True)
     return KVState(tuple((state.adopt(source, rows, which),) for (state,), (source,) in pairs))
-
-
-def decoder_inputs(decoder: Decoder, params, tokens) -> tuple[jax.Array, jax.Array]:
-    """x [B, T, D] of tokens [B, T] from position 0 on, and their positions [B, T]."""
-    at = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    return decoder.embed(params, tokens, at), at

@@ -127,7 +127,7 @@ class Decoder:
                 total += (c.max_positions + opt.POSITION_OFFSET) * c.d_model
         return total
 
-    @property
+    @functools.cached_property
     def rotation(self) -> rope.Rotation:
         """How `block` rotates q and k; it has no angles for opt."""
         c = self.config

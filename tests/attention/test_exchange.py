@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alisa_jax import attention, policies
-from alisa_jax.attention import exchange
+from alisa_jax.attention import layer as module
 from alisa_jax.codecs.raw import Raw
 from alisa_jax.kv.state import LayerSpec
 from alisa_jax.policies import Swa
@@ -63,11 +63,11 @@ def test_layers_exchange_together_as_they_do_one_by_one(text):
 
 def test_only_layers_that_go_about_it_alike_exchange_together():
     swa, other = (states(policies.parse(f"swa(kv_sparsity={s})"))[0] for s in (0.5, 0.8))
-    assert exchange.joint_key(swa) == exchange.joint_key(swa.replace(length=swa.length + 1))
-    assert exchange.joint_key(swa) != exchange.joint_key(other)
+    assert module.joint_key(swa) == module.joint_key(swa.replace(length=swa.length + 1))
+    assert module.joint_key(swa) != module.joint_key(other)
     for text in ("dense", "local(kv_sparsity=0.5)", "h2o(kv_sparsity=0.5)"):
-        assert exchange.joint_key(states(policies.parse(text))[0]) is None
-    assert exchange.joint_key(states(policies.parse("swa(kv_sparsity=0.5)"), "indexed")[0]) is None
+        assert module.joint_key(states(policies.parse(text))[0]) is None
+    assert module.joint_key(states(policies.parse("swa(kv_sparsity=0.5)"), "indexed")[0]) is None
 
 
 class Own(Swa):
@@ -77,7 +77,7 @@ class Own(Swa):
 
 def test_a_policy_with_an_exchange_of_its_own_is_not_passed_over():
     own = states(Own(kv_sparsity=0.5))[0]
-    assert exchange.joint_key(own) is None
+    assert module.joint_key(own) is None
     new = [jnp.zeros((B, n, H)) for n in (N, K, K)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Own, "exchange", lambda *args: 1 / 0)
