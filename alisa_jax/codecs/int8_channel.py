@@ -102,20 +102,24 @@ class ChannelInt8(Codec):
 
     def encode_token(self, packed, x):
         """As the base says; while a sequence is raw they hold its new range."""
-        x = x[:, :, None]
         if isinstance(packed, ChannelCodes):
-            (codes,) = self.encode(packed, x, "slots")
-            return packed.replace(codes=codes)
+            codes = products.encode(self.raw.rounded(x), packed.scale, packed.zero)
+            return packed.replace(codes=codes[:, :, None])
         low, high = self._extent(self.raw.rounded(x), packed.rotates)
         return packed.replace(
-            values=x.astype(packed.values.dtype),
-            low=jnp.minimum(packed.low, low[:, :, 0]),
-            high=jnp.maximum(packed.high, high[:, :, 0]),
+            values=x.astype(packed.values.dtype)[:, :, None],
+            low=jnp.minimum(packed.low, low),
+            high=jnp.maximum(packed.high, high),
         )
 
+    def write_slot(self, packed, codes, slot):
+        at = slot[:, :, None]
+        return self._written(packed, codes, lambda old, new: rows.put_slots(old, new, at))
+
     def write_token(self, packed, codes, pos):
-        (old,), (new,) = self.leaves(packed), self.leaves(codes)
-        return self.rebuild(codes, (rows.put_tokens(old, new[:, :, 0], pos),))
+        return self._written(
+            packed, codes, lambda old, new: rows.put_tokens(old, new[:, :, 0], pos)
+        )
 
     def take(self, packed, pos):
         return _moved(packed, lambda x: rows.take_tokens(x, pos))
@@ -172,6 +176,12 @@ class ChannelInt8(Codec):
         zero = packed.zero.reshape(shape)
         code = products.nearest(self.raw.rounded(x), scale, zero)
         return jnp.sum(code != products.clamp(code), axis=(1, -1), dtype=jnp.int32)
+
+    def _written(self, packed, codes, put):
+        """One new token; a frozen range is each home's own, so that no step copies one."""
+        if isinstance(packed, ChannelCodes):
+            return packed.replace(codes=put(packed.codes, codes.codes))
+        return codes.replace(values=put(packed.values, codes.values))
 
     def _extent(self, x, rotates: bool):
         """The range [low, high] of each channel of x [..., H].
