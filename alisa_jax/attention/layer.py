@@ -47,11 +47,13 @@ class Taps(NamedTuple):
     clipped: jax.Array  # [B] int32: elements of the new K and V that the codec clipped
 
 
-def decode(layer: Layer, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Layer, Taps]:
+def decode(
+    layer: Layer, q: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[jax.Array, Layer, tuple[Taps, ...]]:
     """One new token per sequence: q [B, N, H], k and v [B, K, H] -> out [B, N, H] in q's dtype.
 
-    Returns out, the layer, whose sets are those that the query attended and itself (`exchange`
-    comes next), and the taps of each part.
+    Returns out, the layer, whose sets hold what the query attended and its own token
+    (`exchange_sets` comes next), and the taps of each part.
     """
     done = [_decode(part, *mine) for part, mine in zip(layer, cut(layer, q, k, v), strict=True)]
     outs, parts, taps = zip(*done, strict=True)

@@ -26,7 +26,7 @@ from alisa_jax.placement import mover
 from alisa_jax.placement.plan import Controller, Setting
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlacedResult:
     """What `Placed.generate` returns.
 
