@@ -130,7 +130,7 @@ def test_swa_attends_what_the_trace_says():
         side.fill(layer, *cells.drawn(OPT, cell, start, 0, layer))
     for fed in (43, 46):
         side.advance()
-        for state in side.kv:
+        for (state,) in side.kv.layers:
             active = np.where(np.asarray(state.ws.bias[:, 0]) == 0, np.asarray(state.ws.pos[:, 0]), -1)
             for b, row in enumerate(active):
                 assert tuple(sorted(row[row >= 0].tolist())) == trace.positions(0, b, fed)
