@@ -2,8 +2,8 @@
 
 A run begins as `Placed.generate` begins one, but its layers are filled and not computed: K and V are drawn, the same for
 all systems of a context, and a policy that is seeded from attention is given rows that are drawn too. Pages, rings, working
-sets and budgets are those that a prompt of this length leaves (`parts.fill` makes
-them). From there on every step is the run's own.
+sets and budgets are those that a prompt of this length leaves (`parts.fill` makes them). From there on every step is the
+run's own.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ def fill(spec: LayerSpec, layout, N: int, K: int, H: int, x, length, host, key):
 
 
 def filling(placed, seed: int) -> Callable:
-    """What reads a layer of a prompt in place of `prefill_layer`: it fills the layer and hands x on."""
+    """The `read_layer` of a `PlacedRun` that fills a layer and hands x on."""
     c, number = placed.engine.model.decoder.config, itertools.count()
 
     def read_layer(spec, layout, cuts, block, x, at, length, host):
