@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from alisa_jax.engine.engine import PROTOCOLS
 from alisa_jax.engine.sampling import Sampling
+from alisa_jax.engine.scoring import PROTOCOLS
 
 # settings of a request to generate
 ASKED = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")
