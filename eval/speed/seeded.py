@@ -13,7 +13,7 @@ def rows(policy, dims, length, key):
         return None
     if policy.seed_kind != "rows":
         raise ValueError(f"drawn attention is by rows, and {policy} is seeded from {policy.seed_kind}")
-    P = policy.selection_heads(dims.K)
+    P = policy.mass_heads(dims.N, dims.K)
     drawn = jax.random.uniform(key, (dims.B, P, policy.seed_rows(dims.S), dims.S))
     past = jnp.arange(dims.S, dtype=jnp.int32)[None] < length[:, None]
     drawn = jnp.where(past[:, None, None], drawn, jnp.float32(0.0))
