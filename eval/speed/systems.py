@@ -103,21 +103,21 @@ def layers(
 def setting(system: System, work: Work, budgeted: bool = True) -> Setting:
     """The run in numbers, as the arrays will be; not `budgeted`: without a limit on either side."""
     limits = (work.device_kv_bytes, work.host_kv_bytes) if budgeted else (math.inf, math.inf)
-    kinds = layers(system, work.config, work.dtype, work.calibration)
-    return settings.setting_of(work.config, kinds, work.prompt_tokens, work.new_tokens, *limits, work.gather)
+    specs = layers(system, work.config, work.dtype, work.calibration)
+    return settings.setting_of(work.config, specs, work.prompt_tokens, work.new_tokens, *limits, work.gather)
 
 
 def refusal(system: System, work: Work) -> str | None:
     """Why the budgets refuse `system`, or None. What no budget could make possible is a mistake."""
-    controller, kinds = placement.parse(system.controller), layers(system, work.config, work.dtype, work.calibration)
-    needed, shortest = kinds[0].codec.frozen_after, min(work.prompt_tokens)
+    controller, specs = placement.parse(system.controller), layers(system, work.config, work.dtype, work.calibration)
+    needed, shortest = specs[0].codec.frozen_after, min(work.prompt_tokens)
     if shortest < needed:
         raise UserError(
             f"--system: {system.codec} takes its range from the first {needed} tokens of a prompt, and the shortest "
             f"prompt has {shortest}: give longer prompts, calibration_tokens={shortest}, or axis=token"
         )
     try:
-        for one in kinds:
+        for one in specs:
             one.policy.validate(work.context)
         settings.check(controller, setting(system, work, budgeted=False))
     except ValueError as error:
