@@ -121,7 +121,7 @@ def _eager(path: str, tree: ast.Module):
 
 
 def _part(path: str) -> str:
-    """alisa_jax/kv/store.py -> kv, alisa_jax/axes.py -> axes, alisa_jax/__init__.py -> the empty name."""
+    """alisa_jax/kv/ring.py -> kv, alisa_jax/axes.py -> axes, alisa_jax/__init__.py -> the empty name."""
     part = path.split("/")[1].removesuffix(".py")
     return "" if part == "__init__" else part
 
@@ -226,8 +226,8 @@ def test_module_keeps_the_law(path):
             "from alisa_jax import spec",
             "axes (layer 0) imports alisa_jax.spec (layer 0)",
         ),
-        ("alisa_jax/kv/store.py", "import alisa_jax.policies.swa", "kv (layer 1) imports"),
-        ("alisa_jax/kv/store.py", "from alisa_jax.codecs import base", "kv (layer 1) imports"),
+        ("alisa_jax/kv/ring.py", "import alisa_jax.policies.swa", "kv (layer 1) imports"),
+        ("alisa_jax/kv/ring.py", "from alisa_jax.codecs import base", "kv (layer 1) imports"),
         ("alisa_jax/policies/swa.py", "from alisa_jax.codecs.raw import Raw", "policies (layer 2) imports"),
         (
             "alisa_jax/policies/swa.py",
@@ -239,9 +239,9 @@ def test_module_keeps_the_law(path):
             "from .. import codecs",
             "policies (layer 2) imports alisa_jax.codecs (layer 2)",
         ),
-        ("alisa_jax/kv/store.py", "import alisa_jax", "kv (layer 1) imports alisa_jax (layer 7)"),
+        ("alisa_jax/kv/ring.py", "import alisa_jax", "kv (layer 1) imports alisa_jax (layer 7)"),
         (
-            "alisa_jax/kv/store.py",
+            "alisa_jax/kv/ring.py",
             "from alisa_jax import load",
             "kv (layer 1) imports alisa_jax.load (layer 7)",
         ),
@@ -271,7 +271,7 @@ def test_module_keeps_the_law(path):
         ("alisa_jax/lm_eval/__init__.py", "def f():\n    import torch", "imports torch"),
         ("alisa_jax/engine/loop.py", "def f():\n    from lm_eval.api import model", "imports lm_eval.api.model"),
         ("alisa_jax/__init__.py", "from alisa_jax.lm_eval import AlisaLM", "imports alisa_jax.lm_eval"),
-        ("alisa_jax/kv/store.py", "from pallas_kernels import bench", "outside alisa_jax/attention/compute.py"),
+        ("alisa_jax/kv/ring.py", "from pallas_kernels import bench", "outside alisa_jax/attention/compute.py"),
         ("alisa_jax/__init__.py", "import pallas_kernels", "outside alisa_jax/attention/compute.py"),
         ("pallas_kernels/shapes.py", "from alisa_jax import axes", "pallas_kernels imports alisa_jax.axes"),
         ("pallas_kernels/shapes.py", "import flax", "pallas_kernels imports flax"),
@@ -298,8 +298,8 @@ def test_module_keeps_the_law(path):
         ("alisa_jax/engine/step.py", "s = Sharding(d, memory_kind='device')", "a memory kind is chosen"),
         ("alisa_jax/placement/plan.py", "s = old.with_memory_kind('device')", "a memory kind is chosen"),
         ("alisa_jax/placement/plan.py", "x = jax.memory.Space.Host", "a memory kind is chosen"),
-        ("alisa_jax/kv/store.py", "from jax.sharding import TransferToMemoryKind", "a memory kind is chosen"),
-        ("alisa_jax/kv/store.py", "from jax import memory", "a memory kind is chosen"),
+        ("alisa_jax/kv/ring.py", "from jax.sharding import TransferToMemoryKind", "a memory kind is chosen"),
+        ("alisa_jax/kv/ring.py", "from jax import memory", "a memory kind is chosen"),
         ("alisa_jax/spec.py", "CACHE = {}", "line 2: mutable state"),
         ("alisa_jax/spec.py", "names: list[str] = []", "mutable state"),
         ("alisa_jax/spec.py", "A = (1, [2])", "mutable state"),
@@ -333,7 +333,7 @@ def test_the_law_sees_a_missing_docstring():
     ("path", "code"),
     [
         (
-            "alisa_jax/kv/store.py",
+            "alisa_jax/kv/ring.py",
             "from alisa_jax import axes\nfrom alisa_jax.ops.writes import put\nfrom . import rows",
         ),
         ("alisa_jax/attention/compute.py", "from alisa_jax import codecs, kv\nimport pallas_kernels.sparse_decode"),

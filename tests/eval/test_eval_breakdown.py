@@ -193,7 +193,7 @@ def decoded(past):
 
 
 @pytest.mark.slow
-def test_the_parts_of_a_step_compose_to_what_decode_gives(decoded):
+def test_the_parts_of_a_step_compose_to_what_a_whole_step_gives(decoded):
     whole, parts, _, _ = decoded
     for (out, loads), (part, moved) in zip(whole, parts, strict=True):
         np.testing.assert_allclose(part[:, :, 0], out, rtol=1e-5, atol=1e-6)
