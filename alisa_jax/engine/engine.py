@@ -37,8 +37,8 @@ class Engine:
     `calibration.json` in the folder that the model was read from, if there is one. chunk_tokens:
     prompts are read so many tokens at a time, which bounds the work of one program; None reads them
     whole. While prompts are read in chunks, dense keys and values of all layers are held
-    (`state_bytes` counts them). Raises
-    ValueError or `spec.SpecError`, in one sentence, for what does not go together.
+    (`state_bytes` counts them). Raises ValueError or `spec.SpecError`, in one sentence, for what
+    does not go together.
     """
 
     def __init__(
