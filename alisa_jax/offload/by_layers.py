@@ -44,7 +44,7 @@ class LayerRun(PlacedRun):
         dropped = jnp.asarray([span.dropped for span in spans], jnp.int32)
         x = programs.embed(self.params, self.token[:, None], jnp.asarray(self._lengths())[:, None])
         prefixes = {b: stop for b, (_, stop) in self._ranges(plan.recompute).items()}
-        prefix_x, prefix_at, prefix_n = self._prefix(prefixes) if prefixes else (None, None, None)
+        prefix_x, prefix_n = self._prefix(prefixes) if prefixes else (None, None)
         ranges = {b: page_range(r) for b, r in self._ranges(plan.load).items()}
         flight = [self._stream(layer, ranges) for layer in range(min(plan.ahead + 1, L))]
         kv = list(self.kv.layers)
@@ -53,9 +53,7 @@ class LayerRun(PlacedRun):
             block, states = self.params["blocks"][layer], kv[layer]
             prefix = ()
             if prefixes:
-                prefix_x, prefix = programs.prefix_layer(
-                    block, prefix_x, prefix_at, prefix_n, states[-1]
-                )
+                prefix_x, prefix = programs.prefix_layer(block, prefix_x, prefix_n, states[-1])
                 self._hold(tree_bytes(prefix))
             staged, first = flight.pop(0)
             x, kv[layer] = programs.dense_layer(
@@ -109,10 +107,9 @@ class LayerRun(PlacedRun):
         return tuple(staged[g] for g in range(len(self.groups))), jnp.asarray(first)
 
     def _prefix(self, stops: dict[int, int]):
-        """Embedded prefixes [B, T, D] of the away sequences, their positions and lengths."""
+        """Embedded prefixes [B, T, D] of the away sequences, and their lengths."""
         n, T = len(self.order), bucket(max(stops.values()))
         tokens, length = np.zeros((n, T), np.int32), np.ones(n, np.int32)
         for b, stop in stops.items():
             tokens[b, :stop], length[b] = self.tokens[self.whole + b, :stop], stop
-        at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (n, T))
-        return self.programs.embed(self.params, jnp.asarray(tokens), at), at, jnp.asarray(length)
+        return self.programs.embed(self.params, jnp.asarray(tokens)), jnp.asarray(length)

@@ -38,8 +38,8 @@ class Waiting(NamedTuple):
     more: jax.Array  # [] bool
 
 
-def embed(decoder: Decoder, params, tokens, at) -> jax.Array:
-    """tokens, at [B, T] -> x [B, T, D]."""
+def embed(decoder: Decoder, params, tokens, at=None) -> jax.Array:
+    """tokens [B, T] at positions `at` [B, T] -> x [B, T, D]; at: None for 0 .. T - 1."""
     return decoder.embed(params, tokens, at)
 
 
@@ -50,7 +50,6 @@ def prefill_layer(
     cuts: tuple[Cut, ...],
     block,
     x,
-    at,
     length,
     host,
 ):
@@ -67,7 +66,7 @@ def prefill_layer(
         ]
         return out, (states, pages)
 
-    x, (states, pages) = decoder.block(block, x, at, attend)
+    x, (states, pages) = decoder.block(block, x, None, attend)
     return x, states, pages
 
 
@@ -145,10 +144,8 @@ def recompute(
     wanted, -1 none, and their slots [L, n, E, P]. A prefix depends on itself alone, so this is what
     the prompt gave.
     """
-    n, T = tokens.shape
-    E = pos.shape[2]
-    at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (n, T))
-    x = decoder.embed(params, tokens, at)
+    n, E = pos.shape[1:]
+    x = decoder.embed(params, tokens)
     layers = list(kv.layers)
     for layer in range(placed[-1] + 1):
 
@@ -164,7 +161,7 @@ def recompute(
                 state, leaves, rows, pos[i].reshape(n * E), slot[i].reshape(n * E, -1), clear
             )
 
-        x, state = decoder.block(params["blocks"][layer], x, at, attend)
+        x, state = decoder.block(params["blocks"][layer], x, None, attend)
         if state is not None:
             layers[layer] = (*layers[layer][:-1], state)
     return KVState(tuple(layers))
@@ -207,7 +204,7 @@ def dense_layer(
     return decoder.block(block, x, at, attend)
 
 
-def prefix_layer(decoder: Decoder, block, x, at, length, state):
+def prefix_layer(decoder: Decoder, block, x, length, state):
     """One layer of the prefixes of the away part: (x, leaves [B, K, T, *] as its ring has them)."""
 
     def attend(q, k, v):
@@ -218,7 +215,7 @@ def prefix_layer(decoder: Decoder, block, x, at, length, state):
         ]
         return causal(q, k, v, length, state.spec.impl), (*leaves[0], *leaves[1])
 
-    return decoder.block(block, x, at, attend)
+    return decoder.block(block, x, None, attend)
 
 
 def widen(leaves: Leaves, T: int) -> Leaves:

@@ -111,7 +111,6 @@ class PlacedRun:
         T = PAGE_TOKENS * pages(max(setting.prompt_tokens))
         tokens = np.zeros((setting.batch, T), np.int32)
         tokens[:, : min(T, self.tokens.shape[1])] = self.tokens[:, :T]
-        at = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], tokens.shape)
         plan = self.decide(0, None, None)
         kept = self._ranges(plan.store)
         cuts = [
@@ -121,14 +120,14 @@ class PlacedRun:
         cuts = [(g, cut) for g, cut in cuts if cut.first < cut.stop]
         host = jnp.asarray([span.host for span in self.spans], jnp.int32)
         length = jnp.asarray(self.length)
-        x, kv = self.programs.embed(self.params, jnp.asarray(tokens), at), []
+        x, kv = self.programs.embed(self.params, jnp.asarray(tokens)), []
         for layer, (spec, layout) in enumerate(
             zip(placed.engine.layers, self.layouts, strict=True)
         ):
             mine = cuts if layer in placed.placed else []
             block = self.params["blocks"][layer]
             chosen = tuple(cut for _, cut in mine)
-            x, states, some = self.read_layer(spec, layout, chosen, block, x, at, length, host)
+            x, states, some = self.read_layer(spec, layout, chosen, block, x, length, host)
             kv.append(states)
             self.meter.hold("device", tree_bytes((states, some)))
             if some:

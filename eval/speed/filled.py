@@ -77,8 +77,8 @@ def filling(placed, seed: int) -> Callable:
     """The `read_layer` of a `PlacedRun` that fills a layer and hands x on."""
     c, number = placed.engine.model.decoder.config, itertools.count()
 
-    def read_layer(spec, layout, cuts, block, x, at, length, host):
-        del block, at
+    def read_layer(spec, layout, cuts, block, x, length, host):
+        del block
         key = jax.random.fold_in(jax.random.key(seed), next(number))
         states, kept = fill(spec, layout, c.n_heads, c.n_kv_heads, c.head_dim, x, length, host, key)
         kept = jax.tree.map(np.asarray, kept) if cuts else None
