@@ -191,7 +191,8 @@ def separate(state, shape: Shape, kept: int, q: jax.Array, repeats: int) -> tupl
     else:
         sums = state.stats.sums.hi[:, :, : shape.tokens]
         pos = run("selection", functools.partial(selection, kept=kept), sums)
-        k, v = (run(part, functools.partial(gather, codec), getattr(state.store, part), pos) for part in "kv")
+        k = run("k", functools.partial(gather, codec), state.store.k, pos)
+        v = run("v", functools.partial(gather, codec), state.store.v, pos)
         found["gather"] = [sum(pair) for pair in zip(found.pop("k"), found.pop("v"), strict=True)]
     z = run("qk", functools.partial(qk, codec), q, k)
     p = run("softmax", softmax, z)

@@ -195,18 +195,18 @@ def test_tokens_written_one_by_one_equal_a_filled_prompt_and_move_bit_for_bit(co
 
 def test_tokens_stay_raw_until_the_range_is_frozen():
     x = normal(5, B, C, K, H)
-    store = CHANNEL.empty((B, S, K, H), "tokens", "v")
+    packed = CHANNEL.empty((B, S, K, H), "tokens", "v")
     for t in range(C):
-        store = encoded.write_token(CHANNEL, store, jnp.asarray(x[:, t]), jnp.full((B,), t, jnp.int32))
-    assert isinstance(store, Calibrating)
-    np.testing.assert_array_equal(store.values[:, :C], x)
-    np.testing.assert_array_equal(store.low, x.min(1))
-    np.testing.assert_array_equal(store.high, x.max(1))
-    assert not np.asarray(CHANNEL.clipped(store, jnp.asarray(1e6 * x[:, 0]))).any()
-    rows = CHANNEL.take(store, jnp.zeros((B, 1, 1), jnp.int32))
+        packed = encoded.write_token(CHANNEL, packed, jnp.asarray(x[:, t]), jnp.full((B,), t, jnp.int32))
+    assert isinstance(packed, Calibrating)
+    np.testing.assert_array_equal(packed.values[:, :C], x)
+    np.testing.assert_array_equal(packed.low, x.min(1))
+    np.testing.assert_array_equal(packed.high, x.max(1))
+    assert not np.asarray(CHANNEL.clipped(packed, jnp.asarray(1e6 * x[:, 0]))).any()
+    rows = CHANNEL.take(packed, jnp.zeros((B, 1, 1), jnp.int32))
     slots = CHANNEL.copy_in(CHANNEL.empty((B, K, M, H), "slots", "v"), rows, jnp.zeros((B, 1, 1), jnp.int32))
     np.testing.assert_array_equal(slots.values[:, :, 0], x[:, 0])
-    np.testing.assert_array_equal(slots.low, store.low)
+    np.testing.assert_array_equal(slots.low, packed.low)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=AXES)
