@@ -56,8 +56,8 @@ class KVState:
 
     def repeat(self, n: int) -> KVState:
         """Every sequence `n` times: those of sequence i are n * i .. n * i + n - 1."""
-        if n < 1:
-            raise ValueError(f"n must be at least 1; got {n}")
+        if not _whole(n) or n < 1:
+            raise ValueError(f"n must be a whole number of at least 1; got {n!r:.60}")
         return self.select(np.repeat(np.arange(self._sequences("repeat")), n))
 
     def crop(self, length: int) -> KVState:
@@ -67,6 +67,8 @@ class KVState:
         what it would have kept, and a codec may have read the tokens that go.
         """
         self._sequences("crop")
+        if not _whole(length):
+            raise ValueError(f"length must be a whole number of tokens; got {length!r:.60}")
         for (part,) in self.layers:
             policy, codec = part.spec.policy, part.spec.codec
             if policy.selects:
@@ -93,6 +95,10 @@ class KVState:
                 f"{verb} is of caches that are on the device whole; this one is placed"
             )
         return self.layers[0][0].length.shape[0]
+
+
+def _whole(number) -> bool:
+    return isinstance(number, int | np.integer) and not isinstance(number, bool)
 
 
 def lengths(layer: Layer) -> jax.Array:
