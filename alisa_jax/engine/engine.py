@@ -51,9 +51,11 @@ class Engine:
         calibration: Calibration | str | os.PathLike | None = None,
         chunk_tokens: int | None = None,
     ):
-        if chunk_tokens is not None and chunk_tokens < 1:
+        whole = isinstance(chunk_tokens, int) and not isinstance(chunk_tokens, bool)
+        if chunk_tokens is not None and not (whole and chunk_tokens >= 1):
             raise ValueError(
-                f"chunk_tokens must be at least 1, or None for whole prompts; got {chunk_tokens}"
+                "chunk_tokens must be a whole number of at least 1, or None for whole prompts; got "
+                f"{chunk_tokens!r}"
             )
         self.chunk_tokens = chunk_tokens
         self.model, decoder = model, model.decoder

@@ -63,12 +63,15 @@ class KVState:
     def crop(self, length: int) -> KVState:
         """The first `length` tokens of every sequence; shorter ones stay as they are.
 
-        Raises ValueError where tokens cannot be taken back: a policy that selects has forgotten
-        what it would have kept, and a codec may have read the tokens that go.
+        Tokens are those that were read: a prompt filter chose them by all of its prompt. Raises
+        ValueError where tokens cannot be taken back: a policy that selects has forgotten what it
+        would have kept, and a codec may have read the tokens that go.
         """
         self._sequences("crop")
-        if not _whole(length):
-            raise ValueError(f"length must be a whole number of tokens; got {length!r:.60}")
+        if not _whole(length) or length < 1:
+            raise ValueError(
+                f"length must be a whole number of tokens, at least 1; got {length!r:.60}"
+            )
         for (part,) in self.layers:
             policy, codec = part.spec.policy, part.spec.codec
             if policy.selects:
@@ -81,10 +84,10 @@ class KVState:
                     f"crop takes tokens back, and {codec} has dropped the raw form of the tokens "
                     "before its window"
                 )
-            if length < max(1, codec.frozen_after):
+            if length < codec.frozen_after:
                 raise ValueError(
-                    f"crop keeps at least {max(1, codec.frozen_after)} tokens, by which the codec "
-                    f"{codec} encodes the others; got {length}"
+                    f"crop keeps at least the {codec.frozen_after} tokens by which the codec "
+                    f"encodes the others; got {length}"
                 )
         return _cropped(self, jnp.int32(length))
 

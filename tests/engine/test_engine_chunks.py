@@ -127,9 +127,9 @@ def test_the_bytes_of_lanes_count(make, policy):
     assert rows == 2 * LAYERS * 3 * prompt_bucket(tokens) * 2 * 6 * 4
 
 
-def test_chunks_of_no_token_are_refused(random_model):
-    for given in (0, -3):
-        with pytest.raises(ValueError, match=f"chunk_tokens must be at least 1.*got {given}") as error:
+def test_chunks_of_no_whole_number_of_tokens_are_refused(random_model):
+    for given in (0, -3, 2.5, True, "4"):
+        with pytest.raises(ValueError, match=f"whole number of at least 1, or None.*got {given!r}") as error:
             alisa_jax.Engine(random_model(), "dense", chunk_tokens=given)
         assert one_sentence(f"{error.value}.")
 

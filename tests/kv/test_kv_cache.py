@@ -169,12 +169,12 @@ def test_a_number_of_copies_that_cannot_be_is_refused(side, n):
 @pytest.mark.parametrize(
     "policy, codec, length, says",
     [
-        ("dense", "raw", 0, "at least 1 token"),
-        ("dense", "raw", -1, "at least 1 token"),
-        ("dense", "raw", 2.5, "a whole number of tokens; got 2.5"),
-        ("dense", "raw", True, "a whole number of tokens; got True"),
-        ("dense", "raw", "9", "a whole number of tokens; got '9'"),
-        ("dense", "int8(calibration_tokens=6)", 5, "at least 6 tokens"),
+        ("dense", "raw", 0, "at least 1; got 0"),
+        ("dense", "raw", -1, "at least 1; got -1"),
+        ("dense", "raw", 2.5, "a whole number of tokens, at least 1; got 2.5"),
+        ("dense", "raw", True, "a whole number of tokens, at least 1; got True"),
+        ("dense", "raw", "9", "a whole number of tokens, at least 1; got '9'"),
+        ("dense", "int8(calibration_tokens=6)", 5, "at least the 6 tokens"),
         ("swa(kv_sparsity=0.6)", "raw", 5, "only dense caches are cropped"),
         ("streaming(kv_sparsity=0.6)", "raw", 5, "only dense caches are cropped"),
         ("dense", "skvq(group=3,window=5,sinks=2,reorder=false)", 5, "has dropped the raw form"),
