@@ -140,10 +140,8 @@ def _decode(engine, batch: Batch, progress: bool) -> Found:
     raw_tokens = engine.codec.frozen_after
     appends = any(spec.policy.appends for spec in engine.layers)
     sizes = [S for S in stages(T) if S > raw_tokens][-1 if appends else 0 :]
-    kv, feed = (
-        engine.init(B, raw_tokens or sizes[0]),
-        Feed(engine, batch.tokens, _next(batch.tokens), valid),
-    )
+    kv = engine.init(B, raw_tokens or sizes[0])
+    feed = Feed(engine, batch.tokens, _next(batch.tokens), valid)
     with progress_bar(progress, T - 1, "score") as bar:
         if raw_tokens:
             kv = programs.freeze_each(feed(kv, 0, raw_tokens, bar), sizes[0])
