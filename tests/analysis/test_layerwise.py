@@ -30,7 +30,9 @@ def attend(spec, q, k, v):
 
 @pytest.mark.parametrize("rotated", [True, False])
 def test_a_pass_is_block_after_block_and_alike_layers_share_a_program(model, rotated):
-    decoder, found, last = model.decoder, [], []
+    decoder = model.decoder
+    found = []
+    last = []
     traced.clear()
 
     def see(layer, k):

@@ -123,7 +123,9 @@ class Waiting:
 def test_a_ring_notes_what_is_elsewhere_until_no_more_fits():
     rng, model = np.random.default_rng(3), Waiting()
     store = filled(Ring, rng)
-    pending, more, asks = store.pending, True, 0
+    pending = store.pending
+    more = True
+    asks = 0
     while more:
         slot, pos = asked(rng, 0.9)
         found, pending, goes_on = request(store, pending, slot, pos, TRUE)
