@@ -51,15 +51,8 @@ def begin(
 def extend(decoder: Decoder, params, lanes: Lanes, tokens, n) -> Lanes:
     """Read the first `n` [B] of tokens [B, C], the next of each prompt."""
     x, at = _chunk(decoder, params, lanes.length, tokens)
-    layers = []
-    for block, lane in zip(params["blocks"], lanes.layers):
-
-        def attend(q, k, v, lane=lane):
-            return attention.extend(lane, q, k, v, n)
-
-        x, lane = decoder.block(block, x, at, attend, rotate=lane.spec.rotation is None)
-        layers.append(lane)
-    return Lanes(tuple(layers), _last(lanes.x, x, n))
+    x, layers = _through(decoder, params, lanes.layers, x, at, n)
+    return Lanes(layers, _last(lanes.x, x, n))
 
 
 def finish(decoder: Decoder, lane: Lane, S: int, room: int | None) -> LayerState:
@@ -98,22 +91,28 @@ def begin_filter(
 def extend_filter(decoder: Decoder, params, found: Filtering, tokens, n) -> Filtering:
     """Read the first `n` [B] of tokens [B, C]; of later layers nothing is computed."""
     x, at = _chunk(decoder, params, found.length, tokens)
-    layers = []
-    for block, lane in zip(params["blocks"], found.lanes.layers):
-
-        def attend(q, k, v, lane=lane):
-            return attention.extend(lane, q, k, v, n)
-
-        x, lane = decoder.block(block, x, at, attend)
-        layers.append(lane)
+    x, layers = _through(decoder, params, found.lanes.layers, x, at, n)
     block = params["blocks"][len(layers)]
     _, (q, k) = decoder.block(block, x, at, lambda q, k, v: (jnp.zeros_like(q), (q, k)))
     return Filtering(
-        Lanes(tuple(layers), found.lanes.x),
+        Lanes(layers, found.lanes.x),
         attention.written(found.k, k, found.length, n),
         _last(found.q, q, n),
         found.length + n,
     )
+
+
+def _through(decoder: Decoder, params, lanes: tuple[Lane, ...], x, at, n):
+    """x [B, C, D] of a chunk behind the layers of `lanes`, and the lanes that have read it."""
+    layers = []
+    for block, lane in zip(params["blocks"], lanes):
+
+        def attend(q, k, v, lane=lane):
+            return attention.extend(lane, q, k, v, n)
+
+        x, lane = decoder.block(block, x, at, attend, rotate=lane.spec.rotation is None)
+        layers.append(lane)
+    return x, tuple(layers)
 
 
 def _chunk(decoder: Decoder, params, length, tokens):
