@@ -23,6 +23,7 @@ Protocols: `decode` goes token by token through the decode path. `prefill_mask` 
 row by row. `prompt` does what `generate` does: it reads the tokens before the answers as a dense prompt, the policy takes
 what it keeps from it, and the answers are decoded; it is the protocol for methods that compress a prompt. With
 --question=after the prompt of a generated task ends before the question, so the policy chooses without knowing it.
+`--placement` says where the cache lives, within `--device_kv_bytes` and `--host_kv_bytes` (not with prefill_mask).
 `--samples` writes one line per item of each cell; a cell that is finished in `--out` runs again if that file lacks it.
 """
 
@@ -67,6 +68,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string(
         "samples", None, "JSON-lines file of single items: what was asked and what was chosen.", **where
     )
+    common.placement_flags(values)
     common.dtype_flag(values)
     common.impl_flag(values)
     common.parse(values, argv, __doc__)
@@ -91,6 +93,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     values.depths = _numbers("--depths", values.depths, float)
     values.policy = tuple(dict.fromkeys(inputs.policy(text) for text in values.policy))
     values.codec = inputs.codec(values.codec)
+    values.placement = inputs.placement(values)
     return values
 
 
@@ -122,7 +125,8 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
 
     @functools.cache
     def engine(policy: str):
-        return inputs.engine(make_engine, model, policy, values.codec, values.attention_impl)
+        placed = common.placement_fields(values)
+        return inputs.engine(make_engine, model, policy, values.codec, values.attention_impl, placed)
 
     cells = [(task, cell(task, policy, values, card)) for task in made for policy in values.policy]
     records, reused = [], 0
@@ -132,7 +136,8 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
         if found is None:
             began = time.perf_counter()
             one = engine(fields["policy"])
-            got, ran, lines = evaluate(one, task, values.batch, values.protocol, values.question)
+            placed = common.placement_fields(values) != common.RESIDENT
+            got, ran, lines = evaluate(one, task, values.batch, values.protocol, values.question, placed)
             samples.put(fields, lines)
             found = inputs.record(results, fields, got, time.perf_counter() - began, ran)
         records.append(found)
@@ -185,7 +190,7 @@ def cell(task, policy: str, values, card: inputs.Card) -> dict:
         "ids_sha256": hashes.of_ids(task.sequences),
         "policy": policy,
         "codec": values.codec,
-        "placement": "resident",
+        **common.placement_fields(values),
         "protocol": values.protocol,
         **({"question": values.question} if values.protocol == "prompt" else {}),
         "batch": values.batch,
@@ -194,15 +199,24 @@ def cell(task, policy: str, values, card: inputs.Card) -> dict:
     }
 
 
-def evaluate(engine, task, batch: int, protocol: str, question: str = "prompt") -> tuple[dict, dict, list[dict]]:
-    """Score every sequence of `task`, the longest items first; returns (values, how they were got, samples)."""
+def evaluate(
+    engine, task, batch: int, protocol: str, question: str = "prompt", placed: bool = False
+) -> tuple[dict, dict, list[dict]]:
+    """Score every sequence of `task`, the longest items first; returns (values, how they were got, samples).
+
+    placed: a placement may refuse a batch, and is asked before anything runs.
+    """
     sequences, last = task.sequences, task.last
     if last is None and protocol == "prompt":
         last = task.ends(question)
     logprobs, correct, scores = [None] * len(sequences), [None] * len(sequences), []
     groups = batches([len(ids) for ids in sequences], task.alike, batch)
+    wanted_of = lambda group: None if last is None else [last[i] for i in group]
+    if placed:
+        given = [[sequences[i] for i in group] for group in groups]
+        inputs.check_placed(engine, given, protocol, None if last is None else [wanted_of(group) for group in groups])
     for group in tqdm(groups, desc="batches", disable=None, leave=False):
-        wanted = None if last is None else [last[i] for i in group]
+        wanted = wanted_of(group)
         score = engine.score([sequences[i] for i in group], protocol=protocol, last=wanted)
         for i, row, right in zip(group, score.logprobs, score.correct, strict=True):
             logprobs[i], correct[i] = row, right
@@ -282,7 +296,7 @@ def report(records: Sequence[dict]) -> str:
         if "acc_by_length_and_depth" in r:
             below.append(common.table(*planted.grid(r["acc_by_length_and_depth"], f"needle, {r['policy']}")))
     r = records[0]
-    above = f"{r['model']}, protocol {r['protocol']}, codec {r['codec']}, seed {r['seed']}; ± is one standard error"
+    above = f"{r['model']}, protocol {r['protocol']}, codec {r['codec']}, placement {r['placement']}, seed {r['seed']}; ± is one standard error"
     return "\n".join([above, *data.values(), common.table(head, rows, left=2), *below])
 
 

@@ -9,7 +9,7 @@ new ones. What a codec stores per sequence is subtracted; the rest is room for t
 keeps all new tokens keeps N fewer of the prompt. A method that holds every token and reads a few spends the share on what a
 step reads, including the labels that it searches.
 
-    held      bytes of the arrays of K and V at the end, including context buckets and spare slots
+    held      bytes of the arrays of K and V on the device at the end, including context buckets and spare slots
     read      bytes of K and V of the tokens that a decode step attends, including labels
     stats     bytes of scores, labels, positions and the like per token of the context; not in `held`
 
@@ -18,6 +18,8 @@ codec whose own bytes fit. The protocol is `prompt` (`Engine.score`): the model 
 it keeps from it, and N tokens are decoded. `eval/quality/sample.py` defines the tasks. Differences are from dense attention
 on the same windows and draws, ± one standard error of the paired difference, * above two. Below each table: the parts of
 the sample (text, tasks, depths) where a method is worse than dense by more than two standard errors, and those where not.
+
+`--placement` runs all rows under a controller; those that it refuses are listed below the tables.
 
 Times are medians of `--repeats` warm runs of `generate` on one `--batch` of the text's prompts.
 """
@@ -77,9 +79,11 @@ def config(argv: Sequence[str]) -> Config:
     flags.DEFINE_integer("repeats", 3, "Timed runs; 0 for no times.", 0, **where)
     flags.DEFINE_string("figure", None, "PNG file; needs matplotlib.", **where)
     flags.DEFINE_string("page", None, "Markdown file of the tables.", **where)
+    common.placement_flags(values)
     common.dtype_flag(values)
     common.impl_flag(values)
     common.parse(values, argv, __doc__)
+    values.placement = inputs.placement(values)
     for share in values.share:
         if not 0 < share <= 1:
             raise UserError(f"--share must be above 0 and at most 1, got {share:g}")
@@ -132,9 +136,14 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
             return found
         began = time.perf_counter()
         try:
-            engine = inputs.engine(make_engine, model, entry.policy, entry.codec, values.attention_impl)
+            engine = inputs.engine(
+                make_engine, model, entry.policy, entry.codec, values.attention_impl, common.placement_fields(values)
+            )
             engine.validate(sizes.tokens, sizes.prompt_tokens)
             engine.check_calibration(np.array([sizes.prompt_tokens - planted.QUESTION_TOKENS]))
+            if engine.placement is not None:
+                fed = engine.policy.feeds(np.full(values.batch, sizes.prompt_tokens))
+                engine.placement.check(fed.tolist(), sizes.new_tokens)
         except (UserError, ValueError) as error:
             refused[str(entry)] = str(error).removeprefix("--policy: ")
             return None
@@ -210,7 +219,7 @@ def cell(setup: Config, source: windows.Source, sample: Sample, tasks: Sequence[
         "policy": entry.policy,
         "codec": entry.codec,
         "share": entry.share,
-        "placement": "resident",
+        **common.placement_fields(values),
         "protocol": "prompt",
         "prompt_tokens": sizes.prompt_tokens,
         "new_tokens": sizes.new_tokens,

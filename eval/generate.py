@@ -11,9 +11,14 @@ tokens, with a `--stop` string (which is not part of the completion), or after `
 from its own key, made of `--seed` and i: neither the batch nor a resumed run changes what it gets. With `--chat` a prompt is
 what a user says, and the model's chat template makes a text of it, behind what `--system` says (extra `chat`).
 
+`--placement` says where the cache lives, within `--device_kv_bytes` and `--host_kv_bytes`:
+
+    python -m eval.generate --prompts_file=prompts.txt --policy='swa(kv_sparsity=0.8)' --placement=alisa --device_kv_bytes=0.5x
+
 Each finished prompt is one record: `completion`, its `tokens`, `finish_reason` and the settings. `prefill_s`, `decode_s` and
 `batch_tokens_per_s` (new tokens of all sequences / (prefill_s + decode_s)) are those of its batch of `batch` sequences; they
-include compilation where `compiles` is not 0.
+include compilation where `compiles` is not 0. `load_bytes`, `store_bytes`, `recomputed_tokens`, the peaks of bytes on both
+sides, the steps `p1` and `p2` and the `groups` are those of the batch as well (`alisa_jax/engine/report.py`).
 """
 
 import json
@@ -27,7 +32,8 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from eval.script import common, hashes, inputs
+from eval.modelled import machines
+from eval.script import common, hashes, inputs, measure
 from eval.script.common import UserError
 
 HEAD_PROMPT, HEAD_COMPLETION = "--- prompt", "--- continuation"
@@ -63,6 +69,7 @@ def config(argv: Sequence[str]) -> tuple[flags.FlagValues, tuple[Prompt, ...], o
     flags.DEFINE_string("system", None, "With --chat: the message of the system, before that of the user.", **where)
     flags.DEFINE_integer("batch", 8, "Prompts that run together.", 1, **where)
     flags.DEFINE_bool("stream", False, "Show the completion of --prompt as it comes.", **where)
+    common.placement_flags(values)
     common.dtype_flag(values)
     common.impl_flag(values)
     common.parse(values, argv, __doc__)
@@ -84,6 +91,7 @@ def config(argv: Sequence[str]) -> tuple[flags.FlagValues, tuple[Prompt, ...], o
         values.system = _utf8(values.system, "--system")
     values.policy = inputs.policy(values.policy)
     values.codec = inputs.codec(values.codec)
+    values.placement = inputs.placement(values)
     values.stop = _stops(values.stop)
     sampling = _sampling(values.temperature, values.top_k, values.top_p)
     return values, prompts, sampling
@@ -95,7 +103,7 @@ def settings(values) -> dict:
     return {
         "policy": values.policy,
         "codec": values.codec,
-        "placement": "resident",
+        **common.placement_fields(values),
         **{name: getattr(values, name) for name in names},
         "stop": list(values.stop),
         "seed": values.seed,
@@ -217,9 +225,12 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
     reused = len(cells) - len(waiting)
 
     if waiting:
-        engine = inputs.engine(make_engine, model, values.policy, values.codec, values.attention_impl)
+        placed = common.placement_fields(values)
+        engine = inputs.engine(make_engine, model, values.policy, values.codec, values.attention_impl, placed)
         check(engine, {i: encoded[i] for i in waiting}, values.max_new_tokens)
         groups = [waiting[i : i + values.batch] for i in range(0, len(waiting), values.batch)]
+        if placed != common.RESIDENT:
+            check_placed(engine, [[encoded[i] for i in group] for group in groups], values.max_new_tokens)
         if values.stream:
             print(HEAD_PROMPT, prompts[0].text, HEAD_COMPLETION, sep="\n", flush=True)
         for group in tqdm(groups, desc="batches", disable=True if values.stream else None, leave=False):
@@ -240,6 +251,15 @@ def check(engine, encoded: dict[int, list[int]], new: int) -> None:
             engine.validate_prompts(np.array([len(ids)]), new)
         except ValueError as error:
             raise UserError(f"prompt {i} of {len(ids)} tokens with --max_new_tokens={new}: {error}") from None
+
+
+def check_placed(engine, groups: Sequence[Sequence[list[int]]], new: int) -> None:
+    """Raise UserError where the placement of `engine` refuses one of `groups` of prompts."""
+    for prompts in groups:
+        try:
+            engine.check_generate(prompts, new)
+        except ValueError as error:
+            raise UserError(f"--placement: {error}") from None
 
 
 def generate(engine, prompts: dict[int, list[int]], values, sampling, eos_ids):
@@ -277,6 +297,7 @@ def generate(engine, prompts: dict[int, list[int]], values, sampling, eos_ids):
             "prefill_s": made.prefill_s,
             "decode_s": made.decode_s,
             "batch_tokens_per_s": rate,
+            **measure.moved(made.placement),
         }
         for prompt, completion, tokens, reason, logprobs in zip(
             prompts.values(), made.completions, made.tokens, made.finish_reasons, made.logprobs, strict=True
@@ -302,6 +323,10 @@ def summary(records: Sequence[dict]) -> str:
     """The settings and the counts that all prompts share."""
     r = records[0]
     how = "greedy"
+    placed = r["placement"]
+    if r.get("store_bytes"):
+        moved = " loaded, ".join(machines.bytes_text(r[f"{side}_bytes"]) for side in ("load", "store"))
+        placed += f" ({moved} stored by the first batch)"
     if r["temperature"]:
         how = f"temperature {r['temperature']:g}, top_k {r['top_k']}, top_p {r['top_p']:g}, seed {r['seed']}"
     n = sum(r["n"] for r in records)
@@ -311,7 +336,7 @@ def summary(records: Sequence[dict]) -> str:
     rate = " to ".join(dict.fromkeys(f"{x:.1f}" for x in (min(rates), max(rates))))
     compiled = "with" if any(r["compiles"] for r in records) else "without"
     return (
-        f"---\n{r['model']}, policy {r['policy']}, codec {r['codec']}, {how}\n"
+        f"---\n{r['model']}, policy {r['policy']}, codec {r['codec']}, placement {placed}, {how}\n"
         f"prompts: {len(records)}, new tokens: {n}, ended by: {ended}, "
         f"tokens/s of a batch: {rate} {compiled} compilation"
     )

@@ -17,6 +17,8 @@ windows that are longer.
 
 `--context` may be longer than the model's under policies that have no end, such as streaming(positions=cache).
 
+`--placement` says where the cache lives, within `--device_kv_bytes` and `--host_kv_bytes`; tokens are then decoded.
+
 Protocols: `decode` goes token by token through the decode path; `prefill_mask` is one pass with the causal selection
 mask row by row. Nothing here is drawn at random: `--seed` is recorded only.
 """
@@ -49,6 +51,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_integer("stride", None, "Distance of windows, tokens. Default: context - 1.", **at_least)
     flags.DEFINE_integer("max_tokens", 8192, "Tokens of the text that are used; 0 for all.", 0, flag_values=values)
     flags.DEFINE_integer("batch", 8, "Windows that run together.", **at_least)
+    common.placement_flags(values)
     common.dtype_flag(values)
     common.impl_flag(values)
     common.parse(values, argv, __doc__)
@@ -56,6 +59,7 @@ def config(argv: Sequence[str]) -> flags.FlagValues:
         raise UserError(f"--stride must be in 1..context, got stride={values.stride} with context={values.context}")
     values.policy = tuple(dict.fromkeys(inputs.policy(text) for text in values.policy))
     values.codec = inputs.codec(values.codec)
+    values.placement = inputs.placement(values)
     values.max_tokens = values.max_tokens or None
     return values
 
@@ -87,7 +91,7 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
             "ids_sha256": ids,
             "policy": policy,
             "codec": values.codec,
-            "placement": "resident",
+            **common.placement_fields(values),
             "protocol": values.protocol,
             "window_tokens": context,
             "stride_tokens": stride,
@@ -100,7 +104,11 @@ def main(argv: Sequence[str], load: Callable = inputs.load, make_engine: Callabl
         reused += record is not None
         if record is None:
             began = time.perf_counter()
-            engine = inputs.engine(make_engine, model, policy, values.codec, values.attention_impl)
+            placed = common.placement_fields(values)
+            engine = inputs.engine(make_engine, model, policy, values.codec, values.attention_impl, placed)
+            if placed != common.RESIDENT:
+                groups = [[windows.sequence(text, w, model.bos_id) for w in g] for g in grouped(plan, values.batch)]
+                inputs.check_placed(engine, groups, values.protocol)
             found, ran = evaluate(engine, text, plan, model.bos_id, values.batch, values.protocol)
             record = inputs.record(results, cell, found, time.perf_counter() - began, ran)
         records.append(record)
@@ -123,11 +131,15 @@ def long_enough(plan: Sequence[windows.Window], codec: str, bos_id: int | None) 
     return list(plan[:-1])
 
 
+def grouped(plan: Sequence[windows.Window], batch: int) -> list[Sequence[windows.Window]]:
+    """`plan` in batches."""
+    return [plan[i : i + batch] for i in range(0, len(plan), batch)]
+
+
 def evaluate(engine, text: windows.Text, plan, bos_id, batch: int, protocol: str) -> tuple[dict, dict]:
     """Score every window of `plan`; returns (values, how they were got)."""
     logprobs, scores = [], []
-    groups = [plan[i : i + batch] for i in range(0, len(plan), batch)]
-    for group in tqdm(groups, desc="batches", disable=None, leave=False):
+    for group in tqdm(grouped(plan, batch), desc="batches", disable=None, leave=False):
         try:
             score = engine.score([windows.sequence(text, w, bos_id) for w in group], protocol=protocol)
         except ValueError as error:
@@ -171,7 +183,7 @@ def report(records: Sequence[dict]) -> str:
     r = records[0]
     above = (
         f"{r['model']} on {r['data']} ({r['data_sha256'][:12]}), "
-        f"protocol {r['protocol']}, codec {r['codec']}\n"
+        f"protocol {r['protocol']}, codec {r['codec']}, placement {r['placement']}\n"
         f"{r['windows']} windows of {r['window_tokens']} tokens every {r['stride_tokens']}, "
         f"n = {r['n']} tokens ({r['scored_bytes']} bytes, {r['scored_words']} words); "
         "± is one standard error over windows"

@@ -16,6 +16,7 @@ In the placed run the newest tokens lie in a ring on the device, the others on t
 brings rows between two steps is left out, and so is what takes the pages of a prompt to the host.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,7 +26,6 @@ import jax
 from absl import flags
 
 import alisa_jax
-from alisa_jax.offload.engine import Placed
 from eval.script import common
 
 REPOSITORY = Path(alisa_jax.__file__).resolve().parent.parent
@@ -146,17 +146,15 @@ def rows(name: str, policy: str, codec: str, controller: str | None, phases: Seq
             watch(frame, event, arg)
 
     jax.clear_caches()  # a program that is there already is not traced again
-    engine = alisa_jax.Engine(model, policy, codec)
+    budget = math.inf if controller is None else DEVICE_KV_BYTES
+    engine = alisa_jax.Engine(model, policy, codec, controller or "resident", budget)
     before = sys.getprofile()
     sys.setprofile(profile)
     try:
-        if controller is None:
-            engine.generate(prompt, NEW_TOKENS, eos_ids=())
-        else:
-            run = Placed(engine, controller, DEVICE_KV_BYTES).generate(prompt, NEW_TOKENS)
+        run = engine.generate(prompt, NEW_TOKENS, eos_ids=())
     finally:
         sys.setprofile(before)
-    if controller is not None and not run.stored_rows:
+    if controller is not None and not run.placement.stored_rows:
         raise RuntimeError(f"{name}: nothing left the device, so no layer with a ring was traced")
     if missed := [phase for phase, watch in watches.items() if not watch.entered]:
         raise RuntimeError(f"{name}: no {missed[0]} entered {'.'.join(BLOCK)}")

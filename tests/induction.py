@@ -34,6 +34,7 @@ class InductionEngine:
             stats_bytes_per_token=0.0,
             compiles=1,
             wall_s=0.0,
+            placement=None,
             implementation="induction",
             implementation_reason="asked for",
             decoded_tokens=sum(len(s) - 1 for s in sequences),

@@ -204,8 +204,8 @@ def test_a_placement_gives_what_the_device_alone_gives(small, plain, monkeypatch
     placed = AlisaLM(small, placement="accelerate", device_kv_bytes="9x", batch_size=2, max_length=MAX_LENGTH)
     runs = []
     for name in ("score", "generate"):
-        run = getattr(placed.serving.placed, name)
-        monkeypatch.setattr(placed.serving.placed, name, lambda *a, run=run: runs.append(run(*a)) or runs[-1])
+        run = getattr(placed.engine, name)
+        monkeypatch.setattr(placed.engine, name, lambda *a, run=run, **k: runs.append(run(*a, **k)) or runs[-1])
     texts = asked("generate_until", *[(LILY[:n], {"until": ["."], "max_gen_toks": 12}) for n in (60, 40)])
     found, wanted = (lm.generate_until(texts, disable_tqdm=True) for lm in (placed, plain))
     assert found == wanted and found[0]
@@ -214,9 +214,11 @@ def test_a_placement_gives_what_the_device_alone_gives(small, plain, monkeypatch
     found, wanted = (lm.loglikelihood(scores, disable_tqdm=True) for lm in (placed, plain))
     np.testing.assert_allclose([value for value, _ in found], [value for value, _ in wanted], atol=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted] == [False, True]
-    assert placed.get_model_info()["placement"] == "accelerate" and all(run.load_bytes > 0 for run in runs)
-    with pytest.raises(UserError, match="generation under a placement is greedy"):
-        placed.generate_until(asked("generate_until", ("Tom", {"temperature": 1.0})))
+    assert placed.get_model_info()["placement"] == "accelerate" and all(run.placement.load_bytes > 0 for run in runs)
+    drawn = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 20.0, "top_k": 50}
+    texts = asked("generate_until", *[(LILY[:60], drawn)] * 2)
+    found, wanted = (lm.generate_until(texts, disable_tqdm=True) for lm in (placed, plain))
+    assert found == wanted and found[0] != found[1]
 
 
 def test_a_budget_that_is_too_small_is_refused_before_anything_runs(small):
@@ -282,7 +284,6 @@ def test_arguments_that_cannot_be_served_are_refused_in_one_sentence(small):
     refused(
         "leave out placement or protocol=prefill_mask", pretrained=small, placement="alisa", protocol="prefill_mask"
     )
-    refused("budgets of a placement", pretrained=small, device_kv_bytes="1GB")
     refused("device_kv_bytes: '1 gig' is no size", pretrained=small, placement="alisa", device_kv_bytes="1 gig")
     refused("seed", "-1", pretrained=small, seed=-1)
 

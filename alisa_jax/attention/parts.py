@@ -68,8 +68,8 @@ class Streamed(NamedTuple):
 
 def decode_streamed(
     parts: Layer, q, k, v, host, dropped, pieces: tuple[Streamed, ...]
-) -> tuple[jax.Array, Layer]:
-    """As `attention.decode`, for a dense layer whose last part is away.
+) -> tuple[jax.Array, Layer, jax.Array]:
+    """As `attention.decode`, for a dense layer whose last part is away; clipped elements [B] last.
 
     pieces[0], streamed, covers positions [dropped, host); further pieces, recomputed, cover
     [0, dropped); the ring covers the rest. host, dropped [B].
@@ -78,16 +78,19 @@ def decode_streamed(
     *mine, last = attention.cut(parts, q, k, v)
     outs = []
     states = []
+    clipped = []
     for state, some in zip(whole, mine, strict=True):
-        out, (state,), _ = attention.decode((state,), *some)
+        out, (state,), (taps,) = attention.decode((state,), *some)
         outs.append(out)
         states.append(state)
+        clipped.append(taps.clipped)
     q, k, v = last
     codec = away.spec.codec
     impl = away.spec.impl
     ws = away.ws
     heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
     slot = jnp.mod(away.length, ws.pos.shape[-1])[:, None]
+    clipped.append(codec.clipped(ws.k, k) + codec.clipped(ws.v, v))
     codes = codec.encode_token(ws.k, k), codec.encode_token(ws.v, v)
     ws = ws.replace(pos=jnp.where(ws.pos < host[:, None, None], -1, ws.pos))
     ws = ws.put(codec, *codes, slot, away.length)
@@ -103,7 +106,8 @@ def decode_streamed(
         piece, _ = compute.slots(codec, heads, rows_k, rows_v, bias, impl)
         joined = compute.merge(joined, piece)
     outs.append(joined.out.reshape(q.shape).astype(q.dtype))
-    return jnp.concatenate(outs), (*states, away.replace(ws=ws, length=away.length + 1))
+    parts = *states, away.replace(ws=ws, length=away.length + 1)
+    return jnp.concatenate(outs), parts, jnp.concatenate(clipped)
 
 
 def prefill(

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from alisa_jax.engine import step
+from alisa_jax.engine.report import PlacementReport
 from alisa_jax.kv.cache import KVState
+
+
+class Found(NamedTuple):
+    """What a protocol of scoring measured."""
+
+    logprobs: np.ndarray  # [B, n] float32
+    correct: np.ndarray  # [B, n] bool
+    attended: np.ndarray  # [L], sums over `counted` tokens
+    loads: np.ndarray  # [L]
+    clipped: np.ndarray  # [L], sum over `coded` tokens
+    counted: int  # tokens that were decoded
+    coded: int  # of these, tokens that were encoded
+    bytes: tuple[float, float]  # of K and V on the device, and of all else
+    placement: PlacementReport | None = None
 
 
 class Feed:

@@ -1,8 +1,10 @@
 """Generation: the loop over chunks of steps, and what it hands back.
 
-A chunk runs without looking at text. A sequence that ends inside it, by a stop token or a stop
-string, is cut behind it and marked done, so no result depends on how many steps a chunk has; what a
-sequence that is done still computes is thrown away, and no other sequence sees it.
+The loop drives runs, one after the other: one `ResidentRun`, or the `PlacedRun`s of the groups that
+a controller splits the batch into. A chunk runs without looking at text. A sequence that ends
+inside it, by a stop token or a stop string, is cut behind it and marked done, so no result depends
+on how many steps a chunk has; what a sequence that is done still computes is thrown away, and no
+other sequence sees it.
 """
 
 from __future__ import annotations
@@ -11,15 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alisa_jax.engine import finite, prompts, step, stops
+from alisa_jax.engine import finite, step, stops
 from alisa_jax.engine.batch import Batch
 from alisa_jax.engine.progress import progress_bar
-from alisa_jax.engine.sampling import Draw, Settings
-from alisa_jax.kv.buckets import bucket, next_bucket
+from alisa_jax.engine.report import PlacementReport, report
+from alisa_jax.engine.sampling import Draw
 
 LISTENING_STEPS = 8  # of a chunk, while stop strings are searched for or text is shown
 
@@ -38,6 +39,12 @@ class Generated:
     logprobs: list[np.ndarray]  # nats, of each new token under the model's own distribution
     prefill_s: float  # until the first new tokens are known, compilation included
     decode_s: float  # from there to the last new token, compilation included
+    placement: PlacementReport  # bytes held and moved
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens over all of the time, prompts included."""
+        return sum(map(len, self.tokens)) / (self.prefill_s + self.decode_s)
 
 
 class Running:
@@ -75,14 +82,14 @@ def run(
     batch: Batch,
     max_new_tokens: int,
     eos_ids: frozenset[int],
-    drawn: tuple[jax.Array, Settings] | None,
+    drawn: Draw | None,
     stop: tuple[str, ...],
     on_text: Callable[[int, str], None] | None,
     progress: bool,
 ) -> Generated:
     """Continue `batch`; arguments as of `Engine.generate`, checked.
 
-    drawn: keys [B] and settings; None: greedy.
+    drawn: of all sequences, before the first new token; None: greedy.
     """
     start, compiles = time.perf_counter(), engine.compiles
     model = engine.model
@@ -95,48 +102,38 @@ def run(
         texts = [stops.Completion(model.decode, ids, stop, bytes_run, special) for ids in given]
     running = [Running(eos_ids, text) for text in texts]
 
-    def took(*columns) -> np.ndarray:
-        """Append a chunk's tokens, margins and log-probabilities [B, n]; returns [B] bool: done."""
-        for i, sequence in enumerate(running):
+    def took(first: int, columns) -> np.ndarray:
+        """Append tokens, margins and log-probabilities [B, n] of the sequences from `first` on.
+
+        Returns [B] bool: done.
+        """
+        mine = running[first : first + len(columns[0])]
+        for i, sequence in enumerate(mine):
             made = len(sequence.tokens)
             sequence.take(*(c[i] for c in columns), max_new_tokens)
-            finite.check([sequence.logprobs[made:]], model, finite.NEW, [made], i)
+            finite.check([sequence.logprobs[made:]], model, finite.NEW, [made], first + i)
             if on_text is not None and (piece := sequence.text.show()):
-                on_text(i, piece)
-        return np.array([s.reason is not None for s in running])
+                on_text(first + i, piece)
+        return np.array([s.reason is not None for s in mine])
 
     eos = jnp.asarray(sorted(eos_ids) or [-1], jnp.int32)
-    steps = LISTENING_STEPS if listening else step.CHUNK_STEPS
-    fed, logits, kv, _ = prompts.begin(engine, batch, max_new_tokens)
-    longest = int(fed.length.max())
-    S = bucket(longest)
-    first = engine.programs.next_token(logits, _draw(drawn, 0), jnp.int32(0))
-    token, made = first[0], 1
-    columns = [np.asarray(x)[:, None] for x in first]  # waits for the device
-    prefill_s = time.perf_counter() - start
-    with progress_bar(progress, max_new_tokens, "generate") as shown:
-        done = took(*columns)
-        shown.update(1)
-        while not done.all():
-            room = S - (longest + made - 1)
-            if room == 0:
-                S, layers = next_bucket(S), list(kv.layers)
-                # only `layers` holds them now: an old layer is freed before the next one grows
-                del kv
-                more = prompts.room(engine, max_new_tokens - made)
-                kv = engine.programs.grow_each(layers, S, more)
-                room = S - (longest + made - 1)
-            n = min(steps, room, max_new_tokens - made)
-            out, kv = engine.programs.generate(
-                model.params, kv, token, jnp.asarray(done), eos, jnp.int32(n), _draw(drawn, made)
-            )
-            token, taken = out.token, int(out.steps)
-            done = took(
-                *(np.asarray(x)[:, :taken] for x in (out.tokens, out.margins, out.logprobs))
-            )
-            made += taken
-            shown.update(taken)
-    decode_s = time.perf_counter() - start - prefill_s
+    most = LISTENING_STEPS if listening else step.CHUNK_STEPS
+    runs = engine.runs(batch, max_new_tokens, eos, drawn)
+    prefill_s = time.perf_counter() - start  # prompts may have been filtered
+    decode_s = 0.0
+    with progress_bar(progress, max_new_tokens * len(runs), "generate") as shown:
+        for run in runs:
+            began = time.perf_counter()
+            done = took(run.first, run.begin())
+            shown.update(1)
+            read = time.perf_counter()
+            while not done.all():
+                columns = run.step(done, most)
+                done = took(run.first, columns)
+                shown.update(columns[0].shape[1])
+            run.end()
+            prefill_s += read - began
+            decode_s += time.perf_counter() - read
     whole, new = _texts(model, given, running) if model.tokenizer is not None else (None, None)
     return Generated(
         tokens=[s.tokens for s in running],
@@ -149,11 +146,8 @@ def run(
         logprobs=[np.array(s.logprobs, np.float32) for s in running],
         prefill_s=prefill_s,
         decode_s=decode_s,
+        placement=report(runs),
     )
-
-
-def _draw(drawn, made: int) -> Draw | None:
-    return None if drawn is None else Draw(drawn[0], jnp.int32(made), drawn[1])
 
 
 def _texts(model, given: list[list[int]], running: list[Running]) -> tuple[list[str], list[str]]:

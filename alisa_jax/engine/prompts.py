@@ -11,6 +11,7 @@ import numpy as np
 from alisa_jax.engine.batch import Batch
 from alisa_jax.kv.buckets import bucket, prompt_bucket
 from alisa_jax.kv.cache import KVState
+from alisa_jax.kv.state import tree_bytes
 
 ROOM = 32  # tokens; sets grow in multiples of it, so that few programs are compiled
 
@@ -22,6 +23,7 @@ class Begun(NamedTuple):
     logits: jax.Array  # [B, V] of the last token of each
     kv: KVState  # for the bucket of the longest
     room: int  # free slots of working sets that grow
+    lane_bytes: int  # that prompts read in chunks took until their states were made
 
 
 def begin(engine, batch: Batch, tokens: int) -> Begun:
@@ -34,7 +36,8 @@ def begin(engine, batch: Batch, tokens: int) -> Begun:
     S = bucket(longest)
     more = room(engine, min(S - longest, tokens)) or 0
     read = _whole if engine.chunk_tokens is None else _in_chunks
-    return Begun(fed, *read(engine, fed, S, more), more)
+    logits, kv, lane_bytes = read(engine, fed, S, more)
+    return Begun(fed, logits, kv, more, lane_bytes)
 
 
 def room(engine, tokens: int) -> int | None:
@@ -62,22 +65,23 @@ def _padded(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(batch.padded(T)), jnp.asarray(batch.length)
 
 
-def _whole(engine, fed: Batch, S: int, more: int) -> tuple[jax.Array, KVState]:
+def _whole(engine, fed: Batch, S: int, more: int) -> tuple[jax.Array, KVState, int]:
     del S  # the program knows it by its padded tokens
-    return engine.programs.prefill(engine.model.params, *_padded(fed), more)
+    return *engine.programs.prefill(engine.model.params, *_padded(fed), more), 0
 
 
-def _in_chunks(engine, fed: Batch, S: int, more: int) -> tuple[jax.Array, KVState]:
+def _in_chunks(engine, fed: Batch, S: int, more: int) -> tuple[jax.Array, KVState, int]:
     programs = engine.programs
     B, T = len(fed.length), prompt_bucket(int(fed.length.max()))
     lanes = programs.begin(B, S, T, engine.dtype)
     for tokens, n in chunks(fed, engine.chunk_tokens):
         lanes = programs.extend(engine.model.params, lanes, tokens, n)
+    lane_bytes = tree_bytes(lanes)
     layers = list(lanes.layers)
     x = lanes.x
     del lanes  # `layers` alone holds them: a lane is freed when its state is made
     kv = programs.finish_each(layers, S, more)
-    return programs.last_logits(engine.model.params, x), kv
+    return programs.last_logits(engine.model.params, x), kv, lane_bytes
 
 
 def _chosen(engine, batch: Batch, layer: int) -> jax.Array:

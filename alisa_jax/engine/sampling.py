@@ -152,34 +152,32 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     return pick(logits if sampling.greedy else scores(logits, keys, sampling.settings()))[0]
 
 
-class Forced(NamedTuple):
-    """In place of a `Draw`: the tokens of a text, whatever the model would have said."""
+def now(draw: Draw | None, made: int) -> Draw | None:
+    """`draw` of sequences that have `made` new tokens."""
+    return None if draw is None else draw._replace(made=jnp.int32(made))
 
-    tokens: jax.Array  # [B, T] int32
-    made: jax.Array  # [] int32: tokens[:, made] is the next
+
+def of_rows(draw: Draw | None, rows: slice) -> Draw | None:
+    """`draw` of the sequences `rows` of its batch."""
+    return None if draw is None else draw._replace(keys=draw.keys[rows])
 
 
 def next_token(
-    logits: jax.Array, draw: Draw | Forced | None, step
+    logits: jax.Array, draw: Draw | None, step
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Token [B] int32, margin [B] and log-probability [B] from logits [B, V].
 
     draw: None is greedy. step: [] int32, steps since `draw` was made. margin: by how much the token
-    won: its logit minus the best of the others (below 0 where it is forced and another is better),
-    or, when drawn, of x / T + g over what is kept (inf where one is). log-probability: of the token
+    won: its logit minus the best of the others, or, when drawn, of x / T + g over what is kept (inf where one is). log-probability: of the token
     under the model's own distribution, in nats, whatever the sampling; NaN where a logit is NaN or
     all are -inf.
     """
     given = bounded(logits)
-    logits = compared = clean(given)
-    if isinstance(draw, Draw):
+    compared = clean(given)
+    if draw is not None:
         keys = jax.vmap(jax.random.fold_in, (0, None))(draw.keys, draw.made + step)
-        compared = scores(logits, keys, draw.settings)
-    if isinstance(draw, Forced):
-        token = jax.lax.dynamic_index_in_dim(draw.tokens, draw.made + step, 1, keepdims=False)
-        margin = lead(logits, token)
-    else:
-        token, margin = pick(compared)
+        compared = scores(compared, keys, draw.settings)
+    token, margin = pick(compared)
     chosen = jnp.take_along_axis(given, token[:, None], axis=-1)[:, 0]
     return token, margin, chosen - jax.nn.logsumexp(given, axis=-1)
 

@@ -15,16 +15,16 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from alisa_jax.engine import finite, prompts, shared
 from alisa_jax.engine.batch import Batch
-from alisa_jax.engine.feed import Feed
+from alisa_jax.engine.feed import Feed, Found
+from alisa_jax.engine.offload import scoring as placed
 from alisa_jax.engine.progress import progress_bar
+from alisa_jax.engine.report import PlacementReport
 from alisa_jax.kv.buckets import bucket, next_bucket, stages
 
 PROTOCOLS = ("decode", "prefill_mask", "prompt")
@@ -47,31 +47,21 @@ class Scores:
     implementation: str  # what ran
     implementation_reason: str  # why it was that, where `attention_impl` was auto
     decoded_tokens: int  # tokens that the fractions are means over
-
-
-class Found(NamedTuple):
-    """What a protocol measured."""
-
-    logprobs: np.ndarray  # [B, n] float32
-    correct: np.ndarray  # [B, n] bool
-    attended: np.ndarray  # [L], sums over `counted` tokens
-    loads: np.ndarray  # [L]
-    clipped: np.ndarray  # [L], sum over `coded` tokens
-    counted: int  # tokens that were decoded
-    coded: int  # of these, tokens that were encoded
-    bytes: tuple[float, float]  # of K and V, and of all else
+    placement: PlacementReport | None  # bytes held and moved; None where the cache is resident
 
 
 def score(engine, sequences, protocol: str, progress: bool, last: Sequence[int] | None) -> Scores:
     """See `Engine.score`."""
     start, compiles = time.perf_counter(), engine.compiles
-    batch, wanted = _checked(engine, sequences, protocol, last)
+    batch, wanted = checked(engine, sequences, protocol, last)
     B, T = batch.tokens.shape
     decoded = wanted if protocol == "prompt" else batch.length - 1
     common = None
-    if last is not None and protocol == "decode":
+    if last is not None and protocol == "decode" and engine.placement is None:
         common = shared.contexts(batch, wanted, engine.codec.frozen_after)
-    if protocol == "prompt":
+    if engine.placement is not None:
+        found = placed.score(engine, batch, wanted if protocol == "prompt" else None, progress)
+    elif protocol == "prompt":
         found = _prompt(engine, batch, wanted, progress)
     elif common is not None:
         decoded = wanted
@@ -98,10 +88,11 @@ def score(engine, sequences, protocol: str, progress: bool, last: Sequence[int] 
         implementation=kind,
         implementation_reason=reason,
         decoded_tokens=found.counted,
+        placement=found.placement,
     )
 
 
-def _checked(engine, sequences, protocol, last) -> tuple[Batch, np.ndarray]:
+def checked(engine, sequences, protocol, last) -> tuple[Batch, np.ndarray]:
     """The batch, and how many of the last tokens of each are wanted [B]. Raises ValueError."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
@@ -109,6 +100,11 @@ def _checked(engine, sequences, protocol, last) -> tuple[Batch, np.ndarray]:
     if batch.length.min() < 2:
         raise ValueError(
             f"a sequence to score needs at least 2 tokens; number {batch.length.argmin()} has 1"
+        )
+    if protocol == "prefill_mask" and engine.placement is not None:
+        raise ValueError(
+            "prefill_mask attends a whole text under a mask and keeps no cache that could be "
+            "placed: give placement=resident, or the protocol decode or prompt"
         )
     if protocol == "prompt" and last is None:
         raise ValueError("protocol prompt needs last=, how many tokens come after each prompt")
@@ -120,6 +116,9 @@ def _checked(engine, sequences, protocol, last) -> tuple[Batch, np.ndarray]:
     else:
         engine.validate(batch.tokens.shape[1])
         engine.check_calibration(batch.length - 1)
+    if engine.placement is not None:
+        asked = placed.prompts_of(engine, batch, None if protocol == "decode" else last)
+        engine.placement.check(engine.policy.feeds(asked.heads.length).tolist(), asked.new_tokens)
     return batch, batch.length - 1 if last is None else shared.check(batch, last)
 
 

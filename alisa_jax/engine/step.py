@@ -143,7 +143,7 @@ def generate_chunk(
     """Up to n <= CHUNK_STEPS steps from `token` [B].
 
     Ends early when every sequence is done, and after a step that leaves rows pending. draw: a
-    `sampling.Draw` or `Forced`, or None for greedy steps.
+    `sampling.Draw`, or None for greedy steps.
     """
     B = token.shape[0]
     empty = jnp.zeros((B, CHUNK_STEPS), jnp.float32)
@@ -184,12 +184,13 @@ class Scored(NamedTuple):
     attended: jax.Array  # [L] float32: attended share of the context, summed over all steps
     loads: jax.Array  # [L] int32: rows copied from the stores
     clipped: jax.Array  # [L] int32: elements of K and V that the codec clipped
+    steps: jax.Array  # [] int32, steps taken
 
 
 def score_chunk(
     decoder: Decoder, params, kv: KVState, tokens, targets, valid, n
 ) -> tuple[Scored, KVState]:
-    """n <= CHUNK_STEPS teacher-forced steps.
+    """n <= CHUNK_STEPS teacher-forced steps; ends early after a step that leaves rows pending.
 
     tokens, targets [B, CHUNK_STEPS] int32; valid [B, CHUNK_STEPS] bool: what is counted.
     """
@@ -201,10 +202,12 @@ def score_chunk(
         jnp.zeros((L,), jnp.float32),
         none,
         none,
+        jnp.zeros((), jnp.int32),
     )
 
-    def body(i, carry):
+    def body(carry):
         out, kv = carry
+        i = out.steps
         column = lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, 1)[:, 0]
         token = column(tokens)
         target = column(targets)
@@ -224,9 +227,14 @@ def score_chunk(
             out.attended + jnp.sum(jnp.where(counts[None], share, jnp.float32(0.0)), axis=1),
             out.loads + jnp.sum(jnp.where(counts[None], loads, 0), axis=1, dtype=jnp.int32),
             out.clipped + jnp.sum(jnp.where(counts[None], clipped, 0), axis=1, dtype=jnp.int32),
+            i + 1,
         ), kv
 
-    return jax.lax.fori_loop(0, n, body, (zero, kv))
+    def goes_on(carry):
+        out, kv = carry
+        return (out.steps < n) & ((out.steps == 0) | ~waits(kv))
+
+    return jax.lax.while_loop(goes_on, body, (zero, kv))
 
 
 def judge(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -261,9 +269,9 @@ def score_masked(decoder: Decoder, layers, params, tokens, targets, valid):
 def judge_all(
     decoder: Decoder, params, x: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """`judge` [B, T] of the last layer's x [B, T, D] and targets [B, T] int32; T % 32 = 0."""
+    """`judge` [B, T] of the last layer's x [B, T, D] and targets [B, T] int32; T % 16 = 0."""
     B, T, D = x.shape
-    size = 32  # positions whose logits are held at once
+    size = 16 if T % 32 else 32  # positions whose logits are held at once
     blocks = jnp.moveaxis(x.reshape(B, T // size, size, D), 1, 0)
     wanted = jnp.moveaxis(targets.reshape(B, T // size, size), 1, 0)
     logprobs, correct = jax.lax.map(

@@ -18,6 +18,7 @@ last has to lie in the model's context too, and sampling has no top-k of 50 unle
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import sys
@@ -49,7 +50,7 @@ from alisa_jax.lm_eval.arguments import (
     asked_of,
     check_arguments,
     check_name,
-    check_placement,
+    check_protocol,
     check_specs,
     count,
     pairs_of,
@@ -57,8 +58,6 @@ from alisa_jax.lm_eval.arguments import (
 )
 from alisa_jax.lm_eval.texts import Texts
 from alisa_jax.models.checkpoint import load
-from alisa_jax.offload.engine import Placed
-from alisa_jax.offload.serving import Serving
 from alisa_jax.placement import bytes_text
 
 log = logging.getLogger(__name__)
@@ -69,10 +68,9 @@ class AlisaLM(TemplateLM):
     """A model under a policy, a codec and a placement, as the harness calls it.
 
     pretrained: a Hugging Face folder, a name of the Hub, or "bundled". policy, codec, route,
-    attention_impl: as of `alisa_jax.Engine`. placement: a controller such as "alisa" or
-    "flexgen(cache_device_frac=0.5)", "" for a cache that is all on the device without one; it is
-    given the budgets device_kv_bytes and host_kv_bytes: "2GB", "512MiB", bytes, or "0.3x" for a
-    share of the dense cache of batch_size sequences of max_length tokens. protocol: of
+    attention_impl, placement: as of `alisa_jax.Engine`. device_kv_bytes, host_kv_bytes: budgets:
+    "2GB", "512MiB", bytes, or "0.3x" for a share of the dense cache of batch_size sequences of
+    max_length tokens. protocol: of
     log-likelihoods, "decode", "prefill_mask" or "prompt", as of `Engine.score`: with "prompt" a
     context is read densely, which is where methods that cut prompts show. dtype: as of
     `alisa_jax.load`. batch_size: sequences at a time. max_length: most tokens that are read.
@@ -81,9 +79,7 @@ class AlisaLM(TemplateLM):
     `sequence_keys(seed, [i])`. device and max_batch_size, which the harness always hands over,
     speak of PyTorch: JAX_PLATFORMS says where JAX runs.
 
-    Under a placement the first token, or those that the codec calibrates on, are a dense prompt and
-    the others are decoded; tokens are greedy, and all `max_gen_toks` are made. Raises UserError,
-    before anything runs, for what cannot be served.
+    Raises UserError, before anything runs, for what cannot be served.
     """
 
     def __init__(
@@ -93,7 +89,7 @@ class AlisaLM(TemplateLM):
         codec: str = "raw",
         route: str = "auto",
         attention_impl: str = "auto",
-        placement: str = "",
+        placement: str = "resident",
         device_kv_bytes: str | float = math.inf,
         host_kv_bytes: str | float = math.inf,
         protocol: str = "decode",
@@ -112,7 +108,7 @@ class AlisaLM(TemplateLM):
         budgets = {"device_kv_bytes": device_kv_bytes, "host_kv_bytes": host_kv_bytes}
         check_arguments(others, AlisaLM.__init__.__annotations__)
         name = check_name(pretrained)
-        check_placement(placement, protocol, budgets)
+        check_protocol(placement, protocol)
         self.batch_size = count("batch_size", batch_size)
         self.max_gen_toks = count("max_gen_toks", max_gen_toks)
         self.protocol = protocol
@@ -130,7 +126,6 @@ class AlisaLM(TemplateLM):
             if self.model.tokenizer is None:
                 raise UserError(f"the model {name} has no tokenizer, and the harness speaks text")
             self.texts = Texts(self.model, add_bos_token)
-            self.engine = Engine(self.model, policy, codec, route, attention_impl)
             c = self.model.decoder.config
             most = c.max_positions - 1
             self.max_length = most if max_length is None else count("max_length", max_length)
@@ -139,7 +134,6 @@ class AlisaLM(TemplateLM):
                     f"max_length must be below {c.max_positions}, the model's context; got "
                     f"{max_length}"
                 )
-            self.engine.validate(self.max_length + 1)
             stored = codecs.Raw(jax.tree.leaves(self.model.params)[0].dtype.name)
             dense_bytes = c.n_layers * stored.token_bytes(c.n_kv_heads, c.head_dim)
             dense_bytes *= self.batch_size * self.max_length
@@ -147,8 +141,17 @@ class AlisaLM(TemplateLM):
                 bytes_text.read_bytes(str(value), dense_bytes, f"{key}: ")
                 for key, value in budgets.items()
             ]
-            placed = Placed(self.engine, placement, *limits) if placement else None
-            self.serving = Serving(self.engine, placed, protocol)
+            self.engine = Engine(
+                self.model,
+                policy,
+                codec,
+                placement or "resident",
+                *limits,
+                route=route,
+                attention_impl=attention_impl,
+            )
+            self.engine.validate(self.max_length + 1)
+        self.ran: dict[str, str] = {}  # what ran, and why it was that
 
     @classmethod
     def create_from_arg_string(
@@ -187,7 +190,7 @@ class AlisaLM(TemplateLM):
 
     def get_model_info(self) -> dict:
         """What the harness adds to the settings in its results."""
-        ran = self.serving.ran or {self.engine.implementation: self.engine.implementation_reason}
+        ran = self.ran or {self.engine.implementation: self.engine.implementation_reason}
         return {
             "model_num_parameters": self.model.decoder.count_params(),
             "model_dtype": jax.tree.leaves(self.model.params)[0].dtype.name,
@@ -252,16 +255,19 @@ class AlisaLM(TemplateLM):
         batches = self._batches(order)
         with sentences():
             for batch in batches:
-                self.serving.check_scores([sequences[i] for i in batch], [wanted[i] for i in batch])
+                self.engine.check_score(
+                    [sequences[i] for i in batch], self.protocol, [wanted[i] for i in batch]
+                )
         results: list = [None] * len(requests)
         with tqdm(
             total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm
         ) as bar:
             for batch in batches:
-                scored = self.serving.score(
-                    [sequences[i] for i in batch], [wanted[i] for i in batch]
+                scores = self.engine.score(
+                    [sequences[i] for i in batch], self.protocol, last=[wanted[i] for i in batch]
                 )
-                for i, (logprobs, greedy) in zip(batch, scored, strict=True):
+                self.ran[scores.implementation] = scores.implementation_reason
+                for i, logprobs, greedy in zip(batch, scores.logprobs, scores.correct, strict=True):
                     results[i] = float(logprobs.sum(dtype=np.float64)), bool(greedy.all())
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])
@@ -274,7 +280,7 @@ class AlisaLM(TemplateLM):
         for i, request in enumerate(requests):
             context, kwargs = request.args
             given = normalize_gen_kwargs(kwargs, self.max_gen_toks)
-            asked = asked_of(given, greedy=self.serving.placed is not None)
+            asked = asked_of(given)
             room = self.max_length - asked.new_tokens
             if room < 1:
                 raise UserError(
@@ -297,7 +303,7 @@ class AlisaLM(TemplateLM):
         ]
         with sentences():
             for asked, batch in batches:
-                self.serving.check_prompts([prompts[i] for i in batch], asked.new_tokens)
+                self.engine.check_generate([prompts[i] for i in batch], asked.new_tokens)
         results: list = [None] * len(requests)
         with tqdm(
             total=len(requests), desc="Running generate_until requests", disable=disable_tqdm
@@ -305,14 +311,16 @@ class AlisaLM(TemplateLM):
             for asked, batch in batches:
                 # a text that is decoded by itself may lose its leading space
                 stops = [text for text in asked.until if not text.startswith(" ")]
-                rows = self.serving.generate(
+                made = self.engine.generate(
                     [prompts[i] for i in batch],
                     asked.new_tokens,
-                    asked.sampling,
-                    sequence_keys(self.seed, batch),
-                    stops,
+                    sampling=asked.sampling,
+                    key=sequence_keys(self.seed, batch),
+                    stop=stops,
                 )
-                for i, row in zip(batch, rows, strict=True):
+                self.ran[self.engine.implementation] = self.engine.implementation_reason
+                for i, tokens in zip(batch, made.tokens, strict=True):
+                    row = list(itertools.takewhile(lambda t: t not in self.model.eos_ids, tokens))
                     results[i] = postprocess_generated_text(
                         self.model.decode(row), list(asked.until), None
                     )

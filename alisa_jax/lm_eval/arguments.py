@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from alisa_jax.engine.sampling import Sampling
@@ -75,18 +74,14 @@ def check_name(pretrained: object) -> str:
     return name
 
 
-def check_placement(placement: str, protocol: str, budgets: Mapping[str, object]) -> None:
-    """Raise UserError for an unknown protocol, and for what a placement, or none, rules out."""
+def check_protocol(placement: str, protocol: str) -> None:
+    """Raise UserError for an unknown protocol, and for one that a placement rules out."""
     if protocol not in PROTOCOLS:
         raise UserError(f"protocol must be one of {', '.join(PROTOCOLS)}; got {protocol!r}")
-    if placement and protocol != "decode":
+    if placement not in ("", "resident") and protocol == "prefill_mask":
         raise UserError(
-            f"under a placement tokens are decoded; leave out placement or protocol={protocol}"
-        )
-    if not placement and any(value != math.inf for value in budgets.values()):
-        raise UserError(
-            "device_kv_bytes and host_kv_bytes are budgets of a placement; "
-            "give placement=alisa, say"
+            "prefill_mask keeps no cache that could be placed; leave out placement or "
+            "protocol=prefill_mask"
         )
 
 
@@ -99,11 +94,8 @@ class Asked:
     sampling: Sampling
 
 
-def asked_of(found: dict, greedy: bool) -> Asked:
-    """What the harness's settings of a request ask for; greedy: nothing else can be served.
-
-    Raises UserError for what is not known and what cannot be served.
-    """
+def asked_of(found: dict) -> Asked:
+    """What the harness's settings of a request ask for. Raises UserError for what is not known."""
     if found.get("num_beams") == 1:
         del found["num_beams"]
     if unknown := [key for key in found if key not in ASKED]:
@@ -114,10 +106,6 @@ def asked_of(found: dict, greedy: bool) -> Asked:
     temperature = float(found.get("temperature") or 0.0) if found["do_sample"] else 0.0
     if found["do_sample"] and temperature == 0:
         raise UserError("do_sample=true needs a temperature above 0")
-    if temperature and greedy:
-        raise UserError(
-            "generation under a placement is greedy; leave the placement or do_sample out"
-        )
     top_p = found.get("top_p")
     with sentences():
         sampling = Sampling(temperature, found.get("top_k") or 0, 1.0 if top_p is None else top_p)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from types import MappingProxyType
 
@@ -13,11 +14,17 @@ UNITS = MappingProxyType(
 )
 
 
-def read_bytes(text: str, dense_kv_bytes: float, where: str = "") -> float:
-    """'2GB', '512MiB', '1000' and 'inf' in bytes; '0.33x' times `dense_kv_bytes`.
+def read_bytes(text: str | float, dense_kv_bytes: float, where: str = "") -> float:
+    """'2GB', '512MiB', '1000' and 'inf' in bytes; '0.33x' times `dense_kv_bytes`; numbers as given.
 
     Raises ValueError, one sentence that begins with `where`, for what is none of these.
     """
+    if isinstance(text, numbers.Real) and not isinstance(text, bool):
+        if math.isnan(text) or text < 0:
+            raise ValueError(f"{where}a number of bytes is at least 0; got {text}")
+        return float(text)
+    if not isinstance(text, str):
+        raise ValueError(f"{where}give a number of bytes or a text such as 2GB; got {text!r}")
     if text == "inf":
         return math.inf
     found = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([A-Za-z]*)", text.strip())

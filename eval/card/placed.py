@@ -73,17 +73,21 @@ def _throughput(flags: tuple[str, ...], load, build, recorded) -> dict:
 
 
 class _Told:
-    """A placed engine that records each of its runs as it ends: a system that is stopped in its second has its first."""
+    """An engine that records each of its runs as it ends: a system that is stopped in its second has its first."""
 
-    def __init__(self, placed, emit, cell: str):
-        self.placed, self.emit, self.cell, self.runs = placed, emit, cell, 0
+    def __init__(self, engine, emit, cell: str):
+        self.engine = engine
+        self.emit = emit
+        self.cell = cell
+        self.runs = 0
 
     def __getattr__(self, name: str):
-        return getattr(self.placed, name)
+        return getattr(self.engine, name)
 
-    def generate(self, prompts, new: int, progress: bool = False):
+    def generate(self, prompts, new: int, eos_ids=(), progress: bool = False):
         began = time.perf_counter()
-        made = self.placed.generate(prompts, new, progress)
+        made = self.engine.generate(prompts, new, eos_ids, progress)
+        moved = made.placement
         self.runs += 1
         self.emit(
             {
@@ -93,11 +97,11 @@ class _Told:
                 "tokens_per_s": made.tokens_per_s,
                 "prefill_s": made.prefill_s,
                 "decode_s": made.decode_s,
-                "load_bytes": made.load_bytes,
-                "store_bytes": made.store_bytes,
+                "load_bytes": moved.load_bytes,
+                "store_bytes": moved.store_bytes,
                 "compiles": made.compiles,
-                "host_reads": made.host_reads,
-                "device_peak_bytes": made.device_peak_bytes,
+                "host_reads": moved.host_reads,
+                "device_peak_bytes": moved.device_peak_bytes,
                 "tokens_sha256": timing.digest(made.tokens),
                 "run_s": time.perf_counter() - began,
             }

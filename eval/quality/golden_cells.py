@@ -17,7 +17,6 @@ from alisa_jax import codecs, policies, spec
 from alisa_jax.analysis.calibrate import calibrate
 from alisa_jax.engine import step
 from alisa_jax.kv.state import LayerState
-from alisa_jax.offload.engine import Placed
 from eval import methods
 from eval.quality.golden_arrays import POSITIONS, array_text, bits_text, short
 from eval.script.common import UserError
@@ -63,7 +62,7 @@ SHARES = tuple(i / 40 for i in range(1, 41))  # of what a run keeps that is all 
 
 
 class Cell(NamedTuple):
-    """What is run; canonical texts. placed: through `Placed`, also where the controller is resident."""
+    """What is run; canonical texts. placed: under a budget, also where the controller is resident."""
 
     model: str
     policy: str
@@ -133,11 +132,11 @@ def measure(cell: Cell, model, make_engine: Callable) -> Measured:
     """Run a cell."""
     engine = _engine(make_engine, model, cell.policy, cell.codec)
     if cell.placed:
-        one = _budgeted(engine, cell)
-        watch = Watch(engine, one)
-        run = one.generate(prompts(), NEW_TOKENS)
-        more = {"moved": {name: _plain(getattr(run, name)) for name in MOVED}}
-        more["moved"]["device_kv_bytes"] = one.device_kv_bytes
+        engine = _budgeted(engine, cell)
+        watch = Watch(engine)
+        run = engine.generate(prompts(), NEW_TOKENS, eos_ids=())
+        more = {"moved": {name: _plain(getattr(run.placement, name)) for name in MOVED}}
+        more["moved"]["device_kv_bytes"] = engine.placement.device_kv_bytes
     else:
         watch = Watch(engine)
         run = engine.generate(prompts(), NEW_TOKENS, eos_ids=())
@@ -169,16 +168,15 @@ def untimed(values: Mapping) -> dict:
     return {**values, "moved": {name: x for name, x in values["moved"].items() if name not in TIMED}}
 
 
-def _budgeted(engine, cell: Cell) -> Placed:
+def _budgeted(engine, cell: Cell):
     """`engine` under the controller of `cell` at the smallest budget of `SHARES` that it accepts."""
-    base = Placed(engine)
     lengths = [int(engine.policy.feeds(n)) for n in LENGTHS]
-    setting = base.setting(lengths, NEW_TOKENS)
+    setting = engine.under("waves").placement.setting(lengths, NEW_TOKENS)
     total = setting.fixed_bytes + setting.store_bytes(setting.final_tokens)
     for share in SHARES:
-        one = base.under(cell.controller, float(int(share * total)))
+        one = engine.under(cell.controller, float(int(share * total)))
         try:
-            one.check(lengths, NEW_TOKENS)
+            one.placement.check(lengths, NEW_TOKENS)
         except ValueError as error:
             refused = error
         else:
@@ -201,7 +199,7 @@ class Sets(NamedTuple):
 class Watch:
     """Listens to what the jitted functions of an engine are given: the states before each chunk of steps and at the end."""
 
-    def __init__(self, engine, placed: Placed | None = None):
+    def __init__(self, engine):
         self.engine, self.sets, self.fed = engine, [], None
         self._taps = jax.jit(
             lambda params, kv, token: [t.pos for (t,) in step.decode(engine.model.decoder, params, kv, token)[2]]
@@ -216,10 +214,11 @@ class Watch:
             return at
 
         programs.filter_prompt = watched
-        if placed is None:
+        if engine.placement is None:
             programs.generate = self._resident(programs.generate)
         elif engine.layers[0].policy.selects or engine.layers[-1].policy.selects:
-            placed.programs.steps = self._placed(placed.programs.steps)
+            placed = engine.placement.programs
+            placed.steps = self._placed(placed.steps)
 
     def end(self):
         """The states at the end of a resident run, whose sets are noted."""

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from absl import flags
 
@@ -76,6 +77,24 @@ def impl_flag(values: flags.FlagValues) -> None:
         "What computes attention: XLA, the GPU kernels, the kernels interpreted (slow), or kernels where they run.",
         flag_values=values,
     )
+
+
+def placement_flags(values: flags.FlagValues) -> None:
+    """`--placement` and its budgets, for the scripts that run an engine under one."""
+    where = {"flag_values": values}
+    flags.DEFINE_string("placement", "resident", "Where the cache lives: resident, waves, flexgen, alisa, ...", **where)
+    help_text = "{} budget of the cache, as in 2GB or 0.33x, a share of the dense K and V of a batch. Default: none."
+    flags.DEFINE_string("device_kv_bytes", "inf", help_text.format("Device"), **where)
+    flags.DEFINE_string("host_kv_bytes", "inf", help_text.format("Host"), **where)
+
+
+def placement_fields(values: flags.FlagValues) -> dict:
+    """What they add to a cell: the placement, and the budgets that were given."""
+    budgets = {name: getattr(values, name) for name in ("device_kv_bytes", "host_kv_bytes")}
+    return {"placement": values.placement} | {name: given for name, given in budgets.items() if given != "inf"}
+
+
+RESIDENT = MappingProxyType({"placement": "resident"})  # what `placement_fields` gives where no flag is given
 
 
 def impl_field(impl: str) -> dict:

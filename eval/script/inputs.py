@@ -4,7 +4,7 @@ Every function raises UserError with one sentence; `load` and `make_engine` are 
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +77,40 @@ def check_codec(text: str, tokens: int, what: str) -> None:
             f"--codec: {text} takes its range from the first {needed} tokens of a sequence, so {what} need more than"
             f" {needed}, got {tokens}"
         )
+
+
+def placement(values) -> str:
+    """The canonical text of `--placement`; refuses budgets that are no sizes, and machines that cannot offload."""
+    from alisa_jax import placement
+    from alisa_jax.placement import bytes_text, mover
+
+    for name in ("device_kv_bytes", "host_kv_bytes"):
+        try:
+            bytes_text.read_bytes(getattr(values, name), 1.0, f"--{name}: ")
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    text = _canonical(values.placement, placement.CONTROLLERS, "--placement")
+    placed = text != "resident" or (values.device_kv_bytes, values.host_kv_bytes) != ("inf", "inf")
+    if placed and "protocol" in values and values.protocol == "prefill_mask":
+        raise UserError("--protocol=prefill_mask keeps no cache that could be placed: leave it or the placement out")
+    if placement.parse(text).offloads:
+        try:
+            mover.self_test()
+        except RuntimeError as error:
+            raise UserError(f"--placement: {error}") from None
+    return text
+
+
+def check_placed(engine, groups: Sequence[Sequence[Sequence[int]]], protocol: str, last=None) -> None:
+    """Raise UserError where the placement of `engine` refuses to score one of `groups` of sequences.
+
+    last: of each group, as of `Engine.score`; None: of none.
+    """
+    for i, sequences in enumerate(groups):
+        try:
+            engine.check_score(sequences, protocol, None if last is None else last[i])
+        except ValueError as error:
+            raise UserError(f"--placement: {error}") from None
 
 
 def _canonical(text, registry, flag) -> str:
@@ -217,11 +251,11 @@ def tokenizer(model):
     return model.tokenizer
 
 
-def make_engine(model, policy: str, codec: str, attention_impl: str = "auto", calibration=None):
+def make_engine(model, policy: str, codec: str, **options):
     """`alisa_jax.Engine`."""
     import alisa_jax
 
-    return alisa_jax.Engine(model, policy=policy, codec=codec, attention_impl=attention_impl, calibration=calibration)
+    return alisa_jax.Engine(model, policy, codec, **options)
 
 
 def check_impl(impl: str) -> None:
@@ -235,10 +269,16 @@ def check_impl(impl: str) -> None:
         raise UserError(f"--attention_impl: {error}") from None
 
 
-def engine(make: Callable, model, policy: str, codec: str, impl: str = "auto"):
-    """`make(model, policy, codec)`, with `attention_impl` where it is not auto; raises UserError for what cannot work."""
+def engine(make: Callable, model, policy: str, codec: str, impl: str = "auto", placed: Mapping | None = None):
+    """`make(model, policy, codec)`, with `attention_impl` where it is not auto; raises UserError for what cannot work.
+
+    placed: `common.placement_fields`; None for a resident cache.
+    """
+    options = common.impl_field(impl)
+    if placed is not None and placed != common.RESIDENT:
+        options |= placed
     try:
-        return make(model, policy, codec, **common.impl_field(impl))
+        return make(model, policy, codec, **options)
     except ValueError as error:
         raise UserError(f"--policy: {error}") from None
 

@@ -29,7 +29,21 @@ def footprint(scores) -> dict:
         "clipped_frac_per_layer": clipped.tolist(),
         "kv_bytes_per_token": float(mean("kv_bytes_per_token")),
         "stats_bytes_per_token": float(mean("stats_bytes_per_token")),
+        **moved(*(score.placement for score in scores)),
     }
+
+
+MOVED = ("load_bytes", "store_bytes", "recomputed_tokens", "device_peak_bytes", "host_peak_bytes", "p1", "p2", "groups")
+
+
+def moved(*reports) -> dict:
+    """What the placement of the calls cost: sums of what moved, peaks over all, p1 and p2 of the first; None: resident."""
+    if reports[0] is None:
+        return {}
+    values = {name: [getattr(one, name) for one in reports] for name in MOVED}
+    totals = {name: sum(values[name]) for name in ("load_bytes", "store_bytes", "recomputed_tokens")}
+    peaks = {name: max(values[name]) for name in ("device_peak_bytes", "host_peak_bytes", "groups")}
+    return totals | peaks | {name: values[name][0] for name in ("p1", "p2")}
 
 
 def how(scores) -> dict:

@@ -1,6 +1,6 @@
 """What `eval.growth` measures: decode steps at a context that no prompt was read for, decisions, and searches.
 
-A run begins as `Placed.generate` begins one, but its layers are filled and not computed: K and V are drawn, the same for
+A run begins as that of `Engine.generate` under a placement, but its layers are filled and not computed: K and V are drawn, the same for
 all systems of a context, and a policy that is seeded from attention is given rows that are drawn too. Pages, rings, working
 sets and budgets are those that a prompt of this length leaves (`parts.fill` makes them). From there on every step is the
 run's own.
@@ -18,13 +18,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from alisa_jax import attention, placement, policies
+from alisa_jax import Engine, attention, placement, policies
 from alisa_jax.attention import parts
 from alisa_jax.kv.state import LayerSpec
 from alisa_jax.models import Model
-from alisa_jax.offload.by_layers import LayerRun
-from alisa_jax.offload.by_rows import RowRun
-from alisa_jax.offload.run import PlacedRun
+from alisa_jax.engine.offload.run import PlacedRun
 from alisa_jax.placement import mover
 from alisa_jax.placement.modelled import planner
 from alisa_jax.placement.modelled.cost import Cost
@@ -73,9 +71,9 @@ def fill(spec: LayerSpec, layout, N: int, K: int, H: int, x, length, host, key):
     return parts.fill(spec, layout, k, v, length, host, rows, N)
 
 
-def filling(placed, seed: int) -> Callable:
+def filling(engine, seed: int) -> Callable:
     """The `read_layer` of a `PlacedRun` that fills a layer and hands x on."""
-    c, number = placed.engine.model.decoder.config, itertools.count()
+    c, number = engine.model.decoder.config, itertools.count()
 
     def read_layer(spec, layout, cuts, block, x, length, host):
         del block
@@ -91,45 +89,44 @@ def filling(placed, seed: int) -> Callable:
     return read_layer
 
 
-def begun(placed, work: Work, seed: int) -> PlacedRun:
-    """A run of `placed` behind prompts that were filled, its first new token made."""
+def begun(engine, work: Work, seed: int) -> tuple[PlacedRun, list[np.ndarray]]:
+    """A run of `engine` behind prompts that were filled, and its first new tokens [B, 1]."""
     rng = np.random.default_rng([seed, 1])
     length = np.asarray(work.prompt_tokens, np.int32)
     tokens = rng.integers(0, work.config.vocab_size, (len(length), int(length.max()))).astype(np.int32)
-    setting = placed.check(work.prompt_tokens, work.new_tokens)
-    meter = mover.Meter(placed.device_kv_bytes, placed.host_kv_bytes)
-    kind = RowRun if setting.selects else LayerRun
-    run = kind(placed, setting, meter, tokens, length, None, 0, filling(placed, seed))
-    run.begin()
-    return run
+    setting = engine.placement.check(work.prompt_tokens, work.new_tokens)
+    meter = mover.Meter(setting.device_kv_bytes, setting.host_kv_bytes)
+    run = engine.placement.run(setting, meter, tokens, length, read_layer=filling(engine, seed))
+    return run, [run.begin()[0]]
 
 
 def rounds(
-    placed: Mapping[System, object], work: Work, steps: int, seed: int
-) -> dict[System, tuple[PlacedRun, list[dict]]]:
-    """All steps of `work` under every system, in rounds of `steps` steps, in turn: the runs, and what each round took.
+    engines: Mapping[System, Engine], work: Work, steps: int, seed: int
+) -> dict[System, tuple[PlacedRun, np.ndarray, list[dict]]]:
+    """All steps of `work` under every system, in rounds of `steps` steps, in turn.
+
+    Returns the runs, their new tokens [B, n], and what each round took.
 
     The new tokens of `work` are one and a multiple of `steps`.
     """
-    runs = {system: begun(one, work, seed) for system, one in placed.items()}
+    runs = {system: begun(one, work, seed) for system, one in engines.items()}
     found = {system: [] for system in runs}
     for stop in range(1 + steps, work.new_tokens + 1, steps):
-        for system, run in runs.items():
-            run.limit = stop
+        for system, (run, tokens) in runs.items():
             before = _counts(run)
             began = time.perf_counter()
             while run.made < stop:
-                run.step()
+                tokens.append(run.step(most=stop - run.made)[0])
             seconds = time.perf_counter() - began
             after = _counts(run)
             found[system].append({name: after[name] - before[name] for name in after} | {"seconds": seconds})
-    return {system: (run, found[system]) for system, run in runs.items()}
+    return {s: (run, np.concatenate(tokens, axis=1), found[s]) for s, (run, tokens) in runs.items()}
 
 
 def _counts(run: PlacedRun) -> dict:
     meter, names = run.meter, ("loaded_rows", "load_bytes", "store_bytes")
     counts = {name: getattr(meter, name) for name in names}
-    return counts | {"decide_s": run.decide_s, "decisions": run.decisions, "compiles": run.placed.engine.compiles}
+    return counts | {"decide_s": run.decide_s, "decisions": run.decisions, "compiles": run.placement.engine.compiles}
 
 
 def steps(model: Model, chosen: Sequence[System], work: Work, size: int, seed: int, trace, impl: dict) -> dict:
@@ -137,10 +134,10 @@ def steps(model: Model, chosen: Sequence[System], work: Work, size: int, seed: i
 
     Each round is `size` steps. A system that the device budget refuses is OOM, and its note says why.
     """
-    given = {s: work if placement.parse(s.controller).offloads else unlimited(work) for s in chosen}
+    given = {s: work if placement.parse(s.controller).offloads else roomy(s, work) for s in chosen}
     refused = {system: systems.refusal(system, given[system]) for system in chosen}
     layers = work.config.n_layers
-    placed = {
+    engines = {
         s: timing.build(
             model,
             traces.policy(s.policy, trace if selects(s) else None, layers),
@@ -156,15 +153,15 @@ def steps(model: Model, chosen: Sequence[System], work: Work, size: int, seed: i
     done = None
     for _ in tqdm(range(PASSES), desc="passes", disable=None, leave=False):
         done = None  # the arrays of the pass before make room
-        done = rounds(placed, work, size, seed)
-    sequences = {s: np.concatenate(run.columns[0], axis=1) for s, (run, _) in done.items()}
+        done = rounds(engines, work, size, seed)
+    sequences = {s: tokens for s, (_, tokens, _) in done.items()}
     found = {}
     for system in chosen:
         if refused[system] is not None:
             found[system] = {"seconds_per_step": "OOM", "note": refused[system]}
             continue
-        run, took = done[system]
-        alike = next(s for s in placed if s.policy == system.policy)
+        run, _, took = done[system]
+        alike = next(s for s in engines if s.policy == system.policy)
         found[system] = summarise(took, size) | {
             "agrees": float(np.mean(sequences[system] == sequences[alike])),
             "tokens_sha256": timing.digest(sequences[system].tolist()),
@@ -172,7 +169,7 @@ def steps(model: Model, chosen: Sequence[System], work: Work, size: int, seed: i
             "host_peak_bytes": run.meter.peak["host"],
             "note": "; ".join(run.notes) or None,
             **({} if trace is None or not selects(system) else trace.fields()),
-            **timing.about(placed[system]),
+            **timing.about(engines[system]),
         }
     return found
 
@@ -198,6 +195,13 @@ def selects(system: System) -> bool:
 def unlimited(work: Work) -> Work:
     """`work` without budgets."""
     return dataclasses.replace(work, device_kv_bytes=math.inf, host_kv_bytes=math.inf)
+
+
+def roomy(system: System, work: Work) -> Work:
+    """`work` with a device budget that holds all of `system`: its arrays have their last size from the first step on."""
+    need = systems.setting(system, unlimited(work))
+    held = need.fixed_bytes + need.store_bytes(need.final_tokens)
+    return dataclasses.replace(work, device_kv_bytes=held, host_kv_bytes=math.inf)
 
 
 def attended_frac(policy: str, tokens: int) -> float:

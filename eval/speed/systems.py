@@ -12,7 +12,7 @@ from alisa_jax.engine.layers import assemble
 from alisa_jax.kv.state import LayerSpec
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder
-from alisa_jax.offload import settings
+from alisa_jax.engine.offload import settings
 from alisa_jax.placement.plan import Setting
 from eval.script import inputs
 from eval.script.common import UserError

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from alisa_jax import Engine, placement, policies
-from alisa_jax.offload.engine import Placed, PlacedResult
+from alisa_jax import Engine, Generated, placement, policies
 from alisa_jax.placement.modelled.cost import Cost
 from alisa_jax.placement.modelled.simulate import simulate, swa_trace
 from alisa_jax.placement.plan import Setting
@@ -39,28 +38,27 @@ def build(
     device_kv_bytes: float,
     host_kv_bytes: float,
     attention_impl: str = "auto",
-) -> Placed:
+) -> Engine:
     """A system ready to run; nothing is compiled yet."""
-    engine = Engine(model, policy, codec, attention_impl=attention_impl)
-    return Placed(engine, controller, device_kv_bytes, host_kv_bytes)
+    return Engine(model, policy, codec, controller, device_kv_bytes, host_kv_bytes, attention_impl=attention_impl)
 
 
 def measure(
-    placed: Mapping[System, Placed], prompts: Sequence[Sequence[int]], new: int, repeats: int, keep: Keep
+    engines: Mapping[System, Engine], prompts: Sequence[Sequence[int]], new: int, repeats: int, keep: Keep
 ) -> None:
     """Run every system once to warm up and `repeats` times in turn; hand over its values when its last run is done.
 
     A system that the device has no memory for is OOM from there on and its times are not kept.
     """
-    runs: dict[System, list[PlacedResult]] = {system: [] for system in placed}
-    seconds, alive = dict.fromkeys(placed, 0.0), dict(placed)
-    with tqdm(total=len(placed) * (repeats + 1), desc="runs", unit="run", disable=None, leave=False) as bar:
+    runs: dict[System, list[Generated]] = {system: [] for system in engines}
+    seconds, alive = dict.fromkeys(engines, 0.0), dict(engines)
+    with tqdm(total=len(engines) * (repeats + 1), desc="runs", unit="run", disable=None, leave=False) as bar:
         for turn in range(repeats + 1):
             for system, one in list(alive.items()):
                 bar.set_postfix_str(str(system))
                 began = time.perf_counter()
                 try:
-                    runs[system].append(one.generate(prompts, new, progress=turn == 0))
+                    runs[system].append(one.generate(prompts, new, (), progress=turn == 0))
                 except jax.errors.JaxRuntimeError as error:
                     if "RESOURCE_EXHAUSTED" not in str(error):
                         raise
@@ -86,13 +84,13 @@ def oom(reason: str) -> dict:
     return {"tokens_per_s": "OOM", "note": reason}
 
 
-def measured(warm: PlacedResult, *runs: PlacedResult) -> dict:
+def measured(warm: Generated, *runs: Generated) -> dict:
     """Values of the timed `runs`; counts and tokens are those of the first, and a note says where others differ."""
     one, values = runs[0], {}
     for name in TIMES:
         numbers = [getattr(run, name) for run in runs]
         values |= {name: statistics.median(numbers), f"{name}_min": min(numbers), f"{name}_max": max(numbers)}
-    notes = list(one.notes)
+    notes = list(one.placement.notes)
     if any(run.tokens != one.tokens for run in (warm, *runs)):
         notes.append("the tokens differ between its runs")
     if compiles := sum(run.compiles for run in runs):
@@ -100,7 +98,7 @@ def measured(warm: PlacedResult, *runs: PlacedResult) -> dict:
     return {
         **values,
         **FORMULA,
-        **{name: getattr(one, name) for name in COUNTS},
+        **{name: getattr(one.placement, name) for name in COUNTS},
         "tokens_sha256": digest(one.tokens),
         "warmup_compiles": warm.compiles,
         "compiles": compiles,
@@ -108,10 +106,10 @@ def measured(warm: PlacedResult, *runs: PlacedResult) -> dict:
     }
 
 
-def about(placed: Placed) -> dict:
+def about(engine: Engine) -> dict:
     """What ran, and the memory kinds that the device offers to a controller that offloads."""
-    kinds = None if placed.host is None else placed.host.kinds
-    engine = placed.engine
+    host = None if engine.placement is None else engine.placement.host
+    kinds = None if host is None else host.kinds
     ran = {"implementation": engine.implementation, "implementation_reason": engine.implementation_reason}
     return {**ran, "memory_kinds": kinds}
 

@@ -10,7 +10,6 @@ import alisa_jax
 from alisa_jax.engine import prompts
 from alisa_jax.kv.buckets import bucket, prompt_bucket
 from alisa_jax.kv.state import tree_bytes
-from alisa_jax.offload.engine import Placed
 from tests.sentences import one_sentence
 
 pytestmark = pytest.mark.slow
@@ -135,7 +134,6 @@ def test_chunks_of_no_whole_number_of_tokens_are_refused(random_model):
 
 
 def test_placed_runs_read_whole_prompts(random_model):
-    engine = alisa_jax.Engine(random_model(), "dense", chunk_tokens=4)
     with pytest.raises(ValueError, match="give chunk_tokens=None, not 4") as error:
-        Placed(engine)
+        alisa_jax.Engine(random_model(), "dense", placement="waves", chunk_tokens=4)
     assert one_sentence(f"{error.value}.")

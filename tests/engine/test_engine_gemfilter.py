@@ -10,7 +10,6 @@ import pytest
 import alisa_jax
 from alisa_jax.engine import prompts
 from alisa_jax.models import Decoder
-from alisa_jax.offload.engine import Placed
 from alisa_jax.policies import gemfilter
 from tests import oracle
 
@@ -202,7 +201,7 @@ def test_a_placed_run_feeds_what_the_layer_chose(random_model):
     model = random_model(n_layers=3)
     prompt = np.random.default_rng(8).integers(0, 37, 90).tolist()
     engine = alisa_jax.Engine(model, "gemfilter(layer=1,tokens=16)")
-    placed, here = Placed(engine).generate([prompt], 9), engine.generate([prompt], 9)
+    placed, here = engine.under("waves").generate([prompt], 9), engine.generate([prompt], 9)
     assert placed.tokens == here.tokens
     np.testing.assert_allclose(placed.logprobs[0], here.logprobs[0], atol=1e-5)
     dense = alisa_jax.Engine(model, "dense").generate([prompt], 9)

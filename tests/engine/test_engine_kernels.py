@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import alisa_jax
-from alisa_jax.offload.engine import Placed
 from alisa_jax.policies import POLICIES, parse
 from tests.policies.test_policy_contract import example, label
 
@@ -53,9 +52,9 @@ def test_reading_by_index_gives_the_same_tokens(random_model, codec):
 
 @pytest.mark.slow
 def test_layers_that_are_streamed_from_the_host_give_the_same_tokens(random_model):
-    engine = alisa_jax.Engine(random_model(), attention_impl="interpret")
-    run = Placed(engine, "accelerate").generate(PROMPTS, 9)
-    assert run.load_bytes > 0 and run.tokens == _tokens(random_model(), parse("dense"), "raw", "auto", "xla")[1].tokens
+    engine = alisa_jax.Engine(random_model(), placement="accelerate", attention_impl="interpret")
+    run = engine.generate(PROMPTS, 9)
+    assert run.placement.load_bytes > 0 and run.tokens == _tokens(random_model(), parse("dense"), "raw", "auto", "xla")[1].tokens
 
 
 def test_auto_says_why_it_is_xla(random_model):

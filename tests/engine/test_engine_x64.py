@@ -59,7 +59,6 @@ def measure(pairs) -> dict:
 
     import alisa_jax
     from alisa_jax.models import Decoder, Model, ModelConfig
-    from alisa_jax.offload.engine import Placed
 
     sizes = dict(
         vocab_size=37, d_model=22, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, d_ff=26, max_positions=160
@@ -82,8 +81,8 @@ def measure(pairs) -> dict:
             one["drawn"] = engine.generate(sequences, 4, sampling=alisa_jax.Sampling(0.9, 20, 0.9), seed=1).tokens
         if codec == "raw" and policy in PLACED:
             long = [rng.integers(0, 37, 150).tolist() for _ in range(2)]
-            placed = Placed(engine, PLACED[policy]).generate(long, 8)
-            one["placed"] = [placed.tokens, placed.stored_rows > 0]
+            placed = engine.under(PLACED[policy]).generate(long, 8)
+            one["placed"] = [placed.tokens, placed.placement.stored_rows > 0]
         found[f"{policy} {codec}"] = one
     return found
 

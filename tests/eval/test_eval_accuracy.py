@@ -55,6 +55,7 @@ def scores_of(sequences, table_of, last):
         wall_s=0.0,
         implementation="known",
         implementation_reason="asked for",
+        placement=None,
         decoded_tokens=sum(len(s) - 1 for s in sequences),
     )
 

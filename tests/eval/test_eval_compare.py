@@ -98,6 +98,8 @@ def test_what_follows_the_prompt_must_fit_where_it_is_kept():
 class Known(induction.InductionEngine):
     """Copies what followed the same token; policies reach 20 tokens back, dense attention all."""
 
+    placement = None
+
     def __init__(self, policy, codec, bench):
         super().__init__(280, 10**6 if policy == "dense" else 20, codec, bench.calls, bench.stop_at)
         self.policy, self.bench = policy, bench

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from alisa_jax.offload.engine import PlacedResult
+from tests.eval.test_eval_throughput import made_run
 from eval.figures import base, fig1, fig9, fig12a, fig12b, fig12c, modelled
 from eval.modelled import paper_fits, paper_system
 from eval.script import common, inputs, tables
@@ -38,17 +38,16 @@ PAPER = {name: base.paper(name) for name in ("alisa_throughput", "alisa_fig1", "
 
 
 class MadeUp:
-    """In place of a `Placed`: a run takes the seconds of its controller."""
+    """In place of an `Engine`: a run takes the seconds of its controller."""
 
     def __init__(self, controller: str, calls: list):
-        self.name, self.calls, self.host = controller.partition("(")[0], calls, None
-        self.engine = SimpleNamespace(implementation="made up", implementation_reason="asked for")
+        self.name, self.calls, self.placement = controller.partition("(")[0], calls, None
+        self.implementation, self.implementation_reason = "made up", "asked for"
 
-    def generate(self, prompts, new_tokens, progress=False):
+    def generate(self, prompts, new_tokens, eos_ids, progress=False):
         self.calls.append((self.name, len(prompts), new_tokens))
-        counts = dict.fromkeys((field.name for field in dataclasses.fields(PlacedResult)), 0)
-        made = dict(tokens=[[7] * new_tokens for _ in prompts], prefill_s=0.0, decode_s=SECONDS[self.name], notes=())
-        return PlacedResult(**counts | made | dict(host_reads="", load_bytes=3 * 2**20))
+        tokens = [[7] * new_tokens for _ in prompts]
+        return made_run(tokens, prefill_s=0.0, decode_s=SECONDS[self.name], load_bytes=3 * 2**20)
 
 
 def raises(*given):

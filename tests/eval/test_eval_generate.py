@@ -55,6 +55,7 @@ class WordEngine:
             decode_s=1.5,
             wall_s=2.25,
             compiles=3,
+            placement=None,
         )
 
 

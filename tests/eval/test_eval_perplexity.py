@@ -46,6 +46,7 @@ class BigramEngine:
             wall_s=0.0,
             implementation="bigram",
             implementation_reason="asked for",
+            placement=None,
             decoded_tokens=sum(len(s) - 1 for s in sequences),
         )
 

@@ -16,7 +16,8 @@ import pytest
 import alisa_jax
 from alisa_jax import policies
 from alisa_jax.models import Decoder, checkpoint, hub
-from alisa_jax.offload.engine import PlacedResult
+from alisa_jax.engine.generate import Generated
+from alisa_jax.engine.report import PlacementReport
 from alisa_jax.placement import mover
 from eval import throughput
 from eval.modelled import machines, shapes
@@ -33,20 +34,24 @@ SWA = "swa(kv_sparsity=0.8)"
 # The command with runs that are made up.
 
 
-def made_run(tokens, **changes) -> PlacedResult:
+def made_run(tokens, **changes) -> Generated:
     """A run that took 1 + 3 seconds."""
-    counts = dict.fromkeys((field.name for field in dataclasses.fields(PlacedResult)), 0)
-    return PlacedResult(**counts | dict(tokens=tokens, prefill_s=1.0, decode_s=3.0, notes=(), host_reads="") | changes)
+    names = lambda kind: {field.name for field in dataclasses.fields(kind)}
+    moved = {name: changes.pop(name) for name in names(PlacementReport) & changes.keys()}
+    counts = dict.fromkeys(names(PlacementReport), 0) | {"notes": (), "host_reads": ""}
+    given = dict(tokens=tokens, prefill_s=1.0, decode_s=3.0, placement=PlacementReport(**counts | moved))
+    return Generated(**dict.fromkeys(names(Generated), 0) | given | changes)
 
 
 class MadeUp:
-    """A system in place of a `Placed`; `runs` says what its runs do, one after another, the last of them for good."""
+    """A system in place of an `Engine`; `runs` says what its runs do, one after another, the last of them for good."""
 
     def __init__(self, name: str, calls: list, runs: list):
         self.name, self.calls, self.runs = name, calls, runs
-        self.host, self.engine = None, SimpleNamespace(implementation="made up", implementation_reason="asked for")
+        self.placement, self.implementation, self.implementation_reason = None, "made up", "asked for"
 
-    def generate(self, prompts, new_tokens, progress=False):
+    def generate(self, prompts, new_tokens, eos_ids, progress=False):
+        assert eos_ids == ()  # every token is made
         self.calls.append((self.name, prompts))
         run = self.runs.pop(0) if len(self.runs) > 1 else self.runs[0]
         if isinstance(run, BaseException):

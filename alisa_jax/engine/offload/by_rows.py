@@ -12,9 +12,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from alisa_jax.engine.offload.run import PlacedRun
+from alisa_jax.engine.offload.tokens import Columns
 from alisa_jax.kv.buckets import bucket
 from alisa_jax.kv.state import tree_bytes
-from alisa_jax.offload.run import PlacedRun
 from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Positions, Rows
 
 
@@ -84,15 +85,13 @@ class RowRun(PlacedRun):
         super().__init__(*args)
         self.lag = getattr(self.controller, "lag", 0)
         self.pending = NOTHING
-        self.waiting = None
 
-    def step(self) -> None:
+    def advance(self) -> Columns:
         now, quiet = self.made, self.quiet_until(self.made)
         away = any(span.host for span in self.spans)
         asks = self.controller.reads_wanted and away
         if self.lag and away:
-            self._step_behind(now)
-            return
+            return self._step_behind(now)
         more = False if self.waiting is None else bool(self.waiting.more)
         if quiet == now or asks or len(self.pending.pos) or more:
             held = self._held() if asks else None
@@ -105,24 +104,23 @@ class RowRun(PlacedRun):
             away = any(span.host for span in self.spans)
             asks = self.controller.reads_wanted and away
         n = 1 if asks or (self.lag and away) else max(1, self.quiet_until(now + 1) - now)
-        out, self.waiting = self._chunk(n)
-        taken = int(out.steps)
+        columns = self._chunk(n)
         self._read_due(self.waiting)
-        self._take(self._columns(out, taken))
+        return columns
 
-    def _step_behind(self, now: int) -> None:
+    def _step_behind(self, now: int) -> Columns:
         """lag 1: rows pending since the last step arrive during this one, for the next."""
         held = self._held() if self.controller.reads_wanted else None
         self.pending, before = NOTHING, self.waiting
         plan = self._ask(now, held)
-        out, self.waiting = self._chunk(1)
+        columns = self._chunk(1)
         if held is not None:
             self._bring(plan, held)
         elif before is not None:
             self._read_due(before)
             if len(self.pending.pos):
                 self._bring(self._ask(now, None), None)
-        self._take(self._columns(out, 1))
+        return columns
 
     def moved_host(self) -> None:
         host = jnp.asarray([span.host for span in self.spans[self.whole :]], jnp.int32)
@@ -201,7 +199,7 @@ class RowRun(PlacedRun):
         pos, slot = np.full((L, n, E), -1, np.int32), np.full((L, n, E, P), -1, np.int32)
         for i, b in enumerate(sequences.tolist()):
             length[i] = stops[b]
-            tokens[i, : stops[b]] = self.tokens[self.whole + b, : stops[b]]
+            tokens[i, : stops[b]] = self.prompts[self.whole + b, : stops[b]]
         pos[rows.layer, which, place] = rows.pos
         slot[rows.layer, which, place] = rows.slots
         named = np.pad(sequences.astype(np.int32), (0, n - len(sequences)), constant_values=-1)

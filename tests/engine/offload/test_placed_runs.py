@@ -1,4 +1,4 @@
-"""Placed runs of a small random model: every controller gives the tokens of `resident`, moves what its plans say, and stays
+"""Placed runs of a small random model: every controller gives the tokens of one run on the device, moves what its plans say, and stays
 within its budgets."""
 
 import dataclasses
@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 import alisa_jax
 from alisa_jax import placement
-from alisa_jax.offload import by_rows
-from alisa_jax.offload.engine import Placed
+from alisa_jax.engine.offload import by_rows
 from alisa_jax.placement import mover
 from alisa_jax.placement.plan import Controller, moved_bytes
 from alisa_jax.policies import Swa, budget, swap
@@ -35,12 +34,12 @@ SYSTEMS = (
 
 @pytest.fixture(scope="module")
 def placed(random_model):
-    """`placed(policy, codec)`: under the controller resident, without budgets."""
+    """`placed(policy, codec)`: under the controller waves without budgets, so in one run that keeps all on the device."""
     model = random_model(n_layers=2, max_positions=256)
 
     @functools.cache
     def make(policy, codec):
-        return Placed(alisa_jax.Engine(model, policy, codec))
+        return alisa_jax.Engine(model, policy, codec, "waves")
 
     return make
 
@@ -49,7 +48,7 @@ def placed(random_model):
 def resident(placed):
     @functools.cache
     def make(policy, codec, prompts, new_tokens):
-        return placed(policy, codec).generate(texts(prompts), new_tokens)
+        return placed(policy, codec).generate(texts(prompts), new_tokens, ())
 
     return make
 
@@ -95,45 +94,47 @@ def fitting(one, lengths, new_tokens):
     """`one` with the smallest budgets and values that its refusals name."""
     for _ in range(8):
         try:
-            one.check(lengths, new_tokens)
+            one.placement.check(lengths, new_tokens)
             return one
         except ValueError as error:
             text = str(error)
         budget = re.search(r"needs (device_kv_bytes|host_kv_bytes) of at least (\d+)", text)
         alpha = re.search(r"alpha must be at least ([0-9.]+)", text)
         if budget:
-            both = {name: getattr(one, name) for name in ("device_kv_bytes", "host_kv_bytes")}
-            one = one.under(one.controller, **both | {budget[1]: float(budget[2])})
+            both = {name: getattr(one.placement, name) for name in ("device_kv_bytes", "host_kv_bytes")}
+            one = one.under(one.placement.controller, **both | {budget[1]: float(budget[2])})
         elif alpha and float(alpha[1]) < 1:
-            controller = dataclasses.replace(one.controller, alpha=float(alpha[1]))
-            one = one.under(controller, one.device_kv_bytes, one.host_kv_bytes)
+            controller = dataclasses.replace(one.placement.controller, alpha=float(alpha[1]))
+            one = one.under(controller, one.placement.device_kv_bytes, one.placement.host_kv_bytes)
         else:
             return None
-    raise AssertionError(f"{one.controller} still refuses: {text}")
+    raise AssertionError(f"{one.placement.controller} still refuses: {text}")
 
 
 def run_and_compare(placed, resident, system, prompts, new_tokens, device, host, reads):
     spec, policy, codec = system
     one = placed(policy, codec).under(placement.parse(spec))
-    one.host = mover.HostReport(("device", "pinned_host"), reads)
-    dense = one.setting(prompts, new_tokens)
+    one.placement.host = mover.HostReport(("device", "pinned_host"), reads)
+    dense = one.placement.setting(prompts, new_tokens)
     total = dense.store_bytes(dense.final_tokens)
     budgets = dense.fixed_bytes + device * total, max(1.0, host * total)
-    one = fitting(one.under(one.controller, *budgets), prompts, new_tokens)
+    one = fitting(one.under(one.placement.controller, *budgets), prompts, new_tokens)
     if one is None:
         return None
-    one.host = mover.HostReport(("device", "pinned_host"), reads)
+    one.placement.host = mover.HostReport(("device", "pinned_host"), reads)
     expected = resident(policy, codec, prompts, new_tokens)
     gc.collect()
-    watched = Watched(one.controller, [], device_bytes())
-    one.controller = watched
-    run = one.generate(texts(prompts), new_tokens)
-    for a, b in zip(run.logprobs, expected.logprobs, strict=True):
+    watched = Watched(one.placement.controller, [], device_bytes())
+    one.placement.controller = watched
+    made = one.generate(texts(prompts), new_tokens, ())
+    for a, b in zip(made.logprobs, expected.logprobs, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
-    assert run.tokens == expected.tokens
+    assert made.tokens == expected.tokens
+    run = made.placement
     assert run.load_bytes == sum(load for load, _, _ in watched.moved)
     assert run.store_bytes == sum(store for _, store, _ in watched.moved)
-    assert run.device_peak_bytes <= one.device_kv_bytes and run.host_peak_bytes <= one.host_kv_bytes
+    assert run.device_peak_bytes <= one.placement.device_kv_bytes
+    assert run.host_peak_bytes <= one.placement.host_kv_bytes
     small = 4096 + 4 * 37 * len(prompts) * 4  # tokens, flags, logits, and what a view is made of
     assert max(live for _, _, live in watched.moved) <= run.device_peak_bytes + small
     return run
@@ -202,12 +203,13 @@ class Restless(Swa):
 @pytest.mark.slow
 def test_an_exchange_that_breaks_off_goes_on_when_its_rows_have_come(random_model):
     engine = alisa_jax.Engine(random_model(max_positions=256), Restless(kv_sparsity=0.5, spare_slots=0))
-    base, rounds = Placed(engine), []
-    expected, resume = base.generate(texts((90, 75)), 20), base.programs.resume
-    base.programs.resume = lambda kv: rounds.append(1) or resume(kv)
+    base, rounds = engine.under("waves"), []
+    programs = base.placement.programs
+    expected, resume = base.generate(texts((90, 75)), 20, ()), programs.resume
+    programs.resume = lambda kv: rounds.append(1) or resume(kv)
     for i, spec in enumerate(("alisa(p1=0)", "flexgen(cache_device_frac=0)")):
-        run = fitting(base.under(spec, 1.0), (90, 75), 20).generate(texts((90, 75)), 20)
-        assert len(rounds) > i and run.load_bytes > 0
+        run = fitting(base.under(spec, 1.0), (90, 75), 20).generate(texts((90, 75)), 20, ())
+        assert len(rounds) > i and run.placement.load_bytes > 0
         assert run.tokens == expected.tokens
         for a, b in zip(run.logprobs, expected.logprobs, strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5)
@@ -216,20 +218,17 @@ def test_an_exchange_that_breaks_off_goes_on_when_its_rows_have_come(random_mode
 
 def test_while_nothing_moves_the_controller_is_not_asked(placed):
     one = placed("swa(kv_sparsity=0.6,shared_heads=false)", "raw").under("alisa")
-    run = one.generate(texts(PROMPTS[1]), 20)
+    run = one.generate(texts(PROMPTS[1]), 20, ()).placement
     assert run.decisions == 1 and run.load_bytes == run.store_bytes == 0 and run.p1 == run.p2 == 20
 
 
 def test_scoring_a_text_gives_the_log_probabilities_that_decoding_gives(placed):
     one = placed("dense", "raw")
-    ids = np.random.default_rng(5).integers(0, 37, (2, 60))
-    run = one.score(ids.tolist(), 30)
-    assert run.tokens == ids[:, 30:].tolist()
-    greedy = one.generate(ids[:, :30].tolist(), 30)
-    again = one.score([[*a[:30], *b] for a, b in zip(ids.tolist(), greedy.tokens)], 30)
+    prompts = texts((30, 17))
+    greedy = one.generate(prompts, 30, ())
+    again = one.score([[*a, *b] for a, b in zip(prompts, greedy.tokens)], "prompt", last=[30, 30])
     np.testing.assert_allclose(again.logprobs, greedy.logprobs, atol=1e-6)
-    with pytest.raises(ValueError, match="sequences of one length, longer than prompt_tokens=30; got lengths"):
-        one.score([[1] * 40, [1] * 41], 30)
+    assert np.concatenate(again.correct).all() and again.placement.load_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -254,12 +253,12 @@ def test_scoring_a_text_gives_the_log_probabilities_that_decoding_gives(placed):
     ],
 )
 def test_what_cannot_be_placed_is_refused_in_one_sentence(random_model, spec, policy, budgets, says):
-    one = Placed(alisa_jax.Engine(random_model(n_layers=2, max_positions=256), policy), spec, *budgets)
+    model = random_model(n_layers=2, max_positions=256)
     with pytest.raises(ValueError, match=says):
-        one.generate(texts((60, 60)), 30)
+        alisa_jax.Engine(model, policy, "raw", spec, *budgets).generate(texts((60, 60)), 30)
 
 
-@pytest.mark.parametrize("spec", ["resident", "flexgen", "alisa"])
+@pytest.mark.parametrize("spec", ["waves", "flexgen", "alisa"])
 @pytest.mark.parametrize(
     "policy, codec, says",
     [
@@ -278,7 +277,5 @@ def test_what_cannot_be_placed_is_refused_in_one_sentence(random_model, spec, po
     ],
 )
 def test_what_no_controller_can_place_is_refused_in_one_sentence(random_model, spec, policy, codec, says):
-    one = Placed(alisa_jax.Engine(random_model(n_layers=2, max_positions=256), policy, codec=codec), spec)
-    for refused in (lambda: one.setting((60, 60), 30), lambda: one.generate(texts((60, 60)), 30)):
-        with pytest.raises(ValueError, match=says):
-            refused()
+    with pytest.raises(ValueError, match=says):
+        alisa_jax.Engine(random_model(n_layers=2, max_positions=256), policy, codec, spec)

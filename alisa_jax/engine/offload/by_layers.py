@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alisa_jax.engine.offload.run import PlacedRun, page_range
+from alisa_jax.engine.offload.tokens import Columns
 from alisa_jax.kv.buckets import bucket
 from alisa_jax.kv.cache import KVState
 from alisa_jax.kv.state import tree_bytes
-from alisa_jax.offload.run import PlacedRun, page_range
 from alisa_jax.placement.plan import PAGE_TOKENS, Plan, pages, stream_pages
 
 
@@ -28,16 +29,16 @@ class LayerRun(PlacedRun):
         members = [b for group in self.groups for b in group]
         self.order = tuple(members.index(b) for b in range(len(members)))
 
-    def step(self) -> None:
+    def advance(self) -> Columns:
         now, quiet = self.made, self.quiet_until(self.made)
         away = any(span.host for span in self.spans)
         if not away and quiet > now:
-            out, _ = self._chunk(quiet - now)
-            self._take(self._columns(out, int(out.steps)))
-            return
-        self._through_layers(self.decide(now, None, None))
+            return self._chunk(quiet - now)
+        x = self._streamed(self.decide(now, None, None))
+        return self._first(self.programs.unembed(self.params, x))
 
-    def _through_layers(self, plan: Plan) -> None:
+    def _streamed(self, plan: Plan) -> jax.Array:
+        """One step, layer by layer: x [B, 1, D] behind the last."""
         programs, L = self.programs, self.setting.layers
         spans = self.spans[self.whole :]
         host = jnp.asarray([span.host for span in spans], jnp.int32)
@@ -49,6 +50,7 @@ class LayerRun(PlacedRun):
         flight = [self._stream(layer, ranges) for layer in range(min(plan.ahead + 1, L))]
         kv = list(self.kv.layers)
         self.kv = KVState(())  # the layers' states are donated one by one
+        clipped = []
         for layer in range(L):
             block, states = self.params["blocks"][layer], kv[layer]
             prefix = ()
@@ -56,9 +58,10 @@ class LayerRun(PlacedRun):
                 prefix_x, prefix = programs.prefix_layer(block, prefix_x, prefix_n, states[-1])
                 self._hold(tree_bytes(prefix))
             staged, first = flight.pop(0)
-            x, kv[layer] = programs.dense_layer(
+            x, kv[layer], some = programs.dense_layer(
                 self.order, block, x, states, host, dropped, staged, first, prefix
             )
+            clipped.append(some)
             jax.block_until_ready((x, kv[layer]))
             self.meter.hold("device", -tree_bytes((staged, prefix)))
             del staged, prefix, states
@@ -68,9 +71,8 @@ class LayerRun(PlacedRun):
         self.kv = KVState(tuple(kv))
         self.meter.recomputed_rows += L * sum(prefixes.values())
         self.meter.recomputed_tokens += sum(prefixes.values())
-        self._take(
-            programs.next_token(programs.unembed(self.params, x), self._draw(), jnp.int32(0))
-        )
+        self.new.streamed(self.made, clipped)
+        return x
 
     def _stream(self, layer: int, ranges: dict[int, tuple[int, int]]):
         """A layer's host rows: leaves of each group, and the first position of each away sequence.
@@ -111,5 +113,5 @@ class LayerRun(PlacedRun):
         n, T = len(self.order), bucket(max(stops.values()))
         tokens, length = np.zeros((n, T), np.int32), np.ones(n, np.int32)
         for b, stop in stops.items():
-            tokens[b, :stop], length[b] = self.tokens[self.whole + b, :stop], stop
+            tokens[b, :stop], length[b] = self.prompts[self.whole + b, :stop], stop
         return self.programs.embed(self.params, jnp.asarray(tokens)), jnp.asarray(length)

@@ -7,7 +7,6 @@ import pytest
 
 import alisa_jax
 from alisa_jax import records
-from alisa_jax.offload.engine import Placed
 from alisa_jax.placement.modelled.cost import kv_bytes
 
 pytestmark = pytest.mark.slow
@@ -38,16 +37,17 @@ def prompts():
 def test_greedy_tokens_are_those_of_resident_at_a_third_of_the_dense_cache(name, prompts):
     policy, codec, controllers = SYSTEMS[name]
     model = alisa_jax.load("bundled")
-    engine = alisa_jax.Engine(model, policy, codec)
-    base = Placed(engine)
+    base = alisa_jax.Engine(model, policy, codec, "waves")
     new_tokens = 64 if policy == "dense" else NEW_TOKENS
-    third = kv_bytes(Placed(alisa_jax.Engine(model, "dense", codec)).setting(LENGTHS, new_tokens)) / 3
-    expected = base.generate(prompts, new_tokens)
+    dense = alisa_jax.Engine(model, "dense", codec, "waves").placement
+    third = kv_bytes(dense.setting(LENGTHS, new_tokens)) / 3
+    expected = base.generate(prompts, new_tokens, ())
     for spec in controllers:
         # Of four dense layers of ragged prompts, three have to be there at once: more than a third.
         budget = third if policy != "dense" or spec == "waves" else 3 * third
-        run = base.under(spec, budget).generate(prompts, new_tokens)
-        same_as_resident(run, expected)
+        made = base.under(spec, budget).generate(prompts, new_tokens, ())
+        same_as_resident(made, expected)
+        run = made.placement
         assert run.device_peak_bytes <= budget
         if spec == "waves":
             assert run.groups > 2 and run.load_bytes == 0
@@ -74,10 +74,10 @@ def test_choices_of_a_step_ago_cost_less_than_half_a_percent_of_perplexity():
     model = alisa_jax.load("bundled")
     ids = model.encode(text)
     texts = [ids[i * 512 : (i + 1) * 512] for i in range(4)]
-    base = Placed(alisa_jax.Engine(model, "swa(kv_sparsity=0.8,window=16,spare_slots=0)"))
-    budget = kv_bytes(base.setting([128] * 4, 384)) * 0.45
-    runs = [base.under(spec, budget).score(texts, 128) for spec in ("alisa", "alisa(lag=1)")]
+    base = alisa_jax.Engine(model, "swa(kv_sparsity=0.8,window=16,spare_slots=0)", "raw", "waves")
+    budget = kv_bytes(base.placement.setting([128] * 4, 384)) * 0.45
+    runs = [base.under(spec, budget).score(texts, "prompt", last=[384] * 4) for spec in ("alisa", "alisa(lag=1)")]
     losses = [-np.mean(run.logprobs) for run in runs]
-    assert runs[1].load_bytes > 0
+    assert runs[1].placement.load_bytes > 0
     assert abs(np.expm1(losses[1] - losses[0])) < 0.005
     assert not np.array_equal(runs[0].logprobs, runs[1].logprobs)

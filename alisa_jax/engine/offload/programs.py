@@ -76,6 +76,12 @@ def steps(decoder: Decoder, placed: tuple[int, ...], params, kv, token, done, eo
     return out, kv, waiting(placed, kv)
 
 
+def score(decoder: Decoder, placed: tuple[int, ...], params, kv, tokens, targets, valid, n):
+    """`step.score_chunk` on layers in parts, and what is pending then (None: no away part)."""
+    out, kv = step.score_chunk(decoder, params, kv, tokens, targets, valid, n)
+    return out, kv, waiting(placed, kv)
+
+
 def waiting(placed: tuple[int, ...], kv: KVState) -> Waiting | None:
     """What is pending in `kv`, as one set of arrays of its own; None where nothing can be."""
     stores = [part.store for part in away(placed, kv) if part.store is not None]
@@ -183,7 +189,7 @@ def dense_layer(
 
     x [B, 1, D]. staged: leaves [n, K, T, *] of each group of sequences, with positions from `first`
     on; () for nothing. order: the places of the away sequences among them. prefix: recomputed
-    leaves of positions from 0 on, or (). Returns (x, states).
+    leaves of positions from 0 on, or (). Returns (x, states, clipped elements [B]).
     """
     at = lengths(states)[:, None]
     pieces = []
@@ -196,12 +202,13 @@ def dense_layer(
         pieces.append(Streamed(prefix, jnp.zeros_like(first)))
 
     def attend(q, k, v):
-        out, new = parts.decode_streamed(
+        out, *new = parts.decode_streamed(
             states, q[:, 0], k[:, 0], v[:, 0], host, dropped, tuple(pieces)
         )
         return out[:, None], new
 
-    return decoder.block(block, x, at, attend)
+    x, (states, clipped) = decoder.block(block, x, at, attend)
+    return x, states, clipped
 
 
 def prefix_layer(decoder: Decoder, block, x, length, state):
@@ -248,9 +255,12 @@ class PlacedPrograms:
         on = functools.partial
         self.embed = jit(on(embed, decoder))
         self.last_logits = jit(on(step.last_logits, decoder))
+        self.judge_all = jit(on(step.judge_all, decoder))
         self.prefill_layer = jit(on(prefill_layer, decoder), static_argnums=(0, 1, 2))
         self.next_token = engine.programs.next_token
         self.steps = jit(on(steps, decoder, placed), donate_argnums=1)
+        self.score = jit(on(score, decoder, placed), donate_argnums=1)
+        self.judge = engine.programs.judge
         self.held = jit(on(held, placed))
         self.ring_pages = jit(on(ring_pages, placed))
         self.move_host = jit(on(move_host, placed), donate_argnums=0)

@@ -9,108 +9,130 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alisa_jax.engine import finite, step
-from alisa_jax.engine.sampling import Forced
+from alisa_jax.engine import step
+from alisa_jax.engine.offload import settings
+from alisa_jax.engine.offload.programs import Cut
+from alisa_jax.engine.offload.tokens import Columns, Drawn, Forced
 from alisa_jax.kv.cache import KVState
 from alisa_jax.kv.state import tree_bytes
-from alisa_jax.offload import settings
-from alisa_jax.offload.programs import Cut
 from alisa_jax.placement.mover import Meter, Mover
 from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Rows, Setting, Span, View, pages
 
 
 class PlacedRun:
-    """The prompt, the loop, stores and drops of a run; `placed` is the `offload.engine.Placed`.
+    """The prompt, the loop, stores and drops of a run under a `Placement`.
 
-    first: which sequence of the batch is the first of this run. read_layer: what reads a layer of
-    the prompts, with the arguments and results of `programs.prefill_layer`; None for that. `limit`
-    new tokens are the most that a step may make in all: a caller that sets it looks at the run
-    there.
+    prompts [B, T], length [B]: token ids. new: where the tokens that follow come from; None: greedily
+    from the model. first: which sequence of the batch is the first of this run. read_layer: what reads a layer of the prompts, with the arguments and
+    results of `programs.prefill_layer`; None for that.
     """
 
     layout_of_pages = ""
 
     def __init__(
         self,
-        placed,
+        placement,
         setting: Setting,
         meter: Meter,
-        tokens: np.ndarray,
+        prompts: np.ndarray,
         length: np.ndarray,
-        forced,
+        new: Drawn | Forced | None = None,
         first: int = 0,
         read_layer: Callable | None = None,
     ):
-        self.placed = placed
+        self.placement = placement
         self.setting = setting
+        self.batch = setting.batch
         self.meter = meter
-        self.forced = forced
         self.first = first
-        self.programs = placed.programs
+        self.new = Drawn(jnp.full((1,), -1, jnp.int32), None) if new is None else new
+        self.programs = placement.programs
         self.read_layer = read_layer or self.programs.prefill_layer
-        self.limit = setting.new_tokens
-        self.controller, self.params = placed.controller, placed.engine.model.params
-        self.tokens, self.length = tokens, length
+        self.limit = setting.new_tokens  # tokens that the step that runs may make in all
+        self.controller = placement.controller
+        self.params = placement.engine.model.params
+        self.prompts = prompts
+        self.length = length
         layout = self.controller.layout(setting)
         self.whole = layout.whole
-        layers = placed.engine.layers
+        layers = placement.engine.layers
         self.layouts = [
-            settings.layout_of(layout, setting, i in placed.placed) for i in range(len(layers))
+            settings.layout_of(layout, setting, i in placement.placed) for i in range(len(layers))
         ]
         away = range(setting.batch - self.whole)
-        prompts = [setting.prompt_tokens[self.whole + b] for b in away]
-        alike = {n: tuple(b for b in away if prompts[b] == n) for n in dict.fromkeys(prompts)}
+        sizes = [setting.prompt_tokens[self.whole + b] for b in away]
+        alike = {n: tuple(b for b in away if sizes[b] == n) for n in dict.fromkeys(sizes)}
         self.groups = tuple(alike.values()) if setting.gather else tuple((b,) for b in away)
         self.mover = None
         if len(away):
-            self.mover = Mover(self.groups, self.layout_of_pages, placed.host.reads, meter)
+            self.mover = Mover(self.groups, self.layout_of_pages, placement.host.reads, meter)
+        self.host_reads = placement.host.reads if placement.host is not None else ""
         self.spans: tuple[Span, ...] = (Span(),) * setting.batch
-        # tokens, margins, log-probabilities [B, n]
-        self.columns: tuple[list, list, list] = ([], [], [])
         # pages on their way to the host, and their device bytes
         self.behind: list[tuple[list, int]] = []
         self.notes: list[str] = []
         self.p1 = self.p2 = setting.new_tokens
-        self.prefill_s = self.decode_s = self.decide_s = 0.0
+        self.decide_s = 0.0
         self.decisions = 0
         self.made = 0
         self.next_move = 0
         self.kv, self.token = KVState(()), None
         self.done = jnp.zeros((setting.batch,), jnp.bool_)
-        self.eos = jnp.full((1,), -1, jnp.int32)
+        self.waiting = None
 
-    def run(self, progress: Callable[[int], None]) -> None:
-        """Run to the end; calls `progress(n)` after n new tokens of each sequence."""
-        start = time.perf_counter()
-        self.begin()
-        progress(1)
-        self.prefill_s = time.perf_counter() - start
-        while self.made < self.setting.new_tokens:
-            before = self.made
-            self.step()
-            progress(self.made - before)
-        self.decode_s = time.perf_counter() - start - self.prefill_s
-        # the next run begins with empty memories
+    def begin(self) -> Columns:
+        """Read the prompts: columns [B, 1] of the first new tokens, as `tokens` gives them."""
+        return self._first(self.prefill())
+
+    def begin_judged(self) -> Columns:
+        """`begin` of prompts of one length, and before it the columns of their tokens but the first.
+
+        The dense attention of the prompt judges each of them.
+        """
+        x = self.through_layers()
+        n = int(self.length[0]) - 1
+        targets = np.zeros(x.shape[:2], np.int32)
+        targets[:, :n] = self.prompts[:, 1 : n + 1]
+        judged = self.programs.judge_all(self.params, x, jnp.asarray(targets))
+        new = self._first(self.programs.last_logits(self.params, x, jnp.asarray(self.length)))
+        return tuple(
+            np.concatenate([np.asarray(a)[:, :n], b], axis=1)
+            for a, b in zip(judged, new, strict=True)
+        )
+
+    def step(self, done: np.ndarray | None = None, most: int = step.CHUNK_STEPS) -> Columns:
+        """What a plan asks for before the next step, and as many steps as need no further plan.
+
+        done [B] bool: sequences that have ended. Returns columns [B, n] of n <= `most` new tokens.
+        """
+        if done is not None:
+            self.done = jnp.asarray(done)
+        self.limit = min(self.setting.new_tokens, self.made + most)
+        return self.advance()
+
+    def advance(self) -> Columns:
+        """`step`, as the kind of run does it."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Free the states and the host pages: the next run begins with empty memories."""
         self.kv = KVState(())
         self.mover = None
         self.behind = []
         for side in ("device", "host"):
             self.meter.hold(side, -self.meter.live[side])
 
-    def begin(self) -> None:
-        """Read the prompts and make the first new token of each."""
-        self._take(self.prefill())
+    def prefill(self) -> jax.Array:
+        """Read the prompts layer by layer: logits [B, V] of their last tokens."""
+        x = self.through_layers()
+        return self.programs.last_logits(self.params, x, jnp.asarray(self.length))
 
-    def step(self) -> None:
-        """What a plan asks for before the next step, and as many steps as need no further plan."""
-        raise NotImplementedError
-
-    def prefill(self) -> tuple:
-        """The prompt, layer by layer; the first new token as `next_token` gives it."""
-        setting, placed = self.setting, self.placed
+    def through_layers(self) -> jax.Array:
+        """Read the prompts layer by layer: x [B, T, D] behind the last."""
+        setting, placed = self.setting, self.placement
         T = PAGE_TOKENS * pages(max(setting.prompt_tokens))
         tokens = np.zeros((setting.batch, T), np.int32)
-        tokens[:, : min(T, self.tokens.shape[1])] = self.tokens[:, :T]
+        tokens[:, : min(T, self.prompts.shape[1])] = self.prompts[:, :T]
         plan = self.decide(0, None, None)
         kept = self._ranges(plan.store)
         cuts = [
@@ -145,8 +167,7 @@ class PlacedRun:
             del some
             self.meter.hold("device", -size)
         self.kv = KVState(tuple(kv))
-        logits = self.programs.last_logits(self.params, x, length)
-        return self.programs.next_token(logits, self._draw(), jnp.int32(0))
+        return x
 
     def decide(self, step_: int, wanted, entering) -> Plan:
         """Ask the controller; carry out its drops and its stores of the ring; take on its spans."""
@@ -244,37 +265,20 @@ class PlacedRun:
                 found[b - self.whole] = min(old[0], row.start), max(old[1], row.stop)
         return found
 
-    def _draw(self):
-        return (
-            None
-            if self.forced is None
-            else Forced(jnp.asarray(self._padded_text()), jnp.int32(self.made))
+    def _first(self, logits: jax.Array) -> Columns:
+        """The columns [B, 1] of one step with logits [B, V]."""
+        columns, self.token = self.new.first(self.programs, logits, self.made)
+        self.made += 1
+        return columns
+
+    def _chunk(self, n: int) -> Columns:
+        """Up to n steps in one program; `waiting` is what is pending after them."""
+        n = min(n, step.CHUNK_STEPS, self.limit - self.made)
+        columns, self.token, self.kv, self.waiting = self.new.steps(
+            self.programs, self.params, self.kv, self.token, self.done, self.made, n
         )
-
-    def _padded_text(self) -> np.ndarray:
-        return np.pad(self.forced, ((0, 0), (0, step.CHUNK_STEPS)))
-
-    def _take(self, chosen) -> None:
-        """Take in (tokens, margins, log-probabilities), [B] or [B, n]."""
-        arrays = [np.array(x) for x in chosen]  # copies: what is kept keeps no device array alive
-        rows = arrays[2].reshape(self.setting.batch, -1)
-        firsts = [self.made] * len(rows)
-        finite.check(rows, self.placed.engine.model, finite.NEW, firsts, self.first)
-        for column, new in zip(self.columns, arrays, strict=True):
-            column.append(new if new.ndim == 2 else new[:, None])
-        self.token = jnp.asarray(arrays[0] if arrays[0].ndim == 1 else arrays[0][:, -1])
-        self.made += 1 if arrays[0].ndim == 1 else arrays[0].shape[1]
-
-    def _columns(self, out: step.Chunk, taken: int) -> list[np.ndarray]:
-        return [np.asarray(x)[:, :taken] for x in (out.tokens, out.margins, out.logprobs)]
-
-    def _chunk(self, n: int):
-        """Up to n steps in one program; returns what is pending after them."""
-        n = jnp.int32(min(n, step.CHUNK_STEPS, self.limit - self.made))
-        out, self.kv, waiting = self.programs.steps(
-            self.params, self.kv, self.token, self.done, self.eos, n, self._draw()
-        )
-        return out, waiting
+        self.made += columns[0].shape[1]
+        return columns
 
 
 def page_range(tokens: tuple[int, int]) -> tuple[int, int]:
