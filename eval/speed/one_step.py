@@ -1,9 +1,10 @@
-"""The process of `eval.checkouts` that measures: one decode step of each cell, by the checkout in whose folder it runs.
+"""One decode step of each cell, by the checkout in whose folder this process runs: measured, or kept.
 
     PYTHONPATH=CHECKOUT python -P eval/speed/one_step.py JOB        JOB: a JSON object, see `Job`
 
-It is run as a file, for an older checkout lacks it, and may use only names that both checkouts have. Its last line on stdout
-is a JSON object: `folder`, where the library was imported from, and `records`, one for each cell.
+`eval.checkouts` has steps measured, `eval.in_turn` has their programs kept. It is run as a file, as an older checkout lacks
+it, and may use only names that both checkouts have. Its last line on stdout is a JSON object: `folder`, where the library was
+imported from, and `records`, one for each cell that was measured.
 """
 
 import functools
@@ -11,6 +12,7 @@ import gc
 import hashlib
 import json
 import os
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import serialize_executable
 
 import alisa_jax
 from alisa_jax import records
@@ -37,6 +40,7 @@ class Job(NamedTuple):
     steps: int
     seed: int
     fields: dict  # of every record, beside those that the cell has
+    keep_in: str | None = None  # a folder for compiled steps and what they are given; nothing is measured then
 
 
 def main(argv: list[str]) -> None:
@@ -46,6 +50,9 @@ def main(argv: list[str]) -> None:
     for name, system in job.cells:
         began = time.perf_counter()
         cell = cells.Cell("decode", name, job.batch, job.context, rounds=job.steps, steps=1)
+        if job.keep_in is not None:
+            keep(load(name), cell, system, job.seed, kept_file(job.keep_in, name, system))
+            continue
         fields = {
             **job.fields,
             "model": name,
@@ -64,14 +71,7 @@ def main(argv: list[str]) -> None:
 
 def measure(model, cell, system: str, seed: int) -> tuple[dict, dict]:
     """Values of one cell, and what ran. The step that is timed is the compiled program whose costs are read."""
-    start, config = cell.start(WARMUP + cell.rounds), model.decoder.config
-    engine = ours.engine(model, cells.SYSTEMS["decode"][system], None)
-    side = ours.Decoding(engine, cell, start)
-    for layer in range(config.n_layers):
-        side.fill(layer, *cells.drawn(config, cell, start, seed, layer))
-    token = side.token
-    kv = tuple(side.kv) if isinstance(side.kv, list) else side.kv  # a list while layers are filled
-    side.kv = None  # the step takes its memory over
+    engine, start, kv, token = filled(model, cell, system, seed)
     program = jax.jit(functools.partial(_step, model.decoder), donate_argnums=1)
     began = time.perf_counter()
     compiled = program.lower(model.params, kv, token).compile()
@@ -96,6 +96,39 @@ def measure(model, cell, system: str, seed: int) -> tuple[dict, dict]:
         "tokens_sha256": [hashlib.sha256(row.tobytes()).hexdigest()[:8] for row in rows],
     }
     return values, ours.ran(engine)
+
+
+def filled(model, cell, system: str, seed: int) -> tuple:
+    """An engine, the tokens in its caches, its states with keys and values that are drawn, and the next token [B]."""
+    start, config = cell.start(WARMUP + cell.rounds), model.decoder.config
+    engine = ours.engine(model, cells.SYSTEMS["decode"][system], None)
+    side = ours.Decoding(engine, cell, start)
+    for layer in range(config.n_layers):
+        side.fill(layer, *cells.drawn(config, cell, start, seed, layer))
+    kv = tuple(side.kv) if isinstance(side.kv, list) else side.kv  # a list while layers are filled
+    return engine, start, kv, side.token
+
+
+def kept_file(folder: str, name: str, system: str) -> Path:
+    """Where `keep` writes a cell."""
+    return Path(folder) / f"{name.replace(':', '_')}-{system}.pickle"
+
+
+def keep(model, cell, system: str, seed: int, path: Path) -> None:
+    """Write a step as another process can run it: compiled, of flat lists of arrays, with what it is given first."""
+    _, _, kv, token = filled(model, cell, system, seed)
+    params, of_params = jax.tree.flatten(model.params)
+    states, of_states = jax.tree.flatten(kv)
+
+    def flat(params, states, token):
+        given = jax.tree.unflatten(of_params, params), jax.tree.unflatten(of_states, states)
+        logits, kv = _step(model.decoder, *given, token)
+        return logits, jax.tree.leaves(kv)
+
+    compiled = jax.jit(flat, donate_argnums=1).lower(params, states, token).compile()
+    program = serialize_executable.serialize(compiled)
+    with path.open("wb") as file:
+        pickle.dump((program, *jax.tree.map(np.asarray, (params, states, token))), file)
 
 
 def _step(decoder, params, kv, token):
