@@ -296,7 +296,10 @@ def report(records: Sequence[dict]) -> str:
         if "acc_by_length_and_depth" in r:
             below.append(common.table(*planted.grid(r["acc_by_length_and_depth"], f"needle, {r['policy']}")))
     r = records[0]
-    above = f"{r['model']}, protocol {r['protocol']}, codec {r['codec']}, placement {r['placement']}, seed {r['seed']}; ± is one standard error"
+    above = (
+        f"{r['model']}, protocol {r['protocol']}, codec {r['codec']}, placement {r['placement']}, seed {r['seed']}; "
+    )
+    above += "± is one standard error"
     return "\n".join([above, *data.values(), common.table(head, rows, left=2), *below])
 
 

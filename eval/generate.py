@@ -13,7 +13,8 @@ what a user says, and the model's chat template makes a text of it, behind what 
 
 `--placement` says where the cache lives, within `--device_kv_bytes` and `--host_kv_bytes`:
 
-    python -m eval.generate --prompts_file=prompts.txt --policy='swa(kv_sparsity=0.8)' --placement=alisa --device_kv_bytes=0.5x
+    python -m eval.generate --prompts_file=prompts.txt --policy='swa(kv_sparsity=0.8)' --placement=alisa \\
+        --device_kv_bytes=0.5x
 
 Each finished prompt is one record: `completion`, its `tokens`, `finish_reason` and the settings. `prefill_s`, `decode_s` and
 `batch_tokens_per_s` (new tokens of all sequences / (prefill_s + decode_s)) are those of its batch of `batch` sequences; they

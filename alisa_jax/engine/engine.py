@@ -43,16 +43,16 @@ class Engine:
     numbers or as in "2GB", "512MiB" and "0.33x", a share of the dense K and V of a call in the type
     of the weights. A resident cache without a budget grows with the context; one with a budget, and
     any other, has its size from the first step on. route: "working_set", "indexed", "masked", or
-    "auto" for the first that the policy serves. attention_impl: "xla", "pallas" (the kernels of `pallas_kernels`, which need
-    a GPU), "interpret" (the same kernels interpreted, for tests), or "auto" for kernels where they
-    run and XLA elsewhere; `attention_choice` says which, and why. calibration: statistics of the
-    model (`eval.calibrate`) for the methods that need them, or the path of their file; None:
-    `calibration.json` in the folder that the model was read from, if there is one. chunk_tokens:
-    prompts are read so many tokens at a time, which bounds the work of one program; None reads them
-    whole. While prompts are read in chunks, dense keys and values of all layers are held
-    (`state_bytes` counts them); a placement reads prompts whole. `placement` is None where the cache
-    grows. Raises ValueError or `spec.SpecError`, in one sentence, for what does not go together,
-    RuntimeError where the machine cannot offload.
+    "auto" for the first that the policy serves. attention_impl: "xla", "pallas" (the kernels of
+    `pallas_kernels`, which need a GPU), "interpret" (the same kernels interpreted, for tests), or
+    "auto" for kernels where they run and XLA elsewhere; `attention_choice` says which, and why.
+    calibration: statistics of the model (`eval.calibrate`) for the methods that need them, or the
+    path of their file; None: `calibration.json` in the folder that the model was read from, if
+    there is one. chunk_tokens: prompts are read so many tokens at a time, which bounds the work of
+    one program; None reads them whole. While prompts are read in chunks, dense keys and values of
+    all layers are held (`state_bytes` counts them); a placement reads prompts whole. `placement` is
+    None where the cache grows. Raises ValueError or `spec.SpecError`, in one sentence, for what
+    does not go together, RuntimeError where the machine cannot offload.
     """
 
     def __init__(

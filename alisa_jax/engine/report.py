@@ -11,7 +11,8 @@ class PlacementReport:
     """In `Generated.placement` and `Scores.placement`.
 
     Bytes are of K, V and all else that a cache keeps: working sets, statistics, staging. A row is a
-    token of one layer and sequence. While a resident cache grows, the layer that grows counts twice.
+    token of one layer and sequence. While a resident cache
+    grows, the layer that grows counts twice.
     """
 
     load_bytes: int  # host to device

@@ -41,7 +41,7 @@ class ResidentRun:
         self.made = 0
 
     def begin(self) -> tuple[np.ndarray, ...]:
-        """Read the prompts: tokens, margins and log-probabilities [B, 1] of the first new tokens."""
+        """Read the prompts: tokens, margins and log-probabilities [B, 1] of the first new ones."""
         programs = self.engine.programs
         begun = prompts.begin(self.engine, self.prompts, self.new_tokens)
         self.kv = begun.kv

@@ -168,9 +168,9 @@ def next_token(
     """Token [B] int32, margin [B] and log-probability [B] from logits [B, V].
 
     draw: None is greedy. step: [] int32, steps since `draw` was made. margin: by how much the token
-    won: its logit minus the best of the others, or, when drawn, of x / T + g over what is kept (inf where one is). log-probability: of the token
-    under the model's own distribution, in nats, whatever the sampling; NaN where a logit is NaN or
-    all are -inf.
+    won: its logit minus the best of the others, or, when drawn, of x / T + g over what is kept (inf
+    where one is). log-probability: of the token under the model's own distribution, in nats,
+    whatever the sampling; NaN where a logit is NaN or all are -inf.
     """
     given = bounded(logits)
     compared = clean(given)

@@ -15,6 +15,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,7 +119,9 @@ def checked(engine, sequences, protocol, last) -> tuple[Batch, np.ndarray]:
         engine.check_calibration(batch.length - 1)
     if engine.placement is not None:
         asked = placed.prompts_of(engine, batch, None if protocol == "decode" else last)
-        engine.placement.check(engine.policy.feeds(asked.heads.length).tolist(), asked.new_tokens)
+        fed = engine.policy.feeds(asked.heads.length)
+        engine.check_calibration(fed)
+        engine.placement.check(fed.tolist(), asked.new_tokens)
     return batch, batch.length - 1 if last is None else shared.check(batch, last)
 
 

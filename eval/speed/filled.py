@@ -1,9 +1,9 @@
 """What `eval.growth` measures: decode steps at a context that no prompt was read for, decisions, and searches.
 
-A run begins as that of `Engine.generate` under a placement, but its layers are filled and not computed: K and V are drawn, the same for
-all systems of a context, and a policy that is seeded from attention is given rows that are drawn too. Pages, rings, working
-sets and budgets are those that a prompt of this length leaves (`parts.fill` makes them). From there on every step is the
-run's own.
+A run begins as that of `Engine.generate` under a placement, but its layers are filled and not computed: K and V are drawn,
+the same for all systems of a context, and a policy that is seeded from attention is given rows that are drawn too. Pages,
+rings, working sets and budgets are those that a prompt of this length leaves (`parts.fill` makes them). From there on every
+step is the run's own.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from alisa_jax import Engine, attention, placement, policies
 from alisa_jax.attention import parts
+from alisa_jax.engine.offload.run import PlacedRun
 from alisa_jax.kv.state import LayerSpec
 from alisa_jax.models import Model
-from alisa_jax.engine.offload.run import PlacedRun
 from alisa_jax.placement import mover
 from alisa_jax.placement.modelled import planner
 from alisa_jax.placement.modelled.cost import Cost

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from alisa_jax import codecs, placement, policies, spec
 from alisa_jax.calibration import Calibration
 from alisa_jax.engine.layers import assemble
+from alisa_jax.engine.offload import settings
 from alisa_jax.kv.state import LayerSpec
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder
-from alisa_jax.engine.offload import settings
 from alisa_jax.placement.plan import Setting
 from eval.script import inputs
 from eval.script.common import UserError

@@ -54,7 +54,10 @@ def test_reading_by_index_gives_the_same_tokens(random_model, codec):
 def test_layers_that_are_streamed_from_the_host_give_the_same_tokens(random_model):
     engine = alisa_jax.Engine(random_model(), placement="accelerate", attention_impl="interpret")
     run = engine.generate(PROMPTS, 9)
-    assert run.placement.load_bytes > 0 and run.tokens == _tokens(random_model(), parse("dense"), "raw", "auto", "xla")[1].tokens
+    assert (
+        run.placement.load_bytes > 0
+        and run.tokens == _tokens(random_model(), parse("dense"), "raw", "auto", "xla")[1].tokens
+    )
 
 
 def test_auto_says_why_it_is_xla(random_model):

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.eval.test_eval_throughput import made_run
 from eval.figures import base, fig1, fig9, fig12a, fig12b, fig12c, modelled
 from eval.modelled import paper_fits, paper_system
 from eval.script import common, inputs, tables
@@ -16,6 +15,7 @@ from eval.script.common import UserError
 from eval.script.resume import Setup
 from eval.speed import timing
 from eval.text import windows
+from tests.eval.test_eval_throughput import made_run
 
 pytestmark = pytest.mark.slow
 

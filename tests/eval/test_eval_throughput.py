@@ -15,9 +15,9 @@ import pytest
 
 import alisa_jax
 from alisa_jax import policies
-from alisa_jax.models import Decoder, checkpoint, hub
 from alisa_jax.engine.generate import Generated
 from alisa_jax.engine.report import PlacementReport
+from alisa_jax.models import Decoder, checkpoint, hub
 from alisa_jax.placement import mover
 from eval import throughput
 from eval.modelled import machines, shapes

@@ -1,1 +1,1 @@
-"""Runs whose cache is placed by a controller: the engine, its runs, their programs and settings."""
+"""Runs whose cache a controller places: `Placement`, the runs, their programs and settings."""

@@ -24,8 +24,8 @@ class LayerRun(PlacedRun):
 
     layout_of_pages = "slots"
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         members = [b for group in self.groups for b in group]
         self.order = tuple(members.index(b) for b in range(len(members)))
 

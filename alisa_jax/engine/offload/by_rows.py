@@ -81,8 +81,8 @@ class RowRun(PlacedRun):
 
     layout_of_pages = "tokens"
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.lag = getattr(self.controller, "lag", 0)
         self.pending = NOTHING
 

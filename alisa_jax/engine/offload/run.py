@@ -22,9 +22,10 @@ from alisa_jax.placement.plan import ALL, PAGE_TOKENS, Plan, Rows, Setting, Span
 class PlacedRun:
     """The prompt, the loop, stores and drops of a run under a `Placement`.
 
-    prompts [B, T], length [B]: token ids. new: where the tokens that follow come from; None: greedily
-    from the model. first: which sequence of the batch is the first of this run. read_layer: what reads a layer of the prompts, with the arguments and
-    results of `programs.prefill_layer`; None for that.
+    prompts [B, T], length [B]: token ids. new: where the tokens that follow come from; None: from
+    the model, greedily. first: which sequence of the batch is the first of this run. read_layer:
+    what reads a layer of the prompts, with the arguments and results of `programs.prefill_layer`;
+    None for that.
     """
 
     layout_of_pages = ""
@@ -85,9 +86,9 @@ class PlacedRun:
         return self._first(self.prefill())
 
     def begin_judged(self) -> Columns:
-        """`begin` of prompts of one length, and before it the columns of their tokens but the first.
+        """`begin`, behind the columns of the prompts' tokens but the first, which they judge.
 
-        The dense attention of the prompt judges each of them.
+        All prompts have one length.
         """
         x = self.through_layers()
         n = int(self.length[0]) - 1
@@ -129,7 +130,7 @@ class PlacedRun:
 
     def through_layers(self) -> jax.Array:
         """Read the prompts layer by layer: x [B, T, D] behind the last."""
-        setting, placed = self.setting, self.placement
+        setting, placement = self.setting, self.placement
         T = PAGE_TOKENS * pages(max(setting.prompt_tokens))
         tokens = np.zeros((setting.batch, T), np.int32)
         tokens[:, : min(T, self.prompts.shape[1])] = self.prompts[:, :T]
@@ -144,16 +145,16 @@ class PlacedRun:
         length = jnp.asarray(self.length)
         x, kv = self.programs.embed(self.params, jnp.asarray(tokens)), []
         for layer, (spec, layout) in enumerate(
-            zip(placed.engine.layers, self.layouts, strict=True)
+            zip(placement.engine.layers, self.layouts, strict=True)
         ):
-            mine = cuts if layer in placed.placed else []
+            mine = cuts if layer in placement.placed else []
             block = self.params["blocks"][layer]
             chosen = tuple(cut for _, cut in mine)
             x, states, some = self.read_layer(spec, layout, chosen, block, x, length, host)
             kv.append(states)
             self.meter.hold("device", tree_bytes((states, some)))
             if some:
-                i = placed.placed.index(layer)
+                i = placement.placed.index(layer)
                 found = zip(mine, some, strict=True)
                 self.mover.store(
                     (i, g, cut.first + j, page)

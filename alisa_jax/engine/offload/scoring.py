@@ -1,4 +1,4 @@
-"""Teacher-forced decoding under a placement: prompts read densely, then given tokens, one by one."""
+"""Scores under a placement: prompts are read densely, then given tokens are fed one by one."""
 
 from __future__ import annotations
 

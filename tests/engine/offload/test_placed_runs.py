@@ -1,5 +1,5 @@
-"""Placed runs of a small random model: every controller gives the tokens of one run on the device, moves what its plans say, and stays
-within its budgets."""
+"""Placed runs of a small random model: every controller gives the tokens of one run on the device, moves what its plans
+say, and stays within its budgets."""
 
 import dataclasses
 import functools
