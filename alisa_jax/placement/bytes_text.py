@@ -33,3 +33,11 @@ def read_bytes(text: str | float, dense_kv_bytes: float, where: str = "") -> flo
             f"{where}{text!r} is no size; write 2GB, 512MiB, or 0.33x for a share of the dense KV"
         )
     return float(found[1]) * (dense_kv_bytes if found[2] == "x" else UNITS[found[2]])
+
+
+def as_text(number: float) -> str:
+    """Bytes as a table shows them, such as "1.50 GiB"; "any" for no limit."""
+    if not math.isfinite(number):
+        return "any"
+    unit = next((u for u in ("TiB", "GiB", "MiB", "KiB") if number >= UNITS[u]), "B")
+    return f"{number / UNITS[unit]:.2f} {unit}"

@@ -8,14 +8,6 @@
 ALISA states 20 GB/s between CPU and GPU; the figures above are those of the parts.
 """
 
-from alisa_jax.placement.modelled.cost import Hardware
+from alisa_jax.placement.modelled.devices import DEVICES
 
-HARDWARE = Hardware(
-    name="h100_80gb",
-    device_bytes=80 * 2.0**30,
-    host_bytes=128e9,
-    matmul_flops_per_s=989.4e12,
-    read_bytes_per_s=3.35e12,
-    to_device_bytes_per_s=63e9,
-    to_host_bytes_per_s=63e9,
-)
+HARDWARE = DEVICES["h100_80gb"]

@@ -6,14 +6,6 @@ link                    PCIe 5.0 x16, 63 GB/s each way      PCI Express base spe
 host memory             128 GiB                             our choice: a common size of one GPU's share of a node
 """
 
-from alisa_jax.placement.modelled.cost import Hardware
+from alisa_jax.placement.modelled.devices import DEVICES
 
-HARDWARE = Hardware(
-    name="h200_141gb",
-    device_bytes=141e9,
-    host_bytes=128 * 2.0**30,
-    matmul_flops_per_s=989.4e12,
-    read_bytes_per_s=4.8e12,
-    to_device_bytes_per_s=63e9,
-    to_host_bytes_per_s=63e9,
-)
+HARDWARE = DEVICES["h200_141gb"]

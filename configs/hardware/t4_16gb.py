@@ -9,18 +9,10 @@
 per second and 10^12 operations per second.
 """
 
-from alisa_jax.placement.modelled.cost import Hardware
+from alisa_jax.placement.modelled.devices import DEVICES
 from alisa_jax.placement.modelled.flexgen_cost import FlexGenRates
 
-HARDWARE = Hardware(
-    name="t4_16gb",
-    device_bytes=16 * 2.0**30,
-    host_bytes=208e9,
-    matmul_flops_per_s=65e12,
-    read_bytes_per_s=320e9,
-    to_device_bytes_per_s=15.75e9,
-    to_host_bytes_per_s=15.75e9,
-)
+HARDWARE = DEVICES["t4_16gb"]
 FLEXGEN_RATES = FlexGenRates(
     cpu_to_gpu=12.89,
     gpu_to_cpu_cache=0.97,

@@ -8,14 +8,6 @@
 ALISA states 20 GB/s between CPU and GPU, which PCIe 3.0 does not reach; the figures above are those of the parts.
 """
 
-from alisa_jax.placement.modelled.cost import Hardware
+from alisa_jax.placement.modelled.devices import DEVICES
 
-HARDWARE = Hardware(
-    name="v100_16gb",
-    device_bytes=16 * 2.0**30,
-    host_bytes=128e9,
-    matmul_flops_per_s=125e12,
-    read_bytes_per_s=900e9,
-    to_device_bytes_per_s=15.75e9,
-    to_host_bytes_per_s=15.75e9,
-)
+HARDWARE = DEVICES["v100_16gb"]

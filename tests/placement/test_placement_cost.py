@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from alisa_jax.placement.modelled import cost, planner
+from alisa_jax.placement.modelled import cost, devices, planner
 from alisa_jax.placement.modelled.flexgen_cost import FlexGenPolicy, flexgen_tokens_per_s
 from alisa_jax.placement.plan import Setting, View
 
@@ -106,6 +106,25 @@ def test_a_hardware_page_says_its_figures_and_where_they_are_from(path):
     rate = page["HARDWARE"].read_bytes_per_s
     said = f"{rate / 1e12:g} TB/s" if rate >= 1e12 else f"{rate / 1e9:g} GB/s"
     assert said in page["__doc__"] and f"{page['HARDWARE'].matmul_flops_per_s / 1e12:g} TFLOP/s" in page["__doc__"]
+
+
+def test_the_devices_that_are_known_by_name_are_the_pages():
+    assert sorted(devices.DEVICES) == [path.stem for path in HARDWARE]
+    assert all(devices.hardware(name) is device and device.name == name for name, device in devices.DEVICES.items())
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "mine"}', '{"speed": 3}'])
+def test_a_file_that_is_no_profile_is_refused(content, tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="profile.json is no profile: "):
+        devices.hardware(path)
+
+
+@pytest.mark.parametrize("value", ["80GB", None, 0, -1.0, float("nan")])
+def test_hardware_takes_numbers_above_0_alone(value):
+    with pytest.raises(ValueError, match="hardware mine: device_bytes must be above 0; got "):
+        cost.Hardware("mine", value, 1e9, 1e12, 1e11, 1e10, 1e10)
 
 
 def test_hardware_without_a_rate_is_refused():

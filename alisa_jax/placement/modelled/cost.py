@@ -18,6 +18,7 @@ Recomputing a prefix is a dense prefill of its tokens through all layers.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -48,8 +49,10 @@ class Hardware:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, float) and not value > 0:
-                raise ValueError(f"hardware {self.name}: {name} must be above 0; got {value}")
+            if name in ("name", "measured"):
+                continue
+            if not isinstance(value, numbers.Real) or not value > 0:
+                raise ValueError(f"hardware {self.name}: {name} must be above 0; got {value!r}")
 
 
 @dataclass(frozen=True)
