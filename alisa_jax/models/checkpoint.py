@@ -143,10 +143,7 @@ def load(name_or_path: str | os.PathLike, dtype: Any = "auto", seed: int = 0) ->
             f"{smollm2.NAME!r}, or 'random:NAME' with NAME one of {', '.join(SHAPES)}."
         )
     raw = read_json(folder / CONFIG)
-    try:
-        config = config_from_hf(raw)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+    config = _config(folder / CONFIG, raw)
     stated = raw.get("dtype") or raw.get("torch_dtype")
     wanted = dtypes.resolve(dtype, stated, where=str(folder / CONFIG))
     generation = folder / "generation_config.json"
@@ -226,14 +223,38 @@ def save(
         raise CheckpointError(f"the folder {folder} cannot be written: {error}") from error
 
 
-def locate(name: str) -> tuple[Path, str]:
+def locate(name: str, weights: bool = True) -> tuple[Path, str]:
     """Where a model other than a random one lies, and what to call it; see `hub.locate`."""
     if name == "bundled":
         return BUNDLED, name
     if name == smollm2.NAME:
         return smollm2.find(), name
-    path, called = hub.locate(name)
+    path, called = hub.locate(name, weights)
     return path, called.removesuffix(gguf.SUFFIX)
+
+
+def config_of(name_or_path: str | os.PathLike) -> ModelConfig:
+    """The configuration of what `load` takes, or of a shape by its bare NAME; reads no weights.
+
+    Raises CheckpointError, in one sentence, for what has none that `load` would read.
+    """
+    name = os.fspath(name_or_path)
+    shape = name.removeprefix("random:")
+    if shape in SHAPES:
+        return SHAPES[shape]
+    where, _ = locate(name, weights=False)
+    if not where.exists():
+        raise CheckpointError(f"{name!r} is no folder; known shapes: {', '.join(SHAPES)}.")
+    if where.is_file():
+        return _config(where, gguf_config.read(where))
+    return _config(where / CONFIG, read_json(where / CONFIG))
+
+
+def _config(where: Path, raw: Mapping[str, Any]) -> ModelConfig:
+    try:
+        return config_from_hf(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _from_gguf(path: Path, called: str, dtype: Any) -> Model:

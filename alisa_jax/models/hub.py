@@ -16,25 +16,27 @@ from alisa_jax.models.hf import CheckpointError
 from alisa_jax.models.weights import BIN_INDEX, INDEX, WEIGHTS
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-_FILES = ("config.json", "generation_config.json", *tokenizer.FILES, "*.safetensors", INDEX)
+_CONFIG = "config.json"
+_FILES = (_CONFIG, "generation_config.json", *tokenizer.FILES, "*.safetensors", INDEX)
 _BIN_FILES = ("pytorch_model*.bin", BIN_INDEX)
 ALLOWED = "a local Hugging Face folder, 'owner/name' or 'owner/name@revision' of the hub"
 
 
-def locate(name: str) -> tuple[Path, str]:
+def locate(name: str, weights: bool = True) -> tuple[Path, str]:
     """The folder that a name stands for, and what to call the model.
 
     A path of this machine, there or not, is itself, and always wins; the model is called as its
     folder. A hub name is the folder of its files, downloaded where they are not in the cache, and
-    the model keeps the name. Raises CheckpointError, in one sentence, if that is not possible.
+    the model keeps the name. weights: False downloads `config.json` alone. Raises CheckpointError,
+    in one sentence, if that is not possible.
     """
     path = Path(name)
     if path.exists() or not _NAME.fullmatch(name):
         return path, path.resolve().name
-    return _download(name), name
+    return _download(name, weights), name
 
 
-def _download(name: str) -> Path:
+def _download(name: str, weights: bool) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
@@ -54,6 +56,8 @@ def _download(name: str) -> Path:
         return Path(folder)
 
     try:
+        if not weights:
+            return fetch((_CONFIG,))
         folder = fetch(_FILES)
         if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
             bin.import_torch(f"the hub's {name}")

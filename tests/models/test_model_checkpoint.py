@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
-from alisa_jax.models import CheckpointError, Decoder, ModelConfig, RopeScaling, checkpoint, load, save
+from alisa_jax.models import SHAPES, CheckpointError, Decoder, ModelConfig, RopeScaling, checkpoint, load, save
 from tests.sentences import one_sentence
 
 LLAMA = ModelConfig(
@@ -368,6 +368,30 @@ def test_an_unknown_name_lists_what_is_known(name, message):
     with pytest.raises(CheckpointError, match=message) as error:
         load(name)
     assert one_sentence(error) and "llama3_8b" in str(error.value)
+
+
+def test_the_configuration_of_a_folder_needs_no_weights(folder):
+    config = load(folder).decoder.config
+    (folder / "model.safetensors").unlink()
+    assert checkpoint.config_of(folder) == checkpoint.config_of(str(folder)) == config
+    assert checkpoint.config_of("opt_125m") == checkpoint.config_of("random:opt_125m") == SHAPES["opt_125m"]
+
+
+@pytest.mark.parametrize("damage", [{"model_type": "mamba"}, {"num_hidden_layers": 0}, None])
+def test_a_configuration_is_refused_as_load_refuses_it(folder, damage):
+    if damage is None:
+        (folder / "config.json").unlink()
+    else:
+        edit_json(folder / "config.json", **damage)
+    found = []
+    for look in (load, checkpoint.config_of):
+        with pytest.raises(CheckpointError) as error:
+            look(folder)
+        found.append(str(error.value))
+    assert found[0] == found[1]
+    with pytest.raises(CheckpointError, match="'no_such_model' is no folder; known shapes: opt_125m, ") as error:
+        checkpoint.config_of("no_such_model")
+    assert one_sentence(error)
 
 
 def test_a_file_is_not_a_folder(whole):

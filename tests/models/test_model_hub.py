@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from alisa_jax.models import CheckpointError, ModelConfig, hub, load, save
+from alisa_jax.models.checkpoint import config_of
 from eval.script import inputs
 from eval.script.common import UserError
 from tests.models import tokenizer_kinds as kinds
@@ -100,6 +101,13 @@ def test_a_name_of_the_hub_is_loaded_and_kept_as_the_name(fake, tiny, params):
         "generation_config.json",
         "model.safetensors",
     }
+
+
+def test_the_configuration_of_a_name_brings_no_weights(fake, tiny):
+    assert config_of("owner/tiny-1.0") == CONFIG
+    assert [path.name for path in fake.folder.glob("cache/**/*") if path.is_file()] == ["config.json"]
+    with pytest.raises(CheckpointError, match="the hub has no model of that name"):
+        config_of("owner/unknown")
 
 
 def test_a_revision_is_asked_for(fake, tiny, params):
