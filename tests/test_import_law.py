@@ -5,7 +5,7 @@
     2   codecs, policies        siblings: neither imports the other
     3   attention               its compute.py alone imports pallas_kernels
     4   models, placement       siblings; models alone imports flax.linen, only placement/mover.py speaks of memory kinds
-    5   engine, parallel        siblings
+    5   engine, parallel, planning    siblings
     6   analysis
     top alisa_jax itself, lm_eval and testing
 
@@ -39,7 +39,7 @@ LAYERS = {
     **dict.fromkeys(["codecs", "policies"], 2),
     "attention": 3,
     **dict.fromkeys(["models", "placement"], 4),
-    **dict.fromkeys(["engine", "parallel"], 5),
+    **dict.fromkeys(["engine", "parallel", "planning"], 5),
     "analysis": 6,
     **dict.fromkeys(["", "lm_eval", "testing"], TOP),
 }
@@ -253,6 +253,7 @@ def test_module_keeps_the_law(path):
         ("alisa_jax/models/llama.py", "from alisa_jax.placement import plan", "models (layer 4) imports"),
         ("alisa_jax/placement/plan.py", "import alisa_jax.models.decoder", "placement knows no model"),
         ("alisa_jax/parallel/tensor.py", "import alisa_jax.engine", "parallel (layer 5) imports"),
+        ("alisa_jax/planning/request.py", "from alisa_jax import engine", "planning (layer 5) imports"),
         (
             "alisa_jax/engine/loop.py",
             "import importlib\nimportlib.import_module('alisa_jax.lm_eval')",

@@ -33,7 +33,8 @@ from alisa_jax import placement
 from alisa_jax.placement.modelled.cost import Cost, paper_objective_s, paper_traffic_s
 from alisa_jax.placement.modelled.simulate import Simulated, simulate, swa_trace
 from alisa_jax.placement.plan import Setting
-from eval.modelled import machines, shapes, workload
+from alisa_jax.planning import workload
+from eval.modelled import machines, shapes
 
 RAW, INT8 = "raw", "int8(axis=token)"
 

@@ -1,35 +1,28 @@
-"""The numbers of a model by name: its configuration, weights, FLOPs and the bytes of a token. No weights are read.
+"""A model by name: its configuration, its numbers (`shape`), and the page of the named ones. No weights are read.
 
 What is wrong raises UserError with one sentence.
 """
 
 from alisa_jax import codecs
-from alisa_jax.models import hf, shapes
+from alisa_jax.models import checkpoint, shapes
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.models.decoder import Decoder
-from alisa_jax.placement.modelled.cost import Shape
+from alisa_jax.planning import workload
 from eval.script import inputs
 from eval.script.common import UserError
 from eval.script.tables import Table
 
-ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 CAPTION = """The shapes of `alisa_jax/models/shapes.py`, for `--model=random:NAME` and `alisa_jax.load("random:NAME")`.
 Weights and KV are in 16 bits; the KV of a full context is that of one sequence.
 Sources: OPT, arXiv 2205.01068, table 1; LLaMA, arXiv 2302.13971, table 2; Llama 3, arXiv 2407.21783, table 3; Pythia,
 arXiv 2304.01373, table 1. This page is what `python -m eval.plan --models` prints."""
+shape = workload.shape
 
 
 def config(name: str) -> ModelConfig:
-    """The configuration behind random:NAME, NAME, or what `inputs.locate` knows; weights are not read."""
-    if name.removeprefix("random:") in shapes.SHAPES:
-        return shapes.SHAPES[name.removeprefix("random:")]
-    folder, _ = inputs.locate(name)
-    if not folder.exists():
-        raise UserError(f"--model: {name!r} is no folder; known shapes: {', '.join(shapes.SHAPES)}")
+    """The configuration behind NAME, random:NAME, or what `alisa_jax.load` knows; weights are not read."""
     try:
-        return hf.config_from_hf(inputs.configuration(folder))
-    except OSError as error:
-        raise UserError(f"--model: {name!r} has no readable config.json: {error.strerror}") from None
+        return checkpoint.config_of(name)
     except ValueError as error:
         raise UserError(f"--model: {error}") from None
 
@@ -37,22 +30,6 @@ def config(name: str) -> ModelConfig:
 def codec(text: str, dtype: str):
     """The codec that `text` names, for a model that computes in `dtype`."""
     return codecs.parse(inputs.codec(text)).resolve(dtype)
-
-
-def shape(config: ModelConfig, codec, dtype: str) -> Shape:
-    """The numbers of a model whose weights are `dtype` and whose cache is stored by the resolved `codec`."""
-    decoder = Decoder(config)
-    return Shape(
-        weight_bytes=decoder.count_params() * ELEMENT_BYTES[dtype],
-        weight_flops=decoder.flops_per_token(0),
-        attention_flops=decoder.flops_per_token(1) - decoder.flops_per_token(0),
-        layers=config.n_layers,
-        d_model=config.d_model,
-        d_ff=config.d_ff,
-        vocab_size=config.vocab_size,
-        kv_token_bytes=codec.token_bytes(config.n_kv_heads, config.head_dim),
-        element_bytes=ELEMENT_BYTES[dtype],
-    )
 
 
 def named() -> Table:

@@ -1,12 +1,13 @@
 """eval.plan: one record before any run, its bytes, its budgets, its refusals."""
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 
-from alisa_jax import placement
-from alisa_jax.placement.modelled.simulate import simulate
+import alisa_jax
+from alisa_jax.records import Results
 from eval import plan
 from eval.modelled import hardware_profile, machines
 from eval.script import common
@@ -14,6 +15,41 @@ from eval.script import common
 pytestmark = pytest.mark.slow
 
 SMALL = ("--model=opt_125m", "--hardware=t4_16gb", "--batch=4", "--prompt_tokens=64", "--new_tokens=65")
+# What identifies a record of SMALL and --device_kv_bytes=0.8x, and some of its values, as written before the function was.
+CELL = {
+    "script": "eval.plan",
+    "model": "opt_125m",
+    "hardware": "t4_16gb",
+    "codec": "raw",
+    "prompt_tokens": 64,
+    "new_tokens": 65,
+    "kv_sparsity": 0.8,
+    "window": "k",
+    "dtype": "float16",
+    "read": "rows",
+    "traffic": "delta",
+    "entering_tokens": 0.2,
+    "selection_us": 50.0,
+    "matmul_efficiency": 0.6,
+    "read_efficiency": 0.8,
+    "batch": 4,
+}
+VALUES = {
+    "least_device_kv_bytes": 11121792.0,
+    "fits": False,
+    "p1": 0,
+    "p2": 65,
+    "alpha": 0.85,
+    "search_total_s": 0.10447606341510836,
+    "resident_tokens_per_s": "OOM",
+    "waves_tokens_per_s": 1984.771746260615,
+    "accelerate_load_bytes": 830472192.0,
+    "flexgen_host_peak_bytes": 8257536.0,
+    "alisa_tokens_per_s": 2512.131989848424,
+    "alisa_searched_load_bytes": 1769472.0,
+    "alisa_paper_tokens_per_s": 2401.9712701893945,
+    "offload_wins_from_batch": 4,
+}
 
 
 def record(capsys, *flags) -> dict:
@@ -85,14 +121,36 @@ def test_a_small_host_brings_deletions(capsys):
     assert found["alisa_p2"] < 65 and found["alisa_host_peak_bytes"] <= found["host_kv_bytes"]
 
 
-def test_where_tokens_are_deleted_each_layer_has_a_selection_of_its_own():
-    values = plan.config(["plan", *SMALL, "--device_kv_bytes=0.8x", "--host_kv_bytes=0.4x"])
-    run, _, _ = plan._maker(values)(4)
-    folded, layered = (simulate(placement.Alisa(), run.sparse, run.cost, one) for one in (run.trace, run.by_layer))
-    assert layered.recompute_s > folded.recompute_s
-    assert plan._simulated(placement.Alisa(), run.sparse, run) == layered
-    paper = placement.Alisa(traffic="paper")
-    assert plan._simulated(paper, run.sparse, run) == simulate(paper, run.sparse, run.cost, run.trace)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"device_kv_bytes": "0.8x", "host_kv_bytes": "0.4x", "read": "pages", "traffic": "paper", "window": "9"},
+        {"device_kv_bytes": "1GB", "codec": "int8(axis=token)", "dtype": "float32", "placement": ["alisa(lag=1)"]},
+        {"kv_sparsity": 0.0, "entering_tokens": 0.5, "selection_us": 0.0, "matmul_efficiency": 1.0},
+    ],
+)
+def test_the_record_is_that_of_the_function(capsys, settings):
+    flags = [f"--{name}={one}" for name, it in settings.items() for one in (it if isinstance(it, list) else [it])]
+    found = record(capsys, *flags)
+    asked = alisa_jax.plan("opt_125m", "t4_16gb", batch=4, prompt_tokens=64, new_tokens=65, **settings)
+    assert list(found) == list(asked.record)
+    assert found | {"wall_s": 0.0} == asked.record | {"wall_s": 0.0}
+
+
+def test_the_flags_are_the_arguments_of_the_function():
+    values = plan.config(["plan"])
+    for name, argument in list(inspect.signature(alisa_jax.plan).parameters.items())[2:]:
+        given = values[name].value
+        assert (tuple(given) if name == "placement" else given) == argument.default, name
+
+
+def test_a_record_of_an_earlier_version_is_found_by_the_same_fields(tmp_path):
+    path = tmp_path / "plans.jsonl"
+    path.write_text(json.dumps(CELL | VALUES) + "\n")
+    found = alisa_jax.plan("opt_125m", "t4_16gb", batch=4, prompt_tokens=64, new_tokens=65, device_kv_bytes="0.8x")
+    assert dict(found.cell) == CELL and Results(path).find(found.cell) == CELL | VALUES
+    assert {name: found.values[name] for name in VALUES} == pytest.approx(VALUES)
 
 
 def test_further_controllers_are_priced_by_their_specs(capsys):
@@ -168,6 +226,11 @@ def test_a_profile_of_this_machine_is_hardware(capsys, tmp_path, monkeypatch):
     assert min(machine.to_device_bytes_per_s, machine.to_host_bytes_per_s, machine.read_bytes_per_s) > 0
     found = record(capsys, "--hardware=this_machine", "--device_kv_bytes=1GB")
     assert found["hardware"].startswith("this_machine: ")
+
+
+def test_a_profile_that_cannot_be_kept_is_not_measured(capsys, monkeypatch):
+    monkeypatch.setattr(hardware_profile, "profile", lambda: pytest.fail("measured"))
+    assert "--out: there is no folder 'nowhere'" in refusal(capsys, "--profile", "--out=nowhere/x.json")
 
 
 def test_records_go_to_a_file(capsys, tmp_path):

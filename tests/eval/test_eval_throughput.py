@@ -593,7 +593,9 @@ def test_a_traced_run_says_whose_selections_it_replays(trained, trace, bench, mo
 
 def test_a_name_of_the_hub_is_sized_like_its_folder(trained, monkeypatch):
     folder, _, _ = trained
-    monkeypatch.setattr(hub, "locate", lambda name: (folder, name) if name == "owner/name" else (Path(name), name))
+    monkeypatch.setattr(
+        hub, "locate", lambda name, weights=True: (folder, name) if name == "owner/name" else (Path(name), name)
+    )
     assert shapes.config("owner/name") == shapes.config(str(folder))
     assert systems.has_tokenizer("owner/name") and inputs.resolved("owner/name", "auto", "gpu") == "float32"
     assert inputs.card("owner/name").name == "owner/name"
