@@ -158,6 +158,20 @@ def test_further_controllers_are_priced_by_their_specs(capsys):
     assert found["alisa(traffic=paper)_tokens_per_s"] == found["alisa_paper_tokens_per_s"]
 
 
+def test_a_controller_that_is_priced_densely_is_priced_under_swa_beside_it(capsys):
+    found, dense = (
+        record(capsys, "--device_kv_bytes=0.8x", "--placement=flexgen"),
+        record(capsys, "--device_kv_bytes=0.8x"),
+    )
+    assert found["flexgen_tokens_per_s"] == dense["flexgen_tokens_per_s"]
+    assert 0 < found["flexgen_swa_load_bytes"] < found["flexgen_load_bytes"]
+
+
+def test_a_budget_may_be_endless(capsys):
+    found = record(capsys, "--device_kv_bytes=inf", "--host_kv_bytes=inf")
+    assert found["device_kv_bytes"] == found["host_kv_bytes"] == "inf" and found["fits"] is True
+
+
 def test_dense_attention_can_be_planned_too(capsys):
     found = record(capsys, "--kv_sparsity=0", "--device_kv_bytes=0.8x")
     assert found["statistics_bytes"] == found["working_set_bytes"] == 0 and found["alisa_load_bytes"] > 0

@@ -100,14 +100,6 @@ def test_settings_may_be_objects_and_numbers_of_numpy(small):
     assert lagging == asked(placement=["alisa(lag=1)"]).runs["alisa(lag=1)"]
 
 
-def test_a_further_controller_replaces_none_of_the_others(small):
-    offloaded = dict(batch=4, device_kv_bytes="0.8x")
-    plain, more = asked(**offloaded), asked(**offloaded, placement="flexgen")
-    assert set(more.runs) - set(plain.runs) == {"flexgen_swa"}
-    assert all(more.runs[name] == run for name, run in plain.runs.items())
-    assert 0 < more.runs["flexgen_swa"].load_bytes < plain.runs["flexgen"].load_bytes
-
-
 def test_where_tokens_are_deleted_each_layer_has_a_selection_of_its_own(monkeypatch):
     small_host = dict(batch=4, device_kv_bytes="0.8x", host_kv_bytes="0.4x")
     found = asked(**small_host).runs["alisa"]
