@@ -324,10 +324,11 @@ def summary(records: Sequence[dict]) -> str:
     """The settings and the counts that all prompts share."""
     r = records[0]
     how = "greedy"
-    placed = r["placement"]
+    placed = "" if r["placement"] == "resident" else f"placement {r['placement']}"
     if r.get("store_bytes"):
         moved = " loaded, ".join(machines.bytes_text(r[f"{side}_bytes"]) for side in ("load", "store"))
         placed += f" ({moved} stored by the first batch)"
+    placed = f"{placed}, " if placed else ""
     if r["temperature"]:
         how = f"temperature {r['temperature']:g}, top_k {r['top_k']}, top_p {r['top_p']:g}, seed {r['seed']}"
     n = sum(r["n"] for r in records)
@@ -337,7 +338,7 @@ def summary(records: Sequence[dict]) -> str:
     rate = " to ".join(dict.fromkeys(f"{x:.1f}" for x in (min(rates), max(rates))))
     compiled = "with" if any(r["compiles"] for r in records) else "without"
     return (
-        f"---\n{r['model']}, policy {r['policy']}, codec {r['codec']}, placement {placed}, {how}\n"
+        f"---\n{r['model']}, policy {r['policy']}, codec {r['codec']}, {placed}{how}\n"
         f"prompts: {len(records)}, new tokens: {n}, ended by: {ended}, "
         f"tokens/s of a batch: {rate} {compiled} compilation"
     )

@@ -134,7 +134,7 @@ def steps(model: Model, chosen: Sequence[System], work: Work, size: int, seed: i
 
     Each round is `size` steps. A system that the device budget refuses is OOM, and its note says why.
     """
-    given = {s: work if placement.parse(s.controller).offloads else roomy(s, work) for s in chosen}
+    given = {s: work if placement.parse(s.controller).offloads else unlimited(work) for s in chosen}
     refused = {system: systems.refusal(system, given[system]) for system in chosen}
     layers = work.config.n_layers
     engines = {
@@ -195,13 +195,6 @@ def selects(system: System) -> bool:
 def unlimited(work: Work) -> Work:
     """`work` without budgets."""
     return dataclasses.replace(work, device_kv_bytes=math.inf, host_kv_bytes=math.inf)
-
-
-def roomy(system: System, work: Work) -> Work:
-    """`work` with a device budget that holds all of `system`: its arrays have their last size from the first step on."""
-    need = systems.setting(system, unlimited(work))
-    held = need.fixed_bytes + need.store_bytes(need.final_tokens)
-    return dataclasses.replace(work, device_kv_bytes=held, host_kv_bytes=math.inf)
 
 
 def attended_frac(policy: str, tokens: int) -> float:

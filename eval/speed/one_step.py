@@ -2,9 +2,9 @@
 
     PYTHONPATH=CHECKOUT python -P eval/speed/one_step.py JOB        JOB: a JSON object, see `Job`
 
-`eval.checkouts` has steps measured, `eval.in_turn` has their programs kept. It is run as a file, as an older checkout lacks
-it, and may use only names that both checkouts have. Its last line on stdout is a JSON object: `folder`, where the library was
-imported from, and `records`, one for each cell that was measured.
+`eval.checkouts` has steps measured, `eval.in_turn` has their programs kept. It is run as a file, for an older checkout has
+none, and may use only names that both checkouts have. Its last line on stdout is a JSON object: `folder`, where the library
+was imported from, and `records`, one for each cell that was measured.
 """
 
 import functools

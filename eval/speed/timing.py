@@ -1,6 +1,7 @@
 """The values of a system: from timed runs that take turns, or from one modelled run; and the seconds of a call."""
 
 import hashlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +40,13 @@ def build(
     host_kv_bytes: float,
     attention_impl: str = "auto",
 ) -> Engine:
-    """A system ready to run; nothing is compiled yet."""
+    """A system ready to run; nothing is compiled yet.
+
+    A resident cache without a budget would grow. It runs under `waves`, which without one is a single run: its arrays have
+    their last size from the first step on, as those of all other systems.
+    """
+    if controller == "resident" and math.isinf(device_kv_bytes):
+        controller = "waves"
     return Engine(model, policy, codec, controller, device_kv_bytes, host_kv_bytes, attention_impl=attention_impl)
 
 

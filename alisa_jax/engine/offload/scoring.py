@@ -66,12 +66,12 @@ def score(engine, batch: Batch, last: np.ndarray | None, progress: bool) -> Foun
             content += held[0]
             other += held[1]
             rows.append([np.concatenate(x, axis=1) for x in zip(*columns, strict=True)])
-    logprobs, correct = (np.concatenate(x) for x in zip(*rows, strict=True))
+    columns = [np.concatenate(x) for x in zip(*rows, strict=True)]
     dense = 0 if last is not None else int(first.sum())
     counted = int(valid.sum())
     return Found(
-        logprobs=logprobs,
-        correct=correct,
+        logprobs=columns[0],
+        correct=columns[1],
         attended=dense + sum(run.new.attended for run in runs),
         loads=np.full(L, np.nan),
         clipped=sum(run.new.clipped for run in runs),

@@ -72,7 +72,8 @@ class Forced:
     def steps(self, programs, params, kv, token, done, made: int, n: int) -> Steps:
         """As `Drawn.steps`; the sequences that are done go on."""
         del token, done
-        fed, told = (slice(i, i + step.CHUNK_STEPS) for i in (made, made + 1))
+        fed = slice(made, made + step.CHUNK_STEPS)
+        told = slice(made + 1, made + 1 + step.CHUNK_STEPS)
         given = self.tokens[:, fed], self.tokens[:, told], jnp.asarray(self.valid[:, told])
         out, kv, waiting = programs.score(params, kv, *given, jnp.int32(n))
         taken = int(out.steps)
