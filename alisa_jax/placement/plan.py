@@ -292,11 +292,7 @@ def moved_bytes(rows: Iterable[Rows], setting: Setting, lengths: tuple[int, ...]
     Stores are whole pages. Loads are rows where the setting gathers; else whole pages, each once.
     """
     if setting.gather:
-        return setting.token_bytes * sum(
-            _layers(row, setting)
-            * sum(max(0, min(row.stop, n) - row.start) for n in _of(row, lengths))
-            for row in rows
-        )
+        return setting.token_bytes * count_rows(rows, setting, lengths)
     touched: dict[tuple[int, int], set[int]] = {}
     for row in rows:
         for sequence, length in enumerate(lengths):
@@ -310,6 +306,14 @@ def moved_bytes(rows: Iterable[Rows], setting: Setting, lengths: tuple[int, ...]
         beside = touched.get((ALL, sequence), set()) if layer != ALL else set()
         total += (setting.layers if layer == ALL else 1) * len(ids - beside)
     return total * setting.page_bytes
+
+
+def count_rows(rows: Iterable[Rows], setting: Setting, lengths: tuple[int, ...]) -> int:
+    """Tokens that `rows` name, in each layer anew, where sequences have `lengths` tokens."""
+    return sum(
+        _layers(row, setting) * sum(max(0, min(row.stop, n) - row.start) for n in _of(row, lengths))
+        for row in rows
+    )
 
 
 def _layers(row: Rows, setting: Setting) -> int:

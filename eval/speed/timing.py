@@ -25,8 +25,8 @@ COUNTS = tuple(
     "p2 groups effective_batch decisions host_reads".split()
 )
 PRICED = tuple(
-    "compute_s load_s store_s recompute_s load_bytes store_bytes device_peak_bytes host_peak_bytes p1 p2 groups "
-    "off_device_frac deleted_frac".split()
+    "compute_s load_s store_s recompute_s load_bytes store_bytes loaded_rows recomputed_rows device_peak_bytes "
+    "host_peak_bytes p1 p2 groups off_device_frac deleted_frac".split()
 )
 Keep = Callable[[System, dict, float], None]  # (system, values, seconds that they took)
 

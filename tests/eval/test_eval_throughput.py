@@ -447,7 +447,7 @@ def test_modelled_bytes_of_dense_runs_are_those_that_travelled(runs):
     measured, *_, modelled = runs
     for name in DENSE:
         mine, other = measured[name], modelled[name]
-        for field in ("load_bytes", "store_bytes", "host_peak_bytes", "p1", "p2", "effective_batch"):
+        for field in ("load_bytes", "store_bytes", "loaded_rows", "host_peak_bytes", "p1", "p2", "effective_batch"):
             assert mine[field] == other[field], (name, field)
         assert mine["device_peak_bytes"] <= other["device_peak_bytes"]
 

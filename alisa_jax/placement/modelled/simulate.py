@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,17 @@ import numpy as np
 from alisa_jax.placement.modelled.cost import Cost, Price
 from alisa_jax.placement.modelled.residency import PlanError, Residency
 from alisa_jax.placement.moves import device_bytes, host_bytes
-from alisa_jax.placement.plan import ALL, Controller, Positions, Setting, Span, View, views
+from alisa_jax.placement.plan import (
+    ALL,
+    Controller,
+    Plan,
+    Positions,
+    Setting,
+    Span,
+    View,
+    count_rows,
+    views,
+)
 
 # (step, lengths) to what is wanted; None: everything
 Trace = Callable[[int, tuple[int, ...]], Positions | None]
@@ -48,6 +59,8 @@ class Simulated:
     recompute_s: float
     load_bytes: float
     store_bytes: float
+    loaded_rows: int
+    recomputed_rows: int
     device_peak_bytes: float
     host_peak_bytes: float
     p1: int
@@ -91,6 +104,8 @@ def simulate(
         recompute_s=add("recompute_s"),
         load_bytes=add("load_bytes"),
         store_bytes=add("store_bytes"),
+        loaded_rows=add("loaded_rows"),
+        recomputed_rows=add("recomputed_rows"),
         device_peak_bytes=top("device_peak_bytes"),
         host_peak_bytes=top("host_peak_bytes"),
         p1=min(run.p1 for run in runs),
@@ -115,11 +130,32 @@ def walk(controller: Controller, setting: Setting, trace: Trace | None = None):
         yield view, plan, spans
 
 
+def brought_rows(
+    controller: Controller, view: View, plan: Plan, spans: Sequence[Span]
+) -> tuple[int, int]:
+    """Rows that one step of `walk` loads, and rows that it recomputes, as a run counts them.
+
+    A plan names the prefixes that are recomputed; the rows are those of them that are asked for.
+    """
+    setting = view.setting
+    loaded = count_rows(plan.load, setting, view.lengths)
+    if view.wanted is None or not plan.recompute:
+        return loaded, count_rows(plan.recompute, setting, view.lengths)
+    recomputed = 0
+    asked = view.wanted if controller.reads_wanted else view.entering
+    for (layer, sequence), positions in asked.items():
+        some = spans if sequence == ALL else (spans[sequence],)
+        rows = sum(bisect_left(positions, span.dropped) for span in some)
+        recomputed += rows * (setting.layers if layer == ALL else 1)
+    return loaded, recomputed
+
+
 def _run(
     controller: Controller, setting: Setting, cost: Cost, trace: Trace | None, strict: int
 ) -> Simulated:
     trace = trace if setting.selects else None
     prices: list[Price] = []
+    loaded = recomputed = 0
     device = host = 0.0
     room = functools.cache(lambda ahead: device_bytes(setting, layout, ahead))
     p1 = p2 = setting.new_tokens
@@ -128,6 +164,9 @@ def _run(
     rows = Residency(setting, layout, strict) if strict else None
     for view, plan, spans in walk(controller, setting, trace):
         prices.append(cost.price(plan, view))
+        more, again = brought_rows(controller, view, plan, spans)
+        loaded += more
+        recomputed += again
         here = room(plan.ahead)
         if rows is not None:
             if view.step == 1:
@@ -156,6 +195,8 @@ def _run(
         setting.batch,
         prices[0].total_s,
         *(math.fsum(getattr(price, name) for price in prices) for name in _SUMMED),
+        loaded,
+        recomputed,
         device,
         host,
         p1,
