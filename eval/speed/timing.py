@@ -134,7 +134,7 @@ def price(system: System, work: Work, cost: Cost, trace: traces.Trace | None) ->
     wanted, own = None, None
     if trace is not None and isinstance(policy, policies.Swa):
         whole = setting.batch if len(groups) > 1 else controller.layout(setting).whole
-        wanted = traces.wanted(trace, setting.layers, whole)
+        wanted = traces.wanted(trace, setting.layers, whole, policy.selection_heads(work.config.n_kv_heads))
     elif isinstance(policy, policies.Swa):
         wanted, own = _alike(policy, setting, 1), _alike(policy, setting, setting.layers)
     elif setting.selects:

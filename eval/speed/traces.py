@@ -60,11 +60,20 @@ class Trace:
         """The layer of the trace that layer i of `layers` replays."""
         return i * len(self.ranks) // layers
 
-    def positions(self, layer: int, sequence: int, n: int) -> tuple[int, ...]:
-        """What the query at position n attends besides itself, in any head."""
+    def sets(self, layer: int, sequence: int, first: int, steps: int, heads: int | None = None) -> list[np.ndarray]:
+        """What the queries at positions first .. first + steps - 1 attend besides themselves, ascending, in any of the
+        selection heads that a model with `heads` of them replays; None: in any."""
         ranks = self.ranks[layer][sequence % self.sequences]
-        attended = ranks[:, min(max(n - self.first, 0), ranks.shape[1] - 1)] == ATTENDED
-        return tuple(np.flatnonzero(attended.any(0)).tolist())
+        P, T, S = ranks.shape
+        used = range(P) if heads is None else sorted({p * P // heads for p in range(heads)})
+        n = np.arange(first, first + steps)
+        rows = np.clip(n - self.first, 0, T - 1)
+        attended = (ranks[np.array(used)[:, None], rows[None]] == ATTENDED).any(0) & (np.arange(S) < n[:, None])
+        return [np.flatnonzero(row) for row in attended]
+
+    def positions(self, layer: int, sequence: int, n: int, heads: int | None = None) -> tuple[int, ...]:
+        """`sets` of one query."""
+        return tuple(self.sets(layer, sequence, n, 1, heads)[0].tolist())
 
     def fields(self) -> dict:
         """What a record says of it."""
@@ -181,9 +190,11 @@ def replay(policy: Swa, trace: Trace, layers: int) -> Replay:
     return Replay(**options, trace=trace, layers=layers)
 
 
-def wanted(trace: Trace, layers: int, whole: int) -> Callable[[int, tuple[int, ...]], Positions]:
+def wanted(
+    trace: Trace, layers: int, whole: int, heads: int | None = None
+) -> Callable[[int, tuple[int, ...]], Positions]:
     """The trace as `simulate` reads it, for `layers` layers that select, each with its own set, and each sequence too;
-    `whole`: so many sequences are a part of their own."""
+    `whole`: so many sequences are a part of their own; heads: as of `Trace.sets`."""
     used = [trace.layer(i, layers) for i in range(layers)]
 
     def at(step: int, lengths: tuple[int, ...]) -> Positions:
@@ -191,7 +202,7 @@ def wanted(trace: Trace, layers: int, whole: int) -> Callable[[int, tuple[int, .
         found = {}
         for sequence, n in enumerate(lengths):
             b = sequence if sequence < whole else sequence - whole
-            sets = {layer: trace.positions(layer, b, n) for layer in set(used)}
+            sets = {layer: trace.positions(layer, b, n, heads) for layer in set(used)}
             found |= {(i, sequence): sets[layer] for i, layer in enumerate(used)}
         return found
 

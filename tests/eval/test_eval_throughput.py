@@ -506,6 +506,27 @@ def test_ranks_order_the_tokens_that_are_not_attended_by_their_sums():
                 assert ranks[b, p, q] == (0 if q >= n else 255 if q in mine else max(0, 254 - better))
 
 
+def test_a_trace_gives_the_sets_of_the_heads_that_replay_it():
+    ranks = np.random.default_rng(0).choice([0, 255], (2, 4, 5, 16)).astype(np.uint8)
+    trace = traces.Trace(7, (ranks,), np.zeros((1, 2, 5), np.int32))
+    every = (0, 1, 2, 3)
+    for heads, used in ((1, (0,)), (2, (0, 2)), (3, (0, 1, 2)), (4, every), (8, every), (None, every)):
+        for n, found in zip((8, 9, 10), trace.sets(0, 3, 8, 3, heads), strict=True):
+            expected = [p for p in range(n) if any(ranks[1, head, n - 7, p] for head in used)]
+            assert found.tolist() == expected == list(trace.positions(0, 3, n, heads))
+
+
+def test_a_modelled_run_reads_the_heads_that_its_model_replays():
+    ranks = np.random.default_rng(0).choice([0, 255], (1, 4, 9, 32)).astype(np.uint8)
+    loads = np.zeros((1, 1, 9), np.int32)
+    many, two = traces.Trace(20, (ranks,), loads), traces.Trace(20, (ranks[:, ::2],), loads)
+    config = dataclasses.replace(shapes.config("opt_125m"), n_layers=1, n_heads=2, n_kv_heads=2, head_dim=384)
+    work = systems.Work(config, "float32", (20,), 9)
+    system = systems.parse("accelerate | swa(tokens=6,shared_heads=false)")
+    cost = throughput._cost(machines.hardware("h100_80gb"), system, work)
+    assert timing.price(system, work, cost, many) == timing.price(system, work, cost, two)
+
+
 @pytest.fixture(scope="module")
 def stranger():
     """A random model of another family and shape: three layers, five heads."""
