@@ -25,6 +25,11 @@ numbers are modelled (`alisa_jax/placement/modelled/cost.py`); the default budge
 leave of the device, and the host's memory. The model has no spare slots: a token that enters a set is copied, although
 most of them left it shortly before and would still be there. Without --trace it assumes the entering tokens per step of
 trained models.
+
+Beside the rows that a system under a --trace loads stands what Belady's oracle loads, `belady_rows`: no placement with as
+many rows on the device loads fewer (`alisa_jax/placement/modelled/belady.py`). The paper names this oracle among caching
+policies and calls it impractical, because it needs to know every selection to come; here they are recorded.
+`rows_over_belady` is (loaded_rows + recomputed_rows) / belady_rows.
 """
 
 import math
@@ -45,7 +50,7 @@ from eval.drawing import systems as drawing
 from eval.modelled import machines, shapes
 from eval.script import common, inputs
 from eval.script.common import UserError
-from eval.speed import systems, timing, traces
+from eval.speed import bounds, systems, timing, traces
 from eval.speed.systems import System, Work
 from eval.text import windows
 
@@ -117,7 +122,10 @@ def main(
 
     def keep(system: System, found: dict, wall_s: float | None) -> None:
         trace = replayed.get(system.policy)
-        found |= {} if trace is None else trace.fields()
+        if trace is not None:
+            found |= trace.fields()
+            if "loaded_rows" in found:  # it ran
+                found |= bounds.fields(system, work, trace, found["loaded_rows"] + found["recomputed_rows"])
         records[system] = inputs.record(results, cells[system], found, wall_s, _how(values))
 
     for system in chosen:
@@ -242,7 +250,8 @@ def report(records: Sequence[dict]) -> str:
     """The table for people, what holds for all rows above it and what a row is about below."""
     first = records[0]
     head = ["system", "tokens/s", "ratio", "prefill s", "decode s", "batch", "device", "host", "loaded", "stored"]
-    head += ["loaded rows", "recomputed", "p1", "p2"]
+    bounded = any("belady_rows" in r for r in records)
+    head += ["loaded rows", "recomputed", *["Belady"] * bounded, "p1", "p2"]
     rates = [r["tokens_per_s"] for r in records]
     base = next((rate for rate in rates if rate != "OOM"), None)
     rows, notes = [], []
@@ -266,6 +275,7 @@ def report(records: Sequence[dict]) -> str:
                 *amounts,
                 common.number(r.get("loaded_rows"), ".0f"),
                 common.number(r.get("recomputed_rows"), ".0f"),
+                *[common.number(r.get("belady_rows"), ".0f")] * bounded,
                 *phases,
             ]
         )

@@ -19,11 +19,12 @@ from alisa_jax.engine.generate import Generated
 from alisa_jax.engine.report import PlacementReport
 from alisa_jax.models import Decoder, checkpoint, hub
 from alisa_jax.placement import mover
+from alisa_jax.placement.modelled import belady
 from eval import throughput
 from eval.modelled import machines, shapes
 from eval.script import common, inputs
 from eval.script.common import UserError
-from eval.speed import systems, timing, traces
+from eval.speed import bounds, systems, timing, traces
 from eval.text import windows
 
 pytestmark = pytest.mark.slow
@@ -452,6 +453,16 @@ def test_modelled_bytes_of_dense_runs_are_those_that_travelled(runs):
         assert mine["device_peak_bytes"] <= other["device_peak_bytes"]
 
 
+def test_a_traced_run_stands_beside_what_the_oracle_loads(runs):
+    dense, sparse, tight, _ = runs
+    assert sparse["resident"]["belady_rows"] == 0 and sparse["resident"]["rows_over_belady"] is None
+    assert "Belady" in throughput.report(list(tight.values()))
+    assert "Belady" not in throughput.report(list(dense.values()))
+    assert "belady_rows" not in tight["resident"] | dense["resident"]
+    brought = tight["alisa"]["loaded_rows"] + tight["alisa"]["recomputed_rows"]
+    assert 0 <= tight["alisa"]["belady_rows"] <= brought > 0
+
+
 def test_prompts_are_cut_from_the_text(trained, bench):
     folder, text, model = trained
     shape = (f"--model={folder}", f"--text={text}", "--batch=3", "--prompt_tokens=30", "--new_tokens=4", "--ragged")
@@ -525,6 +536,29 @@ def test_a_modelled_run_reads_the_heads_that_its_model_replays():
     system = systems.parse("accelerate | swa(tokens=6,shared_heads=false)")
     cost = throughput._cost(machines.hardware("h100_80gb"), system, work)
     assert timing.price(system, work, cost, many) == timing.price(system, work, cost, two)
+    assert bounds.least_rows(system, work, many) == bounds.least_rows(system, work, two)
+
+
+@pytest.mark.parametrize(
+    "controller, whole", [("accelerate", 0), ("flexgen(cache_device_frac=0.4)", 1), ("waves", 3), ("resident", 3)]
+)
+def test_the_oracle_reads_layers_and_sequences_as_they_are_replayed(controller, whole):
+    rng, first, prompts = np.random.default_rng(0), 20, (20, 25, 30)
+    ranks = np.zeros((2, 2, 1, 30, 64), np.uint8)  # layers, sequences
+    for layer, b, t in np.ndindex(2, 2, 30):
+        ranks[layer, b, 0, t, rng.choice(first + t, 5, replace=False)] = 255
+    trace = traces.Trace(first, tuple(ranks), np.zeros((2, 2, 30), np.int32))
+    config = dataclasses.replace(shapes.config("opt_125m"), n_layers=3)
+    work = systems.Work(config, "float32", prompts, 12)
+    system = systems.parse(f"{controller} | swa(tokens=6,spare_slots=0)")
+    least = 0
+    for layer in (0, 0, 1):
+        for b, n in enumerate(prompts[whole:]):
+            sets = [np.flatnonzero(ranks[layer, b % 2, 0, n - first + step]) for step in range(11)]
+            least += belady.least_rows(sets, n, 7 + 16)  # slots, ring
+    assert bounds.least_rows(system, work, trace) == least and (least > 0) == (whole < 3)
+    ratio = 3.0 if least else None
+    assert bounds.fields(system, work, trace, 3 * least) == {"belady_rows": least, "rows_over_belady": ratio}
 
 
 @pytest.fixture(scope="module")
