@@ -138,6 +138,9 @@ def test_the_watched_run_has_its_phases_and_the_planner_says_where_offloading_do
     assert 0 < first["stored"] == p1 < p2 == first["dropped"] < n and p1 < first["loaded"] and p2 < first["recomputed"]
     assert 0 < sum(moved["loaded"]) < sum(moved["stored"]), "only what enters a selection travels"
     assert 0 < homes["device_peak_bytes"] <= homes["device_budget"] and homes["host_peak_bytes"] <= sum(moved["stored"])
+    brought = [row["loaded"] + row["recomputed"] for row in found["rows"].values()]
+    assert len(brought) == 3 and brought == sorted(brought), "alisa, the paper's traffic, accelerate"
+    assert all(0 <= row["Belady loads"] <= rows for row, rows in zip(found["rows"].values(), brought, strict=True))
     small, large = found["plans"]
     assert small["batch"] < small["offload_wins_from_batch"] == large["offload_wins_from_batch"] < large["batch"]
     assert small["fits"] and small["alisa_tokens_per_s"] < small["waves_tokens_per_s"]
