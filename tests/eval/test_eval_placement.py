@@ -12,7 +12,7 @@ from eval.script import common
 pytestmark = pytest.mark.slow
 
 SWA = "--policy=swa(kv_sparsity=0.8,spare_slots=0)"
-PLACED = ("--placement=alisa(p1=0)", "--device_kv_bytes=4x")
+PLACED = ("--placement=accelerate", "--host_kv_bytes=9x")
 TEXT = "import os\nimport sys\n\n\ndef main(argv):\n    print(os.path.join(*argv), file=sys.stderr)\n" * 60
 
 
@@ -42,10 +42,10 @@ def call(given, capsys):
 def test_perplexity_is_that_of_a_resident_cache(call, given):
     flags = (f"--text={given[0] / 'text.py'}", "--context=64", "--max_tokens=150", "--batch=2", SWA)
     (here,), (there,) = (call(perplexity, *flags, *more)[1] for more in ((), PLACED))
-    assert there["placement"] == "alisa(p1=0)" and there["device_kv_bytes"] == "4x"
+    assert there["placement"] == "accelerate" and there["host_kv_bytes"] == "9x"
     for name in ("nll_nats_per_token", "attended_frac", "clipped_frac"):
         assert there[name] == pytest.approx(here[name], abs=1e-4)
-    assert there["load_bytes"] > 0 and there["store_bytes"] > 0 and there["p1"] == 0
+    assert there["load_bytes"] > 0 and there["store_bytes"] > 0 and there["p1"] == 16  # a page is full
     assert "load_bytes" not in here and here["placement"] == "resident"
     assert call(perplexity, *flags, "--placement=alisa", "--device_kv_bytes=1000")[2].startswith(
         "error: --placement: alisa"
@@ -64,7 +64,7 @@ def test_accuracy_is_that_of_a_resident_cache(call):
     flags = ("--task=recall", "--lengths=64", "--items=2", "--protocol=prompt", SWA)
     (here,), (there,) = (call(accuracy, *flags, *more)[1] for more in ((), PLACED))
     assert there["acc"] == here["acc"] and there["attended_frac"] == pytest.approx(here["attended_frac"], abs=1e-6)
-    assert there["placement"] == "alisa(p1=0)" and there["store_bytes"] > 0
+    assert there["placement"] == "accelerate" and there["store_bytes"] > 0
 
 
 def test_compare_lists_what_a_placement_refuses(call):
@@ -82,7 +82,7 @@ def test_compare_lists_what_a_placement_refuses(call):
 @pytest.mark.parametrize(
     "script, flags, says",
     [
-        (generate, ("--prompt=x", "--placement=elsewhere"), "--placement: unknown"),
+        (generate, ("--prompt=x", "--placement=elsewhere"), "--placement: elsewhere: unknown name"),
         (generate, ("--prompt=x", "--device_kv_bytes=2 gigs"), "--device_kv_bytes: '2 gigs' is no size"),
         (perplexity, ("--placement=waves", "--protocol=prefill_mask"), "keeps no cache that could be placed"),
         (accuracy, ("--host_kv_bytes=1GB", "--protocol=prefill_mask"), "keeps no cache that could be placed"),
