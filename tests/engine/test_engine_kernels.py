@@ -19,7 +19,7 @@ PROMPTS = [np.random.default_rng(7).integers(0, 37, n).tolist() for n in (11, 5)
 
 @functools.cache
 def _tokens(model, policy, codec, route, impl):
-    engine = alisa_jax.Engine(model, policy, codec, route, attention_impl=impl)
+    engine = alisa_jax.Engine(model, policy, codec, route=route, attention_impl=impl)
     return engine.implementation, engine.generate(PROMPTS, 9)
 
 

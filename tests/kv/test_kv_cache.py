@@ -34,7 +34,7 @@ class Side:
     """An engine, and the step that its programs repeat."""
 
     def __init__(self, model, policy, codec, route="auto"):
-        self.engine = alisa_jax.Engine(model, policy, codec, route)
+        self.engine = alisa_jax.Engine(model, policy, codec, route=route)
         self.model = model
         self.step = jax.jit(functools.partial(step.decode, model.decoder))
 

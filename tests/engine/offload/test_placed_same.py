@@ -25,6 +25,7 @@ CASES = [
     ("gemfilter(layer=1,tokens=20)", "raw", "accelerate"),
 ]
 DRAWN = alisa_jax.Sampling(0.8, top_k=12)
+CODES = 5e-3  # nats: where programs differ in shape, rounding can turn a code by one step
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,9 @@ def test_tokens_are_those_of_a_resident_cache(resident, policy, codec, controlle
     engine, prompts = resident(policy, codec), texts(LENGTHS)
     one = placed(engine, controller)
     greedy, drawn = engine.generate(prompts, NEW, ()), engine.generate(prompts, NEW, (), sampling=DRAWN, seed=3)
-    same_tokens(one.generate(prompts, NEW, ()), greedy)
+    same_tokens(one.generate(prompts, NEW, ()), greedy, close(codec))
     moved = one.generate(prompts, NEW, (), sampling=DRAWN, seed=3)
-    same_tokens(moved, drawn)
+    same_tokens(moved, drawn, close(codec))
     assert drawn.tokens != greedy.tokens
     assert moved.placement.device_peak_bytes <= one.placement.device_kv_bytes
     assert moved.placement.groups > 1 if controller == "waves" else moved.placement.store_bytes > 0
@@ -72,22 +73,27 @@ def test_scores_are_those_of_a_resident_cache(resident, policy, codec, controlle
     heads = [len(ids) - n for ids, n in zip(sequences, last, strict=True)]
     here = engine.score(sequences, "prompt", last=last)
     there = placed(engine, controller, heads, max(last)).score(sequences, "prompt", last=last)
-    agree(there, here, last)
+    agree(there, here, last, close(codec))
     if engine.codec.frozen_after:  # then the first tokens are read as a prompt
         return
     here = engine.score(sequences)
     there = placed(engine, controller, (1, 1, 1), 51).score(sequences)
-    agree(there, here, [len(ids) - 1 for ids in sequences])
+    agree(there, here, [len(ids) - 1 for ids in sequences], close(codec))
     ends = placed(engine, controller, (1, 1, 1), 51).score(sequences, last=last)
     for row, whole, n in zip(ends.logprobs, there.logprobs, last, strict=True):
         np.testing.assert_array_equal(row, whole[-n:])
 
 
-def agree(there, here, counts):
+def close(codec):
+    """By how much log-probabilities may differ."""
+    return 1e-4 if codec == "raw" else CODES
+
+
+def agree(there, here, counts, atol):
     assert [len(row) for row in there.logprobs] == list(counts)
     for name in ("logprobs", "correct"):
         for a, b in zip(getattr(there, name), getattr(here, name), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-4)
+            np.testing.assert_allclose(a, b, atol=atol)
     np.testing.assert_allclose(there.attended_frac, here.attended_frac, atol=1e-6)
     np.testing.assert_allclose(there.clipped_frac, here.clipped_frac, atol=1e-6)
     assert there.decoded_tokens == here.decoded_tokens and here.placement is None
@@ -101,7 +107,7 @@ def test_a_codec_that_calibrates_reads_its_first_tokens_as_a_prompt(resident):
     raw = resident("dense", "raw").score(sequences)
     for a, b, c in zip(here.logprobs, there.logprobs, raw.logprobs, strict=True):
         np.testing.assert_allclose(b[:16], c[:16], atol=1e-5)  # until then nothing is encoded
-        np.testing.assert_allclose(b, a, atol=1e-4)
+        np.testing.assert_allclose(b, a, atol=CODES)
     with pytest.raises(
         ValueError, match="prefill_mask .* keeps no cache that could be placed: give placement=resident"
     ):
