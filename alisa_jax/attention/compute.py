@@ -15,6 +15,8 @@ all float32.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -33,7 +35,8 @@ from pallas_kernels.backend import Choice
 from pallas_kernels.partial import Partial, merge, softmax
 
 IMPLS = backend.IMPLS
-_PAGE_TOKENS = 32  # rows of a store that XLA attends at once
+_PAGE_TOKENS = 32  # rows of a store that XLA attends at once, if they divide it
+_LEAST_PAGE_TOKENS = 16
 
 
 def choose(impl: str, codec: Codec, dtype, head_dim: int, xla_only: str | None = None) -> Choice:
@@ -117,10 +120,11 @@ def store(
         return by_index(codec, q, k, v, at, bias, impl)
     S = bias.shape[-1]
     P = bias.shape[1]
-    size = _PAGE_TOKENS
-    if S % size:
+    size = math.gcd(S, _PAGE_TOKENS)
+    if size < _LEAST_PAGE_TOKENS:
         raise ValueError(
-            f"a store that a refresh reads holds a multiple of {size} tokens; got a context of {S}"
+            f"a store that a refresh reads holds a multiple of {_LEAST_PAGE_TOKENS} tokens; got a "
+            f"context of {S}"
         )
     scaled = q.astype(jnp.float32) * jnp.float32(q.shape[-1] ** -0.5)
 
