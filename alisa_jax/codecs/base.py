@@ -63,7 +63,7 @@ class Asked:
 class Codec(Asked):
     """Base of all codecs: frozen dataclasses of pure methods."""
 
-    placed: ClassVar[bool] = True  # a token is one row, which may be moved by itself
+    crops: ClassVar[bool] = True  # the last tokens can be taken back (`KVState.crop`)
 
     def for_layer(self, layer: int) -> Codec:
         """The codec of layer `layer`, counted from 0."""
@@ -146,6 +146,14 @@ class Codec(Asked):
     def rebuild(self, packed: Packed, leaves: tuple[jax.Array, ...]) -> Packed:
         """`packed` with the rows `leaves`; what belongs to a whole sequence stays."""
         raise NotImplementedError
+
+    def seated(self, packed: Packed, home: Packed, pos: jax.Array) -> Packed:
+        """Head-major `packed` with rows of the tokens `pos` [B, P, M] (-1: none) in its slots.
+
+        home: another packed form of the layer that has seen the same tokens. For codecs that keep
+        of some tokens more than their rows: `rebuild` does not know whose rows it is given.
+        """
+        return packed
 
     def encode(self, packed: Packed, x: jax.Array, layout: Layout) -> tuple[jax.Array, ...]:
         """Leaves of the rows of tokens `x`, in `layout`, for a `packed` without raw rows."""

@@ -79,7 +79,7 @@ class KVState:
                     f"crop takes tokens back, and {policy} has chosen by them what it keeps: only "
                     "dense caches are cropped"
                 )
-            if not codec.placed:
+            if not codec.crops:
                 raise ValueError(
                     f"crop takes tokens back, and {codec} has dropped the raw form of the tokens "
                     "before its window"

@@ -43,7 +43,9 @@ class Ring:
 
     def take(self, codec, pos):
         row = jnp.mod(pos, self.rows(codec))
-        return codec.take(self.k, row), codec.take(self.v, row)
+        k = codec.seated(codec.take(self.k, row), self.k, pos)
+        v = codec.seated(codec.take(self.v, row), self.v, pos)
+        return k, v
 
     def rows(self, codec) -> int:
         """C."""

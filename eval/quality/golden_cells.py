@@ -301,14 +301,9 @@ def token_codes(kv) -> dict[str, list[str]]:
             held = np.sort(active[active >= 0])
             pos = int(held[int(part * (len(held) - 1))])
             at = (b, 0, int(np.flatnonzero(active == pos)[0])) if ws else (b, pos, 0)
-            leaves = [x for packed in (home.k, home.v) for x in _rows(state.spec.codec, packed)]
+            leaves = [x for packed in (home.k, home.v) for x in state.spec.codec.leaves(packed)]
             found[f"{layer}.{b}.{pos}"] = [array_text(np.asarray(x[at])) for x in leaves]
     return found
-
-
-def _rows(codec, packed):
-    """The arrays of `packed` with a row for each token."""
-    return codec.leaves(packed) if codec.placed else jax.tree.leaves(packed.rows)
 
 
 def _bits(pos: np.ndarray) -> np.ndarray:

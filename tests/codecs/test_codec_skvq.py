@@ -316,6 +316,29 @@ def test_tokens_that_move_from_a_store_to_a_working_set_stay_what_they_are(asked
     assert whole.check(np.asarray(run["values"](page)), S) == B * K * 7
 
 
+@pytest.mark.parametrize("asked", [SMALL, HEADS], ids=lambda a: a.span)
+def test_rows_that_are_written_over_slots_are_raw_where_their_tokens_are(asked):
+    """Codes alone come back from elsewhere; a store that has seen the same tokens knows which of them are raw."""
+    codec, run = jitted(asked)
+    P, S, M, rng = (1 if asked.span == "layer" else K), 40, 13, np.random.default_rng(19)
+    x = normal(20, B, S, K, H)
+    packed, oracle, raw = codec.empty((B, K, M, H), "slots", "k"), Oracle(asked, x, M), 0
+
+    def written(packed, store, pos):
+        rows = codec.leaves(codec.take(store, pos))
+        return codec.seated(codec.rebuild(packed, rows), store, pos)
+
+    write = jax.jit(written)
+    for count in (3, 12, 29, 40):
+        store = filler(asked)(x, jnp.full((B,), count, jnp.int32))
+        pos = np.argsort(rng.random((B, P, max(count, M))), axis=2)[..., :M].astype(np.int32)
+        pos = np.where(pos < count, pos, -1)
+        packed = write(packed, store, pos)
+        oracle.pos[:] = pos
+        raw += oracle.check(np.asarray(run["values"](packed)), count)
+    assert raw > B * K * 3
+
+
 # ---- attention
 
 

@@ -28,7 +28,10 @@ def codec(spec):
 append = jax.jit(lambda spec, r, k, v, n: encoded.append(r, codec(spec), k, v, n), static_argnums=0, donate_argnums=1)
 
 
-@pytest.mark.parametrize("spec", ["raw", "int8(axis=token)"])
+SKVQ = "skvq(group=2,window=9,sinks=2,reorder=false)"
+
+
+@pytest.mark.parametrize("spec", ["raw", "int8(axis=token)", SKVQ])
 def test_a_ring_keeps_the_newest_rows_of_a_store(spec):
     rng, one = np.random.default_rng(0), codec(spec)
     small, whole = Ring.empty(one, B, C, K, H, 1), Store.empty(one, B, 3 * C, K, H)
@@ -103,7 +106,7 @@ def test_delivered_rows_go_to_their_slots_and_nowhere_else():
         assert np.asarray(new).tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("spec", ["raw", "int8(calibration_tokens=6)", "int8(axis=token)"])
+@pytest.mark.parametrize("spec", ["raw", "int8(calibration_tokens=6)", "int8(axis=token)", SKVQ])
 @pytest.mark.parametrize("layout", ["tokens", "slots"])
 def test_a_row_encoded_later_is_the_row_encoded_at_first(spec, layout):
     """What recomputation relies on: with the scales as they are, the codes are the same."""

@@ -151,7 +151,7 @@ class SlidingCodec(Codec):
     layers: tuple[tuple[GroupBits, GroupBits], ...] = field(default=(), repr=False)
 
     raw_keys: ClassVar[bool] = True
-    placed: ClassVar[bool] = False  # a token is read raw, and later as codes
+    crops: ClassVar[bool] = False  # the raw form of tokens before the window is gone
 
     def for_layer(self, layer: int) -> Codec:
         if not self.layers:
@@ -225,6 +225,18 @@ class SlidingCodec(Codec):
     def slice_tokens(self, packed, start, size):
         cut = _each(lambda x: rows.slice_tokens(x, start, size), packed.rows)
         return packed.replace(rows=cut, recent=packed.recent.sliced(start, size))
+
+    def leaves(self, packed):
+        return tuple(packed.rows)
+
+    def rebuild(self, packed, leaves):
+        return packed.replace(rows=Rows(*leaves))
+
+    def seated(self, packed, home, pos):
+        return packed.replace(recent=home.recent.taken(pos))
+
+    def encode(self, packed, x, layout):
+        return tuple(self._encoded(x, layout, packed.side))
 
     def values(self, packed):
         recent = packed.recent

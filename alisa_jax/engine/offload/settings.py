@@ -88,11 +88,6 @@ def check_layers(layers: tuple[LayerSpec, ...]) -> None:
                 f"placement plans sets of a known size; {spec.policy} keeps what its prompt "
                 "leaves and all after it"
             )
-        if not spec.codec.placed:
-            raise ValueError(
-                "placement moves tokens by their rows, and the codec keeps some tokens beside "
-                "their rows: give raw, int8 or int4"
-            )
         if spec.rotation is not None:
             raise ValueError(
                 f"placement moves keys that carry their positions; {spec.policy} with "
