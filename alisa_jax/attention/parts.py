@@ -13,6 +13,7 @@ All functions are pure. Shapes: q [B, N, H], k and v [B, K, H], in a prompt with
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from alisa_jax.kv.cache import Layer
 from alisa_jax.kv.ring import Ring
 from alisa_jax.kv.state import LayerSpec, LayerState, bias_of
 from alisa_jax.ops import rows
+from alisa_jax.ops.rope import rotate
 
 Leaves = tuple[jax.Array, ...]  # of K, then of V
 
@@ -32,13 +34,15 @@ Leaves = tuple[jax.Array, ...]  # of K, then of V
 class Part(NamedTuple):
     """Sequences first .. stop - 1 with a context of `context` tokens.
 
-    ring_tokens: rows of the ring; 0 keeps all tokens on the device.
+    ring_tokens: rows of the ring; 0 keeps all tokens on the device. slots: at most so many in a
+    working set; 0 for as many as the policy has.
     """
 
     first: int
     stop: int
     context: int
     ring_tokens: int = 0
+    slots: int = 0
 
 
 def page_layout(spec: LayerSpec) -> str:
@@ -51,6 +55,7 @@ def init(spec: LayerSpec, part: Part, N: int, K: int, H: int) -> LayerState:
     B = part.stop - part.first
     C = part.ring_tokens
     dims = attention.dims_of(spec, B, N, K, part.context)
+    dims = dims._replace(M=min(dims.M, part.slots or dims.M))
     if C and not spec.policy.selects:
         return attention.init(spec, dims._replace(M=C), H)
     state = attention.init(spec, dims, H)
@@ -85,28 +90,34 @@ def decode_streamed(
         states.append(state)
         clipped.append(taps.clipped)
     q, k, v = last
-    codec = away.spec.codec
-    impl = away.spec.impl
+    spec = away.spec
+    codec = spec.codec
+    length = away.length
     ws = away.ws
+    turn = functools.partial(attention.turn_of, spec.policy, spec.rotation, length=length)
+    if spec.rotation is not None:
+        q = rotate(q, spec.policy.place(length)[:, None], spec.rotation)
     heads = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
-    slot = jnp.mod(away.length, ws.pos.shape[-1])[:, None]
+    slot = jnp.mod(length, ws.pos.shape[-1])[:, None]
     clipped.append(codec.clipped(ws.k, k) + codec.clipped(ws.v, v))
     codes = codec.encode_token(ws.k, k), codec.encode_token(ws.v, v)
     ws = ws.replace(pos=jnp.where(ws.pos < host[:, None, None], -1, ws.pos))
-    ws = ws.put(codec, *codes, slot, away.length)
+    ws = ws.put(codec, *codes, slot, length)
     ws = ws.replace(bias=bias_of(ws.pos))
-    joined, _ = compute.slots(codec, heads, ws.k, ws.v, ws.bias, impl)
+    joined, _ = compute.slots(codec, heads, ws.k, ws.v, ws.bias, spec.impl, turn(ws.pos))
     for i, piece in enumerate(pieces):
         k_leaves, v_leaves = halves(piece.leaves)
         at = piece.first[:, None] + jnp.arange(k_leaves[0].shape[2], dtype=jnp.int32)[None]
         low, high = (dropped, host) if i == 0 else (jnp.zeros_like(dropped), dropped)
         seen = (at >= low[:, None]) & (at < high[:, None])
         bias = jnp.where(seen, jnp.float32(0.0), -jnp.inf)[:, None]
-        rows_k, rows_v = codec.rebuild(ws.k, k_leaves), codec.rebuild(ws.v, v_leaves)
-        piece, _ = compute.slots(codec, heads, rows_k, rows_v, bias, impl)
+        at = at[:, None]
+        rows_k = codec.seated(codec.rebuild(ws.k, k_leaves), ws.k, at)
+        rows_v = codec.seated(codec.rebuild(ws.v, v_leaves), ws.v, at)
+        piece, _ = compute.slots(codec, heads, rows_k, rows_v, bias, spec.impl, turn(at))
         joined = compute.merge(joined, piece)
     outs.append(joined.out.reshape(q.shape).astype(q.dtype))
-    parts = *states, away.replace(ws=ws, length=away.length + 1)
+    parts = *states, away.replace(ws=ws, length=length + 1)
     return jnp.concatenate(outs), parts, jnp.concatenate(clipped)
 
 
@@ -173,8 +184,8 @@ def _ringed(state: LayerState, kept, length, host, C: int) -> LayerState:
         return state.replace(store=state.store.replace(k=k, v=v, host=host).delivered())
     ws = state.ws
     pos = pos[:, None]
-    k = codec.rebuild(ws.k, k_leaves)
-    v = codec.rebuild(ws.v, v_leaves)
+    k = codec.seated(codec.rebuild(ws.k, k_leaves), kept.k, pos)
+    v = codec.seated(codec.rebuild(ws.v, v_leaves), kept.v, pos)
     return state.replace(ws=ws.replace(k=k, v=v, pos=pos, bias=bias_of(pos)))
 
 
@@ -209,14 +220,18 @@ def deliver(state: LayerState, leaves: Leaves, sequence, pos, slot, clear: bool)
     sequence [R]: -1 for none. A slot that no longer waits for its token stays as it is. clear:
     nothing is pending any more.
     """
-    ws, P = state.ws, state.ws.pos.shape[1]
+    ws = state.ws
+    codec = state.spec.codec
+    P = ws.pos.shape[1]
     b = jnp.clip(sequence, 0, ws.pos.shape[0] - 1)[:, None]
     heads = jnp.arange(P, dtype=jnp.int32)[None]
     held = ws.pos[b, heads, jnp.clip(slot, 0, ws.pos.shape[2] - 1)]
     slot = jnp.where((held == pos[:, None]) & (sequence >= 0)[:, None], slot, -1)
     k_leaves, v_leaves = halves(leaves)
-    k = ring.put(state.spec.codec, ws.k, k_leaves, sequence, slot)
-    v = ring.put(state.spec.codec, ws.v, v_leaves, sequence, slot)
+    k = ring.put(codec, ws.k, k_leaves, sequence, slot)
+    v = ring.put(codec, ws.v, v_leaves, sequence, slot)
+    k = codec.seated(k, state.store.k, ws.pos)
+    v = codec.seated(v, state.store.v, ws.pos)
     store = state.store.delivered() if clear else state.store
     return state.replace(ws=ws.replace(k=k, v=v), store=store)
 

@@ -109,8 +109,9 @@ class Setting:
     itself. sequence_bytes, stats_bytes: further device bytes of one sequence over all layers:
     constants of the codec, and statistics of the policy. device_kv_bytes, host_kv_bytes: budgets
     for everything that a cache keeps there. selects: a policy chooses tokens; evicts: what it does
-    not choose is gone; refreshes: it attends all at times. gather: single rows can be read from
-    host pages; False: whole pages travel.
+    not choose is gone; refreshes: it attends all at times. stays: why no token can leave the
+    device, in one sentence; "" where they can. gather: single rows can be read from host pages;
+    False: whole pages travel.
 
     Raises ValueError where a number is out of its range.
     """
@@ -127,6 +128,7 @@ class Setting:
     selects: bool = False
     evicts: bool = False
     refreshes: bool = False
+    stays: str = ""
     gather: bool = True
 
     def __post_init__(self):

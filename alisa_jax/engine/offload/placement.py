@@ -54,7 +54,6 @@ class Placement:
         self.device_kv_bytes = device_kv_bytes
         self.host_kv_bytes = host_kv_bytes
         self._budgets(1.0)
-        settings.check_layers(engine.layers)
         self.host = mover.self_test() if controller.offloads else None
         self.placed = settings.placed_layers(engine.layers)
         self.programs = programs or PlacedPrograms(engine, self.placed)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from alisa_jax.attention import parts
-from alisa_jax.attention.compute import causal
+from alisa_jax import attention
+from alisa_jax.attention import compute, parts
 from alisa_jax.attention.parts import Leaves, Part, Streamed
 from alisa_jax.engine import step
 from alisa_jax.kv.cache import KVState, Layer, lengths
@@ -66,7 +66,7 @@ def prefill_layer(
         ]
         return out, (states, pages)
 
-    x, (states, pages) = decoder.block(block, x, None, attend)
+    x, (states, pages) = decoder.block(block, x, None, attend, rotate=spec.rotation is None)
     return x, states, pages
 
 
@@ -154,10 +154,11 @@ def recompute(
     x = decoder.embed(params, tokens)
     layers = list(kv.layers)
     for layer in range(placed[-1] + 1):
+        spec = layers[layer][-1].spec
 
-        def attend(q, k, v, layer=layer):
+        def attend(q, k, v, layer=layer, spec=spec):
             state = layers[layer][-1]
-            out = causal(q, k, v, length, state.spec.impl)
+            out = _causal(spec, q, k, v, length)
             if layer not in placed:
                 return out, None
             i = placed.index(layer)
@@ -167,7 +168,8 @@ def recompute(
                 state, leaves, rows, pos[i].reshape(n * E), slot[i].reshape(n * E, -1), clear
             )
 
-        x, state = decoder.block(params["blocks"][layer], x, None, attend)
+        block = params["blocks"][layer]
+        x, state = decoder.block(block, x, None, attend, rotate=spec.rotation is None)
         if state is not None:
             layers[layer] = (*layers[layer][:-1], state)
     return KVState(tuple(layers))
@@ -207,22 +209,32 @@ def dense_layer(
         )
         return out[:, None], new
 
-    x, (states, clipped) = decoder.block(block, x, at, attend)
+    rotate = states[0].spec.rotation is None
+    x, (states, clipped) = decoder.block(block, x, at, attend, rotate=rotate)
     return x, states, clipped
 
 
 def prefix_layer(decoder: Decoder, block, x, length, state):
     """One layer of the prefixes of the away part: (x, leaves [B, K, T, *] as its ring has them)."""
+    spec = state.spec
 
     def attend(q, k, v):
-        ws, codec = state.ws, state.spec.codec
+        ws = state.ws
+        codec = spec.codec
         leaves = [
             codec.encode(packed, jnp.swapaxes(y, 1, 2), "slots")
             for packed, y in ((ws.k, k), (ws.v, v))
         ]
-        return causal(q, k, v, length, state.spec.impl), (*leaves[0], *leaves[1])
+        return _causal(spec, q, k, v, length), (*leaves[0], *leaves[1])
 
-    return decoder.block(block, x, None, attend)
+    return decoder.block(block, x, None, attend, rotate=spec.rotation is None)
+
+
+def _causal(spec: LayerSpec, q, k, v, length) -> jax.Array:
+    """Dense attention over prompts, whose q and k come as the layer's keys are stored."""
+    q = attention.turned_prompt(q, spec.rotation)
+    k = attention.turned_prompt(k, spec.rotation)
+    return compute.causal(q, k, v, length, spec.impl)
 
 
 def widen(leaves: Leaves, T: int) -> Leaves:

@@ -1,4 +1,4 @@
-"""What a placed run needs, from shapes alone: the `Setting`, and what cannot be placed."""
+"""What a placed run needs, from shapes alone: the `Setting`, and what cannot be offloaded."""
 
 from __future__ import annotations
 
@@ -27,18 +27,21 @@ def setting_of(
     """The run in numbers; bytes are those of the arrays that `parts.init` would make.
 
     Layers that attend everything beside layers that select (`dense_layers=`) stay on the device
-    whole and count as fixed. Raises ValueError for what no controller can run.
+    whole and count as fixed. Raises ValueError for a length out of its range.
     """
-    check_layers(layers)
     placed = placed_layers(layers)
-    codec = layers[placed[0]].codec
+    chosen = [layers[i] for i in placed]
+    codec = chosen[0].codec
     token_bytes = codec.token_bytes(config.n_kv_heads, config.head_dim)
-    policies = [layers[i].policy for i in placed]
-    selects, evicts = policies[0].selects, policies[0].selects and any(p.evicts for p in policies)
-    context = PAGE_TOKENS * pages(max(prompt_tokens) + new_tokens - 1)
-    slots = max(p.capacity(context) for p in policies) if selects else 0
+    selects = chosen[0].policy.selects
+    sets = [spec for spec in chosen if selects and spec.route == "working_set"]
+    evicts = any(spec.policy.evicts for spec in sets)
+    longest = max(prompt_tokens)
+    context = PAGE_TOKENS * pages(longest + new_tokens - 1)
+    slots = max((_slots(spec.policy, context, longest, new_tokens) for spec in sets), default=0)
     fixed = sum(
-        _fixed_bytes(config, spec, context, i in placed, evicts) for i, spec in enumerate(layers)
+        _fixed_bytes(config, spec, context, slots, i in placed, evicts)
+        for i, spec in enumerate(layers)
     )
     return Setting(
         layers=len(placed),
@@ -51,7 +54,8 @@ def setting_of(
         stats_bytes=fixed - len(placed) * slots * token_bytes,
         selects=selects,
         evicts=evicts,
-        refreshes=any(getattr(p, "refresh_every", 0) for p in policies),
+        refreshes=_refreshes(chosen),
+        stays=_stays(chosen),
         gather=gather,
     )
 
@@ -65,34 +69,40 @@ def placed_layers(layers: tuple[LayerSpec, ...]) -> tuple[int, ...]:
 def check(controller: Controller, setting: Setting) -> None:
     """Raise ValueError, in one sentence, for what `controller` cannot run."""
     controller.check(setting)
-    if setting.refreshes and any(
+    if setting.stays and any(
         controller.layout(part).kept_pages for part in controller.groups(setting)
     ):
-        raise ValueError(
+        raise ValueError(setting.stays)
+
+
+def _refreshes(layers: Sequence[LayerSpec]) -> bool:
+    return any(getattr(spec.policy, "refresh_every", 0) for spec in layers)
+
+
+def _stays(layers: Sequence[LayerSpec]) -> str:
+    """Why no token of these layers can leave the device, in one sentence; "" if they can."""
+    for spec in layers:
+        if spec.route != "working_set":
+            return (
+                "offloading serves the route working_set, and the policy is run by the route "
+                f"{spec.route}: give the controller resident or waves, or a device budget that "
+                "holds everything"
+            )
+    if _refreshes(layers):
+        return (
             "a policy that refreshes attends every token at times, and placement brings single "
             "rows to the policies that select: give refresh_every=0, or a device budget that "
             "holds everything"
         )
+    return ""
 
 
-def check_layers(layers: tuple[LayerSpec, ...]) -> None:
-    """Raise ValueError, in one sentence, for what no controller can run."""
-    for spec in layers:
-        if spec.route != "working_set":
-            raise ValueError(
-                f"placement serves the route working_set; {spec.policy} is run by the route "
-                f"{spec.route}"
-            )
-        if spec.policy.appends:
-            raise ValueError(
-                f"placement plans sets of a known size; {spec.policy} keeps what its prompt "
-                "leaves and all after it"
-            )
-        if spec.rotation is not None:
-            raise ValueError(
-                f"placement moves keys that carry their positions; {spec.policy} with "
-                f"{spec.codec} turns them at every step"
-            )
+def _slots(policy, context: int, prompt_tokens: int, new_tokens: int) -> int:
+    """Slots of a working set from its first step on: a set that grows has its last size."""
+    most = policy.capacity(context)
+    if not policy.appends:
+        return most
+    return min(most, policy.prompt_capacity(prompt_tokens) + new_tokens - 1)
 
 
 def layout_of(layout: Layout, setting: Setting, placed: bool) -> tuple[Part, ...]:
@@ -100,23 +110,24 @@ def layout_of(layout: Layout, setting: Setting, placed: bool) -> tuple[Part, ...
     finals, B = setting.final_tokens, setting.batch
     context = lambda first, stop: PAGE_TOKENS * pages(max(finals[first:stop]))
     whole = layout.whole if placed else B
-    found = [Part(0, whole, context(0, whole))] if whole else []
+    slots = setting.slots if placed else 0
+    found = [Part(0, whole, context(0, whole), 0, slots)] if whole else []
     if whole < B:
-        found.append(Part(whole, B, context(whole, B), PAGE_TOKENS * layout.kept_pages))
+        found.append(Part(whole, B, context(whole, B), PAGE_TOKENS * layout.kept_pages, slots))
     return tuple(found)
 
 
 def _fixed_bytes(
-    config: ModelConfig, spec: LayerSpec, context: int, placed: bool, evicts: bool
+    config: ModelConfig, spec: LayerSpec, context: int, slots: int, placed: bool, evicts: bool
 ) -> int:
-    """Bytes of one sequence in one layer beside the rows of the store."""
-    rings = placed and not evicts
-    ring = PAGE_TOKENS if rings and spec.policy.selects else 0
-    part = Part(0, 1, context, ring)
+    """Bytes of one sequence in one layer beside the rows of its store."""
+    stores = placed and not evicts
+    ring = PAGE_TOKENS if stores and slots else 0
+    part = Part(0, 1, context, ring, slots if placed else 0)
     empty = lambda: attention.freeze(
         parts.init(spec, part, config.n_heads, config.n_kv_heads, config.head_dim)
     )
     state = jax.eval_shape(empty)
-    home = state.store if ring else state.ws
-    rows = [*spec.codec.leaves(home.k), *spec.codec.leaves(home.v)] if rings else []
+    home = state.ws if state.store is None else state.store
+    rows = [*spec.codec.leaves(home.k), *spec.codec.leaves(home.v)] if stores else []
     return tree_bytes(state) - tree_bytes(rows)

@@ -1,0 +1,77 @@
+"""Kinds of caches under placement: each gives the tokens of the cache that grows, within its budgets.
+
+Keys that are stored before their rotation, tokens that are kept raw beside their codes, sets that grow after a prompt, steps
+that attend everything, and the routes without a working set.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+from alisa_jax.codecs import Raw
+from tests.engine.offload.test_placed_runs import placed, run_and_compare, texts
+
+pytestmark = pytest.mark.slow
+__all__ = ["placed"]
+
+
+@dataclass(frozen=True)
+class Unturned(Raw):
+    """K before its rotation, and V."""
+
+    raw_keys: ClassVar[bool] = True
+
+
+PROMPTS = (7, 50, 50)  # with 20 new tokens, stores of 80 tokens: no multiple of 32
+SKVQ = "skvq(group=3,window=20,sinks=3,reorder=false)"  # the window is longer than a page
+HEADS = "skvq(k_bits=3,group=3,window=20,sinks=3,reorder=false,span=head)"
+STAYING = (
+    ("streaming(kv_sparsity=0.5,positions=cache)", "raw"),
+    ("dense", SKVQ),
+    ("swa(kv_sparsity=0.6,shared_heads=false)", HEADS),
+    ("swa(kv_sparsity=0.5,refresh_every=3)", "raw"),
+    ("snapkv(capacity=16,window=4)", "raw"),
+    ("merge(share=0.5,dense_layers=1)", "raw"),
+    ("double_sparsity(kv_sparsity=0.5,channels=1,dense_layers=1)", "raw"),
+    ("strided(kv_sparsity=0.5,anchor=query)", "raw"),
+)
+LEAVING = (
+    ("alisa(p1=0,beta=0.3,p2=4)", "dense", SKVQ, "rows"),
+    ("flexgen(cache_device_frac=0.4)", "dense", HEADS, "pages"),
+    ("alisa(p1=0,beta=0.4,p2=2)", "swa(kv_sparsity=0.6,local_frac=0.2,spare_slots=0)", SKVQ, "rows"),
+    ("accelerate", "swa(kv_sparsity=0.6,local_frac=0.2,shared_heads=false)", HEADS, "pages"),
+    ("alisa(p1=0,beta=0.3,p2=4)", "dense", Unturned(), "rows"),
+    ("alisa(p1=0,beta=0.4,p2=2)", "swa(kv_sparsity=0.6,spare_slots=0)", Unturned(), "rows"),
+)
+
+
+@pytest.fixture(scope="module")
+def resident(placed):
+    """The cache that grows."""
+
+    @functools.cache
+    def make(policy, codec, prompts, new_tokens):
+        return placed(policy, codec).under("resident").generate(texts(prompts), new_tokens, ())
+
+    return make
+
+
+@pytest.mark.full(sample=2)
+@pytest.mark.parametrize("policy, codec", STAYING, ids=[" | ".join(pair) for pair in STAYING])
+def test_what_stays_on_the_device_gives_the_tokens_of_resident_within_its_budgets(placed, resident, policy, codec):
+    """Sequence by sequence, in the least that each needs, and all at once in a cache of a known size."""
+    for spec, groups in (("waves", 3), ("resident", 1)):
+        run = run_and_compare(placed, resident, (spec, policy, codec), PROMPTS, 20, None, float("inf"), "rows")
+        assert run.groups == groups and run.load_bytes == run.store_bytes == 0
+
+
+@pytest.mark.full(sample=1)
+@pytest.mark.parametrize("system", LEAVING, ids=lambda s: " | ".join(map(str, s)))
+def test_what_leaves_the_device_gives_the_tokens_of_resident_within_its_budgets(placed, resident, system):
+    *names, reads = system
+    run = run_and_compare(placed, resident, tuple(names), PROMPTS, 20, 0.0, float("inf"), reads)
+    assert run.store_bytes > 0 and run.load_bytes > 0 and run.p1 < 20
+    if "beta" in system[0]:
+        assert run.p2 < 20 and run.recomputed_rows > 0
