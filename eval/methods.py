@@ -5,13 +5,13 @@
 
 The first line of a method's module says what it does and names its paper. `scores`: it reads the attention weights of past
 queries; `query`: it reads the next query; `evicts`: it deletes what it leaves out. Pairs are tried on the configuration of
-the bundled model with a prompt of 128 tokens and 128 new ones, without budgets; no weights are read. For a pair that does
-not run the table shows the reason.
+the bundled model with a prompt of 128 tokens and 128 new ones, without budgets; no weights are read. Controllers that
+offload are set so that tokens leave the device all the same. For a pair that does not run the table shows the reason.
 """
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 
 from absl import flags
@@ -29,6 +29,18 @@ TOKENS, DTYPE = 128, "float32"
 REGISTRIES = MappingProxyType(
     {"policy": policies.POLICIES, "codec": codecs.CODECS, "controller": placement.CONTROLLERS}
 )
+# under these, tokens leave the device whatever its budget is
+LEAVING = MappingProxyType({"flexgen": "flexgen(cache_device_frac=0)", "alisa": "alisa(p1=0)"})
+# further rows of the table of controllers: options by which it may differ from the policy's own row
+OPTIONS = (
+    "swa(kv_sparsity=0.8,refresh_every=8)",
+    "streaming(kv_sparsity=0.8,positions=cache)",
+    "strided(kv_sparsity=0.8,anchor=query)",
+)
+PLACED = ("dense", "swa(kv_sparsity=0.8)")  # the policies with which codecs are placed
+PLAIN = MappingProxyType(
+    {"skvq": "skvq(reorder=false)"}
+)  # to place a codec its channels need no order, which takes a while
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,7 +52,8 @@ def main(argv: Sequence[str]) -> None:
     common.parse(values, argv, __doc__)
     found = methods()
     tried = pairs()
-    common.emit(found + tried, report(found, tried), values.json)
+    moved = placed()
+    common.emit(found + tried + moved, report(found, tried, moved), values.json)
 
 
 def example(kind: type) -> str:
@@ -68,27 +81,56 @@ def methods() -> list[dict]:
 
 def pairs() -> list[dict]:
     """Every policy with every codec, and every policy with every controller; `refused` is None or a sentence."""
-    config = shapes.config("bundled")
-    calibration = Calibration.load(checkpoint.BUNDLED / checkpoint.CALIBRATION)
-    work = systems.Work(config, DTYPE, (TOKENS,) * 2, TOKENS, calibration=calibration)
-    others = [("codec", name, f"resident | {{}} | {example(kind)}") for name, kind in codecs.CODECS.items()]
-    others += [("controller", n, f"{example(kind)} | {{}} | raw") for n, kind in placement.CONTROLLERS.items()]
+    work = _work()
     tried = []
     for name, kind in policies.POLICIES.items():
-        for sort, other, text in others:
-            system = systems.parse(text.format(example(kind)))
-            try:
-                if sort == "codec":  # what an engine takes; the cache is all on the device
-                    refused = systems.layers(system, config, DTYPE, work.calibration) and None
-                else:
-                    refused = systems.refusal(system, work)
-            except UserError as error:
-                refused = str(error).removeprefix(f"--system: {system}: ")
-            tried.append({"kind": "pair", "policy": name, "with": sort, "name": other, "refused": refused})
+        for codec, other in codecs.CODECS.items():
+            system = systems.parse(f"resident | {example(kind)} | {example(other)}")
+            # what an engine takes; the cache is all on the device
+            refused = _refused(system, lambda one: systems.layers(one, work.config, DTYPE, work.calibration) and None)
+            tried.append({"kind": "pair", "policy": name, "with": "codec", "name": codec, "refused": refused})
+    rows = {name: example(kind) for name, kind in policies.POLICIES.items()} | {text: text for text in OPTIONS}
+    for name, policy in rows.items():
+        for controller in placement.CONTROLLERS:
+            system = systems.parse(f"{offloading(controller)} | {policy} | raw")
+            refused = _refused(system, lambda one: systems.refusal(one, work))
+            tried.append({"kind": "pair", "policy": name, "with": "controller", "name": controller, "refused": refused})
     return tried
 
 
-def report(found: Sequence[dict], tried: Sequence[dict]) -> str:
+def placed() -> list[dict]:
+    """Every codec under every controller, with each of the policies `PLACED`; `refused` as of `pairs`."""
+    work = _work()
+    tried = []
+    for policy in PLACED:
+        for name, kind in codecs.CODECS.items():
+            for controller in placement.CONTROLLERS:
+                system = systems.parse(f"{offloading(controller)} | {policy} | {PLAIN.get(name) or example(kind)}")
+                refused = _refused(system, lambda one: systems.refusal(one, work))
+                tried.append(
+                    {"kind": "placed", "codec": name, "policy": policy, "controller": controller, "refused": refused}
+                )
+    return tried
+
+
+def offloading(controller: str) -> str:
+    """The spec of a controller under which tokens leave the device if they ever do."""
+    return LEAVING.get(controller) or example(placement.CONTROLLERS[controller])
+
+
+def _work() -> systems.Work:
+    calibration = Calibration.load(checkpoint.BUNDLED / checkpoint.CALIBRATION)
+    return systems.Work(shapes.config("bundled"), DTYPE, (TOKENS,) * 2, TOKENS, calibration=calibration)
+
+
+def _refused(system: systems.System, attempt: Callable[[systems.System], str | None]) -> str | None:
+    try:
+        return attempt(system)
+    except UserError as error:
+        return str(error).removeprefix(f"--system: {system}: ")
+
+
+def report(found: Sequence[dict], tried: Sequence[dict], moved: Sequence[dict]) -> str:
     """The tables for people; sentences stand below, each once."""
     words, parts = {True: "yes", False: "-"}, []
     for sort in dict.fromkeys(r["kind"] for r in found):
@@ -99,22 +141,21 @@ def report(found: Sequence[dict], tried: Sequence[dict]) -> str:
         parts.append(common.table(head, rows, left=len(head)))
     sentences: list[str] = []
     for sort in ("codec", "controller"):
-        names = list(dict.fromkeys(r["name"] for r in tried if r["with"] == sort))
-        rows = []
-        for policy in dict.fromkeys(r["policy"] for r in tried):
-            row = [policy]
-            for name in names:
-                refused = next(
-                    r["refused"] for r in tried if (r["policy"], r["with"], r["name"]) == (policy, sort, name)
-                )
-                if refused is not None and refused not in sentences:
-                    sentences.append(refused)
-                row.append("runs" if refused is None else f"no ({sentences.index(refused) + 1})")
-            rows.append(row)
-        parts.append(common.table((f"policy with {sort}", *names), rows))
+        cells = {(r["policy"], r["name"]): r["refused"] for r in tried if r["with"] == sort}
+        parts.append(_grid(f"policy with {sort}", cells, sentences))
+    cells = {(f"{r['codec']}, {r['policy']}", r["controller"]): r["refused"] for r in moved}
+    parts.append(_grid("codec with controller", cells, sentences))
     if sentences:
         parts.append("\n".join(f"({i}) {sentence}" for i, sentence in enumerate(sentences, start=1)))
     return "\n\n".join(parts)
+
+
+def _grid(title: str, cells: dict[tuple[str, str], str | None], sentences: list[str]) -> str:
+    """A table of `cells` by row and column, each None or why not; adds new reasons to `sentences`, which are numbered."""
+    rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    sentences += [some for some in dict.fromkeys(cells.values()) if some is not None and some not in sentences]
+    word = lambda refused: "runs" if refused is None else f"no ({sentences.index(refused) + 1})"
+    return common.table((title, *columns), [(row, *(word(cells[row, name]) for name in columns)) for row in rows])
 
 
 if __name__ == "__main__":
