@@ -4,7 +4,8 @@ A batch is cut into parts of neighbouring sequences: `whole` ones keep all token
 (`away`) a ring of the newest. Only the away ones are special:
 
     the policy selects    the usual working set, with a `Ring` as its store; rows that the ring does
-                          not hold become pending
+                          not hold become pending; all are brought where a query attends
+                          everything (`refresh`)
     the policy is dense   a working set of C slots that is itself the ring; older rows are streamed,
                           and joined by `merge`
 
@@ -13,6 +14,7 @@ All functions are pure. Shapes: q [B, N, H], k and v [B, K, H], in a prompt with
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -24,9 +26,10 @@ from alisa_jax.attention import compute
 from alisa_jax.kv import ring
 from alisa_jax.kv.cache import Layer
 from alisa_jax.kv.ring import Ring
-from alisa_jax.kv.state import LayerSpec, LayerState, bias_of
+from alisa_jax.kv.state import LayerSpec, LayerState, Store, bias_of
 from alisa_jax.ops import rows
 from alisa_jax.ops.rope import rotate
+from alisa_jax.ops.writes import put
 
 Leaves = tuple[jax.Array, ...]  # of K, then of V
 
@@ -61,7 +64,11 @@ def init(spec: LayerSpec, part: Part, N: int, K: int, H: int) -> LayerState:
     state = attention.init(spec, dims, H)
     if not C:
         return state
-    return state.replace(store=Ring.empty(spec.codec, B, C, K, H, spec.policy.selection_heads(K)))
+    store = Ring.empty(spec.codec, B, C, K, H, spec.policy.selection_heads(K))
+    # a ring does not hold what a refresh attends: `decode_full` does that
+    return state.replace(
+        store=store, spec=dataclasses.replace(spec, policy=spec.policy.without_refresh())
+    )
 
 
 class Streamed(NamedTuple):
@@ -119,6 +126,47 @@ def decode_streamed(
     outs.append(joined.out.reshape(q.shape).astype(q.dtype))
     parts = *states, away.replace(ws=ws, length=length + 1)
     return jnp.concatenate(outs), parts, jnp.concatenate(clipped)
+
+
+def unrolled(state: LayerState) -> Leaves:
+    """The rows of an away part's ring at their positions, zeros elsewhere: leaves [B, S, K, *]."""
+    codec = state.spec.codec
+    home = state.store
+    pos = ring.newest(state.length, home.host, home.rows(codec))
+    b = jax.lax.broadcasted_iota(jnp.int32, pos.shape, 0)
+    at = jnp.where(pos >= 0, pos, state.context)
+    found = []
+    for leaf in (*codec.leaves(home.k), *codec.leaves(home.v)):
+        zeros = jnp.zeros((len(leaf), state.context, *leaf.shape[2:]), leaf.dtype)
+        found.append(put(zeros, (b, at), leaf))
+    return tuple(found)
+
+
+def spread(full: Leaves, leaves: Leaves, sequence, pos) -> Leaves:
+    """`full` [B, S, K, *] with rows `leaves` [R, K, *] of tokens `pos` [R] of `sequence` [R].
+
+    sequence: -1 for none.
+    """
+    return tuple(put(x, (sequence, pos), new) for x, new in zip(full, leaves, strict=True))
+
+
+def decode_full(
+    spec: LayerSpec, parts: Layer, q, k, v, full: Leaves
+) -> tuple[jax.Array, Layer, tuple]:
+    """As `attention.decode`, for a layer of `spec` whose last part, away, has its rows in `full`.
+
+    Sequences that do not refresh need no rows there: they attend their working sets.
+    """
+    *whole, away = parts
+    codec = spec.codec
+    ring_ = away.store
+    store = Store(*(codec.rebuild(x, some) for x, some in zip((ring_.k, ring_.v), halves(full))))
+    given = *whole, away.replace(store=store, spec=spec)
+    out, (*whole, last), taps = attention.decode(given, q, k, v)
+    *_, (_, k, v) = attention.cut(parts, q, k, v)
+    codes = codec.encode_token(away.ws.k, k), codec.encode_token(away.ws.v, v)
+    kept = ring_.append(codec, *codes, away.length)
+    return out, (*whole, last.replace(store=kept, spec=away.spec)), taps
 
 
 def prefill(

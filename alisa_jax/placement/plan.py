@@ -181,7 +181,8 @@ class Setting:
         Dense: a layer of the final context and `ahead` more, and one more where streamed rows are
         laid out anew, because sequences are not equally long or there are many pages. Selecting: a
         page for each layer and sequence (more rows than that travel in rounds), and the prompt of
-        the layer in flight. Every sequence counts as many pages as the longest of them.
+        the layer in flight, or all tokens of a layer that refreshes. Every sequence counts as many
+        pages as the longest of them.
         """
         prompts = self.prompt_tokens[sequences]
         longest = max(prompts, default=0)
@@ -194,7 +195,8 @@ class Setting:
                 * len(prompts)
                 * pages(longest + self.new_tokens - 1)
             )
-        return self.page_bytes * len(prompts) * (self.layers + pages(longest))
+        whole = longest + (self.new_tokens - 1) * self.refreshes
+        return self.page_bytes * len(prompts) * (self.layers + pages(whole))
 
     def part(self, first: int, stop: int) -> Setting:
         """The same run for sequences first .. stop - 1."""

@@ -219,6 +219,10 @@ class Policy:
         """[B] bool: whether the query at position `length` attends every token; None for never."""
         return None
 
+    def without_refresh(self) -> Policy:
+        """This policy for steps of which none is a `refresh`."""
+        return self
+
     def observe(self, stats: Stats, mass, pos, slot, length, dense=None) -> Stats:
         """Read the attention of one step.
 

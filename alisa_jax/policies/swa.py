@@ -162,6 +162,9 @@ class Swa(base.Policy):
     def refresh(self, length):
         return None if not self.refresh_every else jnp.mod(length + 1, self.refresh_every) == 0
 
+    def without_refresh(self) -> Swa:
+        return dataclasses.replace(self, refresh_every=0)
+
     def observe(self, stats: SwaStats, mass, pos, slot, length, dense=None) -> SwaStats:
         S = stats.slot_of.shape[-1]
         slot_of = swap.put(stats.slot_of, jnp.broadcast_to(length[:, None], slot.shape), slot)

@@ -92,21 +92,32 @@ class RowRun(PlacedRun):
         asks = self.controller.reads_wanted and away
         if self.lag and away:
             return self._step_behind(now)
-        more = False if self.waiting is None else bool(self.waiting.more)
-        if quiet == now or asks or len(self.pending.pos) or more:
-            held = self._held() if asks else None
-            self._bring(self._ask(now, held), held)
-            while more:
-                self.kv, self.waiting = self.programs.resume(self.kv)
-                more = self._read_due(self.waiting)
-                if len(self.pending.pos):
-                    self._bring(self._ask(now, self.pending if asks else None), None)
+        if quiet == now or asks or self._waits():
+            self.settle(now)
             away = any(span.host for span in self.spans)
             asks = self.controller.reads_wanted and away
         n = 1 if asks or (self.lag and away) else max(1, self.quiet_until(now + 1) - now)
         columns = self._chunk(n)
         self._read_due(self.waiting)
         return columns
+
+    def settle(self, now: int) -> None:
+        """Obey the plan of a step until no slot waits for a row, and no exchange has broken off."""
+        asks = self.controller.reads_wanted and any(span.host for span in self.spans)
+        more = self._more()
+        held = self._held() if asks else None
+        self._bring(self._ask(now, held), held)
+        while more:
+            self.kv, self.waiting = self.programs.resume(self.kv)
+            more = self._read_due(self.waiting)
+            if len(self.pending.pos):
+                self._bring(self._ask(now, self.pending if asks else None), None)
+
+    def _more(self) -> bool:
+        return False if self.waiting is None else bool(self.waiting.more)
+
+    def _waits(self) -> bool:
+        return bool(len(self.pending.pos)) or self._more()
 
     def _step_behind(self, now: int) -> Columns:
         """lag 1: rows pending since the last step arrive during this one, for the next."""
@@ -175,10 +186,10 @@ class RowRun(PlacedRun):
         for leaves, index in self.mover.fetch(rows.layer, rows.sequence, rows.pos):
             size = tree_bytes(leaves)
             self._hold(size)
-            layer = _rows_at(rows.layer, index)
-            sequence = _rows_at(rows.sequence, index)
-            pos = _rows_at(rows.pos, index)
-            slot = _rows_at(rows.slots, index)
+            layer = rows_at(rows.layer, index)
+            sequence = rows_at(rows.sequence, index)
+            pos = rows_at(rows.pos, index)
+            slot = rows_at(rows.slots, index)
             self.kv = self.programs.deliver(
                 not self.lag, self.kv, leaves, layer, sequence, pos, slot
             )
@@ -210,7 +221,7 @@ class RowRun(PlacedRun):
         self.meter.recomputed_tokens += int(length[: len(sequences)].sum())
 
 
-def _rows_at(x: np.ndarray, index: np.ndarray) -> np.ndarray:
+def rows_at(x: np.ndarray, index: np.ndarray) -> np.ndarray:
     """`x[index]` as int32, and -1 where `index` [R] is below 0."""
     none = np.expand_dims(index < 0, tuple(range(1, x.ndim)))
     return np.where(none, -1, x[index]).astype(np.int32)

@@ -20,6 +20,7 @@ from alisa_jax.engine.offload import settings
 from alisa_jax.engine.offload.by_layers import LayerRun
 from alisa_jax.engine.offload.by_rows import RowRun
 from alisa_jax.engine.offload.programs import PlacedPrograms
+from alisa_jax.engine.offload.refreshes import RefreshRun
 from alisa_jax.engine.offload.run import PlacedRun
 from alisa_jax.engine.offload.tokens import Drawn, Forced
 from alisa_jax.engine.sampling import Draw, of_rows
@@ -109,6 +110,8 @@ class Placement:
     def run(self, setting: Setting, *args, **kwargs) -> PlacedRun:
         """One run of `setting`; the other arguments as of `PlacedRun`."""
         kind = RowRun if setting.selects else LayerRun
+        if setting.refreshes and self.controller.layout(setting).kept_pages:
+            kind = RefreshRun
         return kind(self, setting, *args, **kwargs)
 
     def _budgets(self, dense_kv_bytes: float) -> tuple[float, ...]:

@@ -237,6 +237,36 @@ def _causal(spec: LayerSpec, q, k, v, length) -> jax.Array:
     return compute.causal(q, k, v, length, spec.impl)
 
 
+def refresh_layer(decoder: Decoder, spec: LayerSpec, block, x, states: Layer, full: Leaves | None):
+    """One layer of a decode step whose away part attends `full`; see `parts.decode_full`.
+
+    x [B, 1, D]; full: None for a layer that is not placed. Returns (x, states, what attention
+    returned [B, N, H], attended and clipped [B]).
+    """
+    at = lengths(states)[:, None]
+
+    def attend(q, k, v):
+        now = q[:, 0], k[:, 0], v[:, 0]
+        out, new, taps = (
+            attention.decode(states, *now)
+            if full is None
+            else parts.decode_full(spec, states, *now, full)
+        )
+        attended = jnp.concatenate([tap.attended for tap in taps])
+        clipped = jnp.concatenate([tap.clipped for tap in taps])
+        return out[:, None], (new, out, (attended, clipped))
+
+    x, (states, out, taps) = decoder.block(block, x, at, attend, rotate=spec.rotation is None)
+    return x, states, out, taps
+
+
+def exchange(placed: tuple[int, ...], layers: tuple[Layer, ...], outs):
+    """The cache with the sets of the next step, after `refresh_layer` of each; what is pending."""
+    found, _ = attention.exchange_sets(layers, outs)
+    kv = KVState(tuple(found))
+    return kv, waiting(placed, kv)
+
+
 def widen(leaves: Leaves, T: int) -> Leaves:
     """Streamed leaves [n, K, t, *] with T positions."""
     return tuple(
@@ -281,5 +311,9 @@ class PlacedPrograms:
         self.recompute = jit(on(recompute, decoder, placed), static_argnums=0, donate_argnums=2)
         self.dense_layer = jit(on(dense_layer, decoder), static_argnums=0, donate_argnums=3)
         self.prefix_layer = jit(on(prefix_layer, decoder))
+        self.unrolled = jit(parts.unrolled)
+        self.spread = jit(parts.spread, donate_argnums=0)
+        self.refresh_layer = jit(on(refresh_layer, decoder), static_argnums=0, donate_argnums=3)
+        self.exchange = jit(on(exchange, placed), donate_argnums=0)
         self.widen = jit(widen, static_argnums=1)
         self.unembed = jit(lambda params, x: decoder.unembed(params, x)[:, 0])

@@ -76,7 +76,7 @@ def check(controller: Controller, setting: Setting) -> None:
 
 
 def _refreshes(layers: Sequence[LayerSpec]) -> bool:
-    return any(getattr(spec.policy, "refresh_every", 0) for spec in layers)
+    return any(spec.policy.without_refresh() != spec.policy for spec in layers)
 
 
 def _stays(layers: Sequence[LayerSpec]) -> str:
@@ -88,12 +88,6 @@ def _stays(layers: Sequence[LayerSpec]) -> str:
                 f"{spec.route}: give the controller resident or waves, or a device budget that "
                 "holds everything"
             )
-    if _refreshes(layers):
-        return (
-            "a policy that refreshes attends every token at times, and placement brings single "
-            "rows to the policies that select: give refresh_every=0, or a device budget that "
-            "holds everything"
-        )
     return ""
 
 

@@ -47,8 +47,11 @@ class Drawn:
         found = tuple(np.array(x[:, :taken]) for x in (out.tokens, out.margins, out.logprobs))
         return Steps(found, out.token, kv, waiting)
 
-    def streamed(self, made: int, clipped: list) -> None:
-        """A step of dense layers went layer by layer, and clipped so many elements [L][B]."""
+    def streamed(self, made: int, clipped: list, shares: list | None = None) -> None:
+        """A step went layer by layer, and clipped so many elements [L][B].
+
+        shares [L][B]: of the context that was attended; None: all.
+        """
 
 
 class Forced:
@@ -82,8 +85,9 @@ class Forced:
         found = tuple(np.array(x[:, :taken]) for x in (out.logprobs, out.correct))
         return Steps(found, self.tokens[:, made + taken], kv, waiting)
 
-    def streamed(self, made: int, clipped: list) -> None:
-        """As `Drawn.streamed`: the layers attended everything."""
+    def streamed(self, made: int, clipped: list, shares: list | None = None) -> None:
+        """As `Drawn.streamed`."""
         valid = self.valid[:, made + 1]
-        self.attended += valid.sum()
+        shares = [np.ones(len(valid))] * len(clipped) if shares is None else shares
+        self.attended += np.array([share[valid].sum() for share in shares])
         self.clipped += np.array([np.asarray(some)[valid].sum() for some in clipped])

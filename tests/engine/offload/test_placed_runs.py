@@ -244,12 +244,6 @@ def test_scoring_a_text_gives_the_log_probabilities_that_decoding_gives(placed):
             "needs host_kv_bytes of at least [0-9]+ here; got 10",
         ),
         ("alisa", "swa(kv_sparsity=0.5,refresh_every=4)", (1e9, 1e9), "recompute=false, or refresh_every=0"),
-        (
-            "alisa(p1=0,recompute=false)",
-            "swa(kv_sparsity=0.5,refresh_every=4)",
-            (1e9, 1e9),
-            "attends every token at times",
-        ),
         ("alisa(p1=0)", "strided(kv_sparsity=0.5,anchor=query)", (1e9, 1e9), "serves the route working_set"),
         ("flexgen", "snapkv(capacity=16,window=4)", (1e9, 1e9), "the policy evicts what it does not keep"),
         ("alisa", "streaming(kv_sparsity=0.5,positions=cache)", (1e9, 1e9), "the policy evicts what it does not keep"),
