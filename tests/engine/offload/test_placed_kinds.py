@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+import alisa_jax
 from alisa_jax.codecs import Raw
 from tests.engine.offload.test_placed_runs import fitting, placed, run_and_compare, texts
 
@@ -83,6 +84,16 @@ def test_what_leaves_the_device_gives_the_tokens_of_resident_within_its_budgets(
     assert run.store_bytes > 0 and run.load_bytes > 0 and run.p1 < 20
     if "beta" in system[0]:
         assert run.p2 < 20 and run.recomputed_rows > 0
+
+
+@pytest.mark.full(sample=1)
+@pytest.mark.parametrize("policy", ["dense", "swa(kv_sparsity=0.5)", "snapkv(capacity=16,window=4)"])
+def test_the_masked_reference_runs_where_nothing_leaves_the_device(random_model, policy):
+    base = alisa_jax.Engine(random_model(n_layers=2, max_positions=256), policy, placement="waves", route="masked")
+    expected = base.under("resident").generate(texts(PROMPTS), 15, ())
+    made = fitting(base.under("waves", 1.0), PROMPTS, 15).generate(texts(PROMPTS), 15, ())
+    assert made.tokens == expected.tokens and made.placement.groups == 3
+    np.testing.assert_allclose(np.concatenate(made.logprobs), np.concatenate(expected.logprobs), atol=2e-5)
 
 
 @pytest.mark.full
