@@ -109,6 +109,8 @@ def main(
     reasons = {system: systems.refusal(system, work) for system in chosen}
     if all(reasons.values()):
         raise UserError("the budgets refuse every system: " + "; ".join(f"{s}: {why}" for s, why in reasons.items()))
+    for system in chosen if values.simulate else ():
+        traces.check_priced(system)
     if not values.simulate:
         _check_host(chosen)
     results = inputs.results(values.out)

@@ -131,6 +131,7 @@ def price(system: System, work: Work, cost: Cost, trace: traces.Trace | None) ->
     controller, setting = placement.parse(system.controller), systems.setting(system, work)
     groups = controller.groups(setting)
     policy = policies.parse(system.policy)
+    notes = ("steps that attend everything are priced as all others",) if setting.refreshes else ()
     wanted, own = None, None
     if trace is not None and isinstance(policy, policies.Swa):
         whole = setting.batch if len(groups) > 1 else controller.layout(setting).whole
@@ -149,7 +150,7 @@ def price(system: System, work: Work, cost: Cost, trace: traces.Trace | None) ->
         **FORMULA,
         **{name: getattr(found, name) for name in PRICED},
         "effective_batch": max(part.batch for part in groups),
-        "note": "; ".join(found.notes) or None,
+        "note": "; ".join((*found.notes, *notes)) or None,
     }
 
 

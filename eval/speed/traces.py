@@ -209,6 +209,18 @@ def wanted(
     return at
 
 
+def check_priced(system: systems.System) -> None:
+    """Raises UserError where neither a trace nor `computed` tells what a system's policy selects."""
+    policy = policies.parse(system.policy)
+    kind = type(policy)
+    by_positions = kind.select is not Policy.select and kind.init is Policy.init
+    if policy.selects and not isinstance(policy, Swa) and not by_positions:
+        raise UserError(
+            f"--simulate: {system}: a run is priced by what it attends, which is known of swa and of policies that go by "
+            "positions alone"
+        )
+
+
 def computed(policy, S: int) -> Callable[[int, tuple[int, ...]], Positions]:
     """What a policy selects that needs no statistics, as `simulate` reads it."""
 

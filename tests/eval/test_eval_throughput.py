@@ -277,6 +277,8 @@ MISTAKES = [
     ("--hardware=h100_80gb", "is for modelled runs: give --simulate too"),
     ("--simulate", "name it with --hardware"),
     ("--simulate --hardware=a100", "'a100' is unknown"),
+    ("--simulate --hardware=t4_16gb --system=waves|h2o(kv_sparsity=0.8)", "policies that go by positions alone"),
+    ("--simulate --hardware=t4_16gb --system=waves|snapkv", "policies that go by positions alone"),
     ("--simulate --hardware=t4_16gb --model=random:opt_30b", "weights and activations need"),
     ("--trace=bundled", "no system selects by swa"),
     (f"--trace=random:opt_125m --system=alisa|{SWA}", "the weights of random:opt_125m are random"),
@@ -368,6 +370,12 @@ def test_a_policy_without_statistics_is_priced_by_what_it_selects(bench):
     assert selecting < few["compute_s"] < all_["compute_s"] + selecting
     wanted = traces.computed(policies.parse("local(tokens=9)"), 40)
     assert wanted(1, (40, 5)) == {(-1, 0): tuple(range(31, 40)), (-1, 1): tuple(range(5))}
+
+
+def test_a_price_says_that_it_does_not_know_steps_that_attend_everything(bench):
+    system = "--system=waves | swa(kv_sparsity=0.8,refresh_every=8)"
+    (record,) = bench.call("--simulate", "--hardware=v100_16gb", system, shape=LONG)[1]
+    assert record["note"] == "steps that attend everything are priced as all others"
 
 
 # Two trained layers, the first ones of the bundled model, with its tokenizer.
