@@ -55,7 +55,7 @@ def decode(
     Returns out, the layer, whose sets hold what the query attended and its own token
     (`exchange_sets` comes next), and the taps of each part.
     """
-    done = [_decode(part, *mine) for part, mine in zip(layer, cut(layer, q, k, v), strict=True)]
+    done = [decode_part(part, *mine) for part, mine in zip(layer, cut(layer, q, k, v), strict=True)]
     outs, parts, taps = zip(*done, strict=True)
     return jnp.concatenate(outs), parts, taps
 
@@ -76,12 +76,18 @@ def cut(layer: Layer, *arrays):
         first = stop
 
 
-def _decode(state: LayerState, q, k, v):
-    attend = {
+def decode_part(state: LayerState, q, k, v, attend=None):
+    """`decode` of one part: out, its state and taps.
+
+    attend(state, q [B, K, G, H], codes of k, codes of v) -> (piece, state, taps), in place of what
+    the route does.
+    """
+    routes = {
         "working_set": _attend_working_set,
         "indexed": _attend_indexed,
         "masked": _attend_masked,
-    }[state.spec.route]
+    }
+    attend = attend or routes[state.spec.route]
     policy = state.spec.policy
     codec = state.spec.codec
     rotation = state.spec.rotation
@@ -105,7 +111,8 @@ def turn_of(policy: Policy, rotation: Rotation | None, pos, length) -> Turn | No
     return None if rotation is None else Turn(policy.places(pos, length), rotation)
 
 
-def _taps(mass, pos, bias) -> Taps:
+def taps_of(mass, pos, bias) -> Taps:
+    """What a query attended: `mass` in slots `pos` under `bias`."""
     active = bias > -jnp.inf
     attended = jnp.mean(jnp.sum(active, axis=-1, dtype=jnp.float32), axis=-1)
     zero = jnp.zeros(pos.shape[:1], jnp.int32)
@@ -122,7 +129,7 @@ def _attend_working_set(state: LayerState, q, k, v):
     turn = turn_of(policy, spec.rotation, ws.pos, length)
     heads = policy.mass_heads(q.shape[1] * q.shape[2], q.shape[1])
     piece, mass = compute.slots(spec.codec, q, ws.k, ws.v, bias, spec.impl, turn, heads)
-    taps = _taps(mass, ws.pos, bias)
+    taps = taps_of(mass, ws.pos, bias)
     dense = None
     which = policy.refresh(length)
     if which is not None:
@@ -168,9 +175,7 @@ def _attend_indexed(state: LayerState, q, k, v):
     S = state.context
     length = state.length
     store = state.store.append(spec.codec, k, v, length)
-    keep = _kept(policy, state.stats, length, S, q)
-    M = S if policy.refresh(length) is not None else min(S, policy.capacity(S))
-    pos = slots_of(keep, M)
+    pos = chosen(state, q)
     turn = turn_of(policy, spec.rotation, pos, length)
     piece, mass = compute.by_index(
         spec.codec, q, store.k, store.v, pos, bias_of(pos), spec.impl, turn
@@ -178,10 +183,19 @@ def _attend_indexed(state: LayerState, q, k, v):
     at = jnp.where(pos >= 0, pos, S)
     b = jax.lax.broadcasted_iota(jnp.int32, at.shape, 0)
     p = jax.lax.broadcasted_iota(jnp.int32, at.shape, 1)
-    row = jnp.zeros(keep.shape, jnp.float32).at[b, p, at].set(mass, mode="drop")
+    row = jnp.zeros((*pos.shape[:2], S), jnp.float32).at[b, p, at].set(mass, mode="drop")
     seen = jnp.where(positions(S) <= column(length), positions(S), -1)
-    stats = _observe_row(policy, state.stats, row, jnp.broadcast_to(seen, keep.shape), length)
-    return piece, state.replace(store=store, stats=stats), _taps(mass, pos, bias_of(pos))
+    stats = _observe_row(policy, state.stats, row, jnp.broadcast_to(seen, row.shape), length)
+    return piece, state.replace(store=store, stats=stats), taps_of(mass, pos, bias_of(pos))
+
+
+def chosen(state: LayerState, q) -> jax.Array:
+    """[B, P, M] int32: the tokens that the query q [B, K, G, H] attends, its own too; -1: none."""
+    policy = state.spec.policy
+    S = state.context
+    keep = kept(policy, state.stats, state.length, S, q)
+    every = policy.refresh(state.length) is not None
+    return slots_of(keep, S if every else min(S, policy.capacity(S)))
 
 
 def _attend_masked(state: LayerState, q, k, v):
@@ -208,10 +222,10 @@ def masked_row(policy: Policy, stats, pos, bias, q, attend_all, length):
     `attend_all(bias)` attends every token under a bias. Returns the piece, statistics and taps.
     """
     if not policy.evicts:
-        keep = _kept(policy, stats, length, pos.shape[-1], q)
+        keep = kept(policy, stats, length, pos.shape[-1], q)
         bias = jnp.where(keep, jnp.float32(0.0), -jnp.inf)
     piece, mass = attend_all(bias)
-    return piece, _observe_row(policy, stats, mass, pos, length), _taps(mass, pos, bias)
+    return piece, _observe_row(policy, stats, mass, pos, length), taps_of(mass, pos, bias)
 
 
 def _observe_row(policy: Policy, stats, row, pos, length):
@@ -220,7 +234,7 @@ def _observe_row(policy: Policy, stats, row, pos, length):
     return policy.observe(stats, row, pos, slot, length, (jnp.ones(length.shape, jnp.bool_), row))
 
 
-def _kept(policy: Policy, stats, length, S: int, q):
+def kept(policy: Policy, stats, length, S: int, q):
     """[B, P, S] bool: the tokens that the query at `length` attends, itself included."""
     keep = policy.select(stats, length, S, q if policy.needs_query else None)
     which = policy.refresh(length)

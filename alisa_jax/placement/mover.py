@@ -14,6 +14,7 @@ arrays that travel, without the zeros that fill up what is streamed by `rows`.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -134,9 +135,51 @@ class Mover:
         its index below n, or -1. Layout "tokens" only.
         """
         self.meter.loaded_rows += len(pos)
+        return (self._fetch_rows if self.reads == "rows" else self._fetch_pages)(
+            *self._touched(layer, sequence, pos)
+        )
+
+    def gather(self, layer: int, pos: np.ndarray) -> Leaves:
+        """Send rows of single heads of a layer: leaves [B, K, M, *] of tokens `pos` [B, K, M].
+
+        B: the sequences of the away part. -1: nothing is sent, and what lies there is arbitrary. A
+        token counts as one loaded row, however many of its heads travel. Layout "tokens" only. Read
+        by `rows`, the memory is written again for another layer after `release(layer)`. Read as
+        `pages`, one page at a time is on the device beside the leaves.
+        """
+        b, head, slot = np.nonzero(pos >= 0)
+        found = pos[b, head, slot]
+        self.meter.loaded_rows += np.unique(b * (pos.max(initial=0) + 1) + found).size
+        touched, member, offset = self._touched(np.full_like(b, layer), b, found)
+        like = next(iter(self.pages.values()))
+        shapes = [(*pos.shape, *leaf.shape[3:]) for leaf in like]
+        if self.reads == "pages":
+            leaves = tuple(jnp.zeros(shape, x.dtype) for shape, x in zip(shapes, like, strict=True))
+            for key, index in touched:
+                sent = jax.device_put(self.pages[key], _place("device"))
+                self.meter.load_bytes += _size(sent)
+                row = np.full(pos.shape, -1, np.int32)
+                row[b[index], head[index], slot[index]] = (
+                    member[index] * PAGE_TOKENS + offset[index]
+                )
+                leaves = jax.block_until_ready(_spread(leaves, sent, row))
+            return leaves
+        rows = [
+            self.staging.lend(layer, shape, x.dtype) for shape, x in zip(shapes, like, strict=True)
+        ]
+        for key, index in touched:
+            for row, leaf in zip(rows, self._view(key), strict=True):
+                at = b[index], head[index], slot[index]
+                row[at] = leaf[member[index], offset[index], head[index]]
+        self.meter.load_bytes += len(found) * sum(
+            row.itemsize * math.prod(row.shape[3:]) for row in rows
+        )
+        return tuple(jax.device_put(rows, _place("device")))
+
+    def _touched(self, layer, sequence, pos):
+        """Of rows [n]: [((layer, group, page), indices)], and the member and offset of each."""
         homes = np.array([self.of[b] for b in range(len(self.of))])
         group = homes[sequence, 0]
-        member = homes[sequence, 1]
         page, offset = np.divmod(pos, PAGE_TOKENS)
         order = np.lexsort((page, group, layer))
         key = np.stack([layer, group, page], axis=1)[order]
@@ -144,10 +187,9 @@ class Mover:
         touched = [
             (tuple(key[chosen[0]].tolist()), order[chosen])
             for chosen in np.split(np.arange(len(pos)), cuts)
+            if len(chosen)
         ]
-        return (self._fetch_rows if self.reads == "rows" else self._fetch_pages)(
-            touched, member, offset
-        )
+        return touched, homes[sequence, 1], offset
 
     def stream(self, layer: int, group: int, first: int, stop: int, room: int) -> Leaves:
         """Pages first .. stop - 1 of a layer and group to the device, as leaves [n, K, T, *].
@@ -215,6 +257,18 @@ def powers(number: int) -> list[int]:
 @jax.jit
 def _joined(pages: list[Leaves]) -> Leaves:
     return tuple(jnp.concatenate(leaves, axis=2) for leaves in zip(*pages, strict=True))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _spread(leaves: Leaves, page: Leaves, row: jax.Array) -> Leaves:
+    """leaves [B, K, M, *] with rows `row` [B, K, M] of a page [n, 16, K, *]; -1: as they were."""
+    head = jax.lax.broadcasted_iota(jnp.int32, row.shape, 1)
+    found = []
+    for old, new in zip(leaves, page, strict=True):
+        taken = new.reshape(-1, *new.shape[2:])[jnp.maximum(row, 0), head]
+        there = (row >= 0).reshape(*row.shape, *[1] * (old.ndim - 3))
+        found.append(jnp.where(there, taken, old))
+    return tuple(found)
 
 
 @jax.jit

@@ -53,14 +53,15 @@ def fetch(
         return _folded(load), _folded(again)
     load, prefix = [], [0] * len(spans)
     alike = len(set(spans)) == 1
-    for (layer, sequence), positions in wanted.items():
+    target = Tier.STAGING if view.setting.chosen else Tier.WORKING
+    for (layer, sequence, *head), positions in wanted.items():
         sequences = range(len(spans)) if sequence == ALL else (sequence,)
         for one in sequences[:1] if alike else sequences:
             name = sequence if alike else one
             away = positions[: bisect_left(positions, min(spans[one].host, view.lengths[one]))]
             lost = bisect_left(away, spans[one].dropped)
             load += [
-                Rows(start, stop, Tier.HOST, Tier.WORKING, layer, name)
+                Rows(start, stop, Tier.HOST, target, layer, name, *head)
                 for start, stop in runs(away[lost:])
             ]
             for b in sequences if alike else (one,):

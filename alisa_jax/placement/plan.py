@@ -30,6 +30,7 @@ from typing import ClassVar, NamedTuple
 
 ALL = -1  # every layer, sequence or head
 PAGE_TOKENS = 16
+POSITION_BYTES = 4
 
 
 class Tier(enum.StrEnum):
@@ -111,7 +112,9 @@ class Setting:
     for everything that a cache keeps there. selects: a policy chooses tokens; evicts: what it does
     not choose is gone; refreshes: it attends all at times. stays: why no token can leave the
     device, in one sentence; "" where they can. gather: single rows can be read from host pages;
-    False: whole pages travel.
+    False: whole pages travel. chosen: where the query itself chooses, layer by layer, the most
+    tokens that it attends, its own included; else 0. heads: kv heads that then choose each for
+    itself, so that a row on the link is that of one head.
 
     Raises ValueError where a number is out of its range.
     """
@@ -130,6 +133,8 @@ class Setting:
     refreshes: bool = False
     stays: str = ""
     gather: bool = True
+    chosen: int = 0
+    heads: int = 1
 
     def __post_init__(self):
         for name in ("layers", "new_tokens"):
@@ -163,6 +168,11 @@ class Setting:
         slots = self.layers * self.slots * self.token_bytes
         return self.batch * (slots + self.sequence_bytes + self.stats_bytes)
 
+    @property
+    def ahead(self) -> int:
+        """Layers in flight where a controller fetches ahead: rows of a set come before a step."""
+        return int(self.chosen > 0 or not self.selects)
+
     def store_bytes(self, tokens: Iterable[int]) -> float:
         """Bytes of the store for sequences of `tokens` tokens, all layers; 0 where there is none.
 
@@ -181,8 +191,9 @@ class Setting:
         Dense: a layer of the final context and `ahead` more, and one more where streamed rows are
         laid out anew, because sequences are not equally long or there are many pages. Selecting: a
         page for each layer and sequence (more rows than that travel in rounds), and the prompt of
-        the layer in flight, or all tokens of a layer that refreshes. Every sequence counts as many
-        pages as the longest of them.
+        the layer in flight, or all tokens of a layer that refreshes. Chosen by the query: that
+        page, and the larger of such a prompt and the chosen rows, with their positions, of a layer
+        and of `ahead` more. Every sequence counts as many pages as the longest of them.
         """
         prompts = self.prompt_tokens[sequences]
         longest = max(prompts, default=0)
@@ -195,16 +206,17 @@ class Setting:
                 * len(prompts)
                 * pages(longest + self.new_tokens - 1)
             )
-        whole = longest + (self.new_tokens - 1) * self.refreshes
-        return self.page_bytes * len(prompts) * (self.layers + pages(whole))
+        rows = (ahead + 1) * self.chosen * (self.token_bytes + POSITION_BYTES * self.heads)
+        whole = self.page_bytes * pages(longest + (self.new_tokens - 1) * self.refreshes)
+        return len(prompts) * (self.page_bytes * self.layers + max(whole, rows))
 
     def part(self, first: int, stop: int) -> Setting:
         """The same run for sequences first .. stop - 1."""
         return dataclasses.replace(self, prompt_tokens=self.prompt_tokens[first:stop])
 
 
-# (layer | ALL, sequence | ALL) to positions, ascending
-Positions = Mapping[tuple[int, int], tuple[int, ...]]
+# (layer | ALL, sequence | ALL), or these and a head, to positions, ascending
+Positions = Mapping[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -214,7 +226,8 @@ class View:
     lengths: tokens of each sequence that are cached; at step 0 none. new: tokens that this step
     writes; at step 0 the prompts. spans: where they are before the step. wanted: what this step
     attends besides its own token; None: everything. entering: of these, what the working set does
-    not hold yet; empty at step 1, because the prefill seeds the set.
+    not hold yet; empty at step 1, because the prefill seeds the set. Where the query chooses, a
+    step asks for each layer by itself, there is no such set, and the two are the same.
     """
 
     setting: Setting
@@ -293,10 +306,14 @@ def views(setting: Setting):
 def moved_bytes(rows: Iterable[Rows], setting: Setting, lengths: tuple[int, ...]) -> float:
     """Bytes that `rows` are on the link, where sequences have `lengths` tokens.
 
-    Stores are whole pages. Loads are rows where the setting gathers; else whole pages, each once.
+    Stores are whole pages. Loads are rows where the setting gathers, those of one head a share of
+    them; else whole pages, each once.
     """
     if setting.gather:
-        return setting.token_bytes * count_rows(rows, setting, lengths)
+        rows = tuple(rows)
+        single = count_rows((row for row in rows if row.head != ALL), setting, lengths)
+        whole = count_rows(rows, setting, lengths) - single
+        return setting.token_bytes * whole + setting.token_bytes / setting.heads * single
     touched: dict[tuple[int, int], set[int]] = {}
     for row in rows:
         for sequence, length in enumerate(lengths):

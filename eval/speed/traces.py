@@ -214,15 +214,26 @@ def check_priced(system: systems.System) -> None:
     policy = policies.parse(system.policy)
     kind = type(policy)
     by_positions = kind.select is not Policy.select and kind.init is Policy.init
-    if policy.selects and not isinstance(policy, Swa) and not by_positions:
+    if policy.selects and not isinstance(policy, Swa) and not (by_positions or policy.needs_query):
         raise UserError(
-            f"--simulate: {system}: a run is priced by what it attends, which is known of swa and of policies that go by "
-            "positions alone"
+            f"--simulate: {system}: a run is priced by what it attends, which is known of swa, of policies whose "
+            "query chooses, and of policies that go by positions alone"
         )
 
 
 def computed(policy, S: int) -> Callable[[int, tuple[int, ...]], Positions]:
-    """What a policy selects that needs no statistics, as `simulate` reads it."""
+    """What a policy selects that needs no statistics, as `simulate` reads it.
+
+    Where the query chooses: as many tokens, evenly spread.
+    """
+
+    def spread(step: int, lengths: tuple[int, ...]) -> Positions:
+        del step
+        counts = [policy.capacity(n) - 1 for n in lengths]
+        return {(ALL, b): tuple(range(n))[:: max(1, n // c)][:c] for b, (n, c) in enumerate(zip(lengths, counts))}
+
+    if policy.needs_query:
+        return spread
 
     @jax.jit
     def select(lengths):

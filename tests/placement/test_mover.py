@@ -58,6 +58,29 @@ def test_pages_lie_in_pinned_memory_and_reads_bring_them_to_the_device():
 
 @pytest.mark.parametrize("reads", ["rows", "pages"])
 @settings(max_examples=15)
+@given(seed=st.integers(0, 999), none=st.floats(0, 1))
+def test_gathered_rows_of_single_heads_lie_where_they_were_asked_for(reads, seed, none):
+    rng, meter = np.random.default_rng(seed), Meter(INF, INF)
+    one, pages = filled("tokens", reads, meter)
+    pos = np.stack([rng.permutation(PAGES * PAGE_TOKENS)[:5] for _ in range(3 * K)]).reshape(3, K, 5)
+    pos = np.where(rng.random(pos.shape) < none, -1, pos)
+    got, wanted = one.gather(1, pos), list(zip(*np.nonzero(pos >= 0)))
+    homes = {b: (g, members.index(b)) for g, members in enumerate(GROUPS) for b in members}
+    touched, size = set(), 0
+    for b, head, slot in wanted:
+        (group, member), (page, offset) = homes[b], divmod(int(pos[b, head, slot]), PAGE_TOKENS)
+        for leaf, stored in zip(got, pages[1, group, page]):
+            np.testing.assert_array_equal(leaf[b, head, slot], stored[member, offset, head])
+            size += stored[member, offset, head].nbytes
+        touched.add((1, group, page))
+    assert meter.loaded_rows == len({(b, pos[b, head, slot]) for b, head, slot in wanted})
+    whole = sum(leaf.nbytes for key in touched for leaf in pages[key])
+    assert meter.load_bytes == (size if reads == "rows" else whole)
+    one.release(1)
+
+
+@pytest.mark.parametrize("reads", ["rows", "pages"])
+@settings(max_examples=15)
 @given(
     wanted=st.sets(
         st.tuples(st.integers(0, LAYERS - 1), st.integers(0, 2), st.integers(0, PAGES * PAGE_TOKENS - 1)),

@@ -14,6 +14,9 @@
              round(r (s + j)) rows).
     lag      1: choices are a step old, and loads hide behind the step.
 
+Where the query itself chooses its tokens (`Setting.chosen`), they are fetched within the step: the
+two kinds of traffic are one, lag is 0 and nothing is deleted.
+
 ALISA: ISCA 2024, arXiv 2403.17312. Shares are of the tokens of each sequence, in whole pages. Only
 prompt tokens are deleted, because a prefill gives exactly what the first prefill gave for them
 alone: a plan that would delete generated tokens is clamped, and its notes say so.
@@ -95,6 +98,17 @@ class Alisa(Controller):
                 "a policy that refreshes attends every token, so deleted ones would all be "
                 "recomputed: give recompute=false, or refresh_every=0"
             )
+        if setting.chosen and self.lag:
+            raise ValueError(
+                "a query that chooses its tokens has them fetched within its own step, so no "
+                "choice is a step old: give lag=0"
+            )
+        if setting.chosen and (self.p2 != "auto" or self.beta != "auto"):
+            raise ValueError(
+                f"p2={self.p2} and beta={self.beta} plan deletions, and a deleted token would be "
+                "recomputed through all layers for every layer whose query chooses it: leave both "
+                "at auto"
+            )
         least = least_device_bytes(setting)
         everything = device_bytes(setting, Layout(setting.batch, 0), 0)
         early = self.p1 != "auto" and self.p1 < setting.new_tokens
@@ -117,7 +131,7 @@ class Alisa(Controller):
                     f"alpha must be at least {math.ceil(least * 1e6) / 1e6} here, so that the "
                     f"rest fits the device budget; got {self.alpha}"
                 )
-        name = "alisa, which deletes prompt tokens at most," if self.recompute else "alisa"
+        name = "alisa, which deletes prompt tokens at most," if self._deletes(setting) else "alisa"
         need = setting.host_kv_bytes
         while (more := self._host_need(dataclasses.replace(setting, host_kv_bytes=need))) > need:
             # with a larger budget each sequence may keep more, and need more
@@ -141,10 +155,14 @@ class Alisa(Controller):
         store, drop = moves_between(view, spans)
         load, again = ((), ()) if view.step == 0 else fetch(view, spans, self._to_fetch(view))
         notes = (_CLAMPED.format(view.step),) if self._clamped(view) else ()
-        return Plan(store, drop, load, again, ahead=_ahead(view.setting), lag=self.lag, notes=notes)
+        return Plan(store, drop, load, again, ahead=view.setting.ahead, lag=self.lag, notes=notes)
 
     def _to_fetch(self, view: View):
         return view.wanted if view.wanted is None or self.traffic == "paper" else view.entering
+
+    def _deletes(self, setting: Setting) -> bool:
+        """Phase III may begin; where the query chooses, the host keeps all that leaves."""
+        return self.recompute and not setting.chosen
 
     def _leaves(self, setting: Setting) -> bool:
         """Some token may leave the device: not all fit, or p1 is a step of the run."""
@@ -180,7 +198,7 @@ class Alisa(Controller):
     ) -> list[int]:
         """Tokens to delete of each sequence, before the clamp to the prompt."""
         none = [0] * len(away)
-        if not self.recompute or (self.p2 != "auto" and step < self.p2):
+        if not self._deletes(setting) or (self.p2 != "auto" and step < self.p2):
             return none
         over = none
         if self.p2 == "auto" or self.beta == "auto":
@@ -234,16 +252,12 @@ _CLAMPED = "step {}: the plan would delete generated tokens; it is clamped to th
 
 def least_device_bytes(setting: Setting) -> float:
     """The least device budget for offloading: a page per layer and sequence, and what is fixed."""
-    return device_bytes(setting, Layout(0, 1), _ahead(setting))
-
-
-def _ahead(setting: Setting) -> int:
-    return 0 if setting.selects else 1
+    return device_bytes(setting, Layout(0, 1), setting.ahead)
 
 
 def _pages_kept(setting: Setting) -> int:
     """Pages per layer and sequence that stay on the device in a run that offloads."""
-    room = setting.device_kv_bytes - device_bytes(setting, Layout(0, 0), _ahead(setting))
+    room = setting.device_kv_bytes - device_bytes(setting, Layout(0, 0), setting.ahead)
     most = room / (setting.layers * setting.page_bytes * setting.batch)
     return max(1, int(min(most, pages(max(setting.final_tokens)))))
 

@@ -187,9 +187,10 @@ def attended_tokens(view: View) -> float:
         return float(sum(view.lengths) + len(view.lengths))
     layers, batch = view.setting.layers, view.setting.batch
     total = 0.0
-    for (layer, sequence), positions in view.wanted.items():
+    for (layer, sequence, *head), positions in view.wanted.items():
         total += (
             len(positions)
+            / (view.setting.heads if head else 1)
             * (batch if sequence == ALL else 1)
             * (1.0 if layer == ALL else 1.0 / layers)
         )

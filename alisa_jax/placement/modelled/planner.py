@@ -97,7 +97,7 @@ def problem(
     batch = setting.batch
     r = 1.0 - kv_sparsity
     position_bytes = setting.layers * setting.token_bytes * batch
-    staging = setting.staging_bytes(0 if setting.selects else 1)
+    staging = setting.staging_bytes(setting.ahead)
     extra = setting.layers * cost.selection_s * setting.selects
     gathered = setting.gather and setting.selects
     return Problem(
