@@ -31,11 +31,20 @@ class PlacementReport:
     decide_s: float  # seconds of these, and of looking ahead for the next move
     notes: tuple[str, ...]
     host_reads: str  # "rows" | "pages" | "" where nothing is offloaded
+    # of the tokens that guessed queries chose, the share that the true ones choose too: by layer of
+    # those that were guessed, and their mean; empty and None unless `Placement.counts_recall`
+    guess_recall_per_layer: tuple[float, ...] = ()
+    guess_recall: float | None = None
 
 
 def report(runs: Sequence) -> PlacementReport:
     """Of the runs of one call, which share a meter."""
     meter = runs[0].meter
+    recall = {}
+    for run in runs:
+        for layer, counts in run.recall.items():
+            recall[layer] = recall.get(layer, 0) + counts
+    recalls = tuple(float(recall[layer][0] / recall[layer][1]) for layer in sorted(recall))
     return PlacementReport(
         load_bytes=meter.load_bytes,
         store_bytes=meter.store_bytes,
@@ -53,4 +62,6 @@ def report(runs: Sequence) -> PlacementReport:
         decide_s=sum(run.decide_s for run in runs),
         notes=tuple(dict.fromkeys(note for run in runs for note in run.notes)),
         host_reads=runs[0].host_reads if meter.stored_rows else "",
+        guess_recall_per_layer=recalls,
+        guess_recall=sum(recalls) / len(recalls) if recalls else None,
     )

@@ -35,6 +35,7 @@ class ResidentRun:
         self.drawn = drawn
         self.meter = Meter(math.inf, math.inf)
         self.notes: list[str] = []
+        self.recall = {}
         self.p1 = self.p2 = new_tokens
         self.decisions = 0
         self.decide_s = 0.0

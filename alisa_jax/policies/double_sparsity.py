@@ -20,6 +20,8 @@ per kv head; it also quantises the query's label, which is not stored and stays 
 query's own token is always attended here.
 
 Without a model (`resolve` was not called) all channels are labels.
+
+Where the tokens are on the host, a guess of the query chooses (`engine/offload/by_guess.py`).
 """
 
 from __future__ import annotations

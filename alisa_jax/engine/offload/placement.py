@@ -17,6 +17,7 @@ from alisa_jax.codecs import Raw
 from alisa_jax.engine import prompts
 from alisa_jax.engine.batch import Batch
 from alisa_jax.engine.offload import settings
+from alisa_jax.engine.offload.by_guess import GuessRun
 from alisa_jax.engine.offload.by_layers import LayerRun
 from alisa_jax.engine.offload.by_rows import RowRun
 from alisa_jax.engine.offload.programs import PlacedPrograms
@@ -54,6 +55,7 @@ class Placement:
         self.controller = controller
         self.device_kv_bytes = device_kv_bytes
         self.host_kv_bytes = host_kv_bytes
+        self.counts_recall = False  # of guessed queries: for analysis, as each layer chooses twice
         self._budgets(1.0)
         self.host = mover.self_test() if controller.offloads else None
         self.placed = settings.placed_layers(engine.layers)
@@ -109,7 +111,7 @@ class Placement:
 
     def run(self, setting: Setting, *args, **kwargs) -> PlacedRun:
         """One run of `setting`; the other arguments as of `PlacedRun`."""
-        kind = RowRun if setting.selects else LayerRun
+        kind = GuessRun if setting.chosen else RowRun if setting.selects else LayerRun
         if setting.refreshes and self.controller.layout(setting).kept_pages:
             kind = RefreshRun
         return kind(self, setting, *args, **kwargs)

@@ -16,6 +16,7 @@ from alisa_jax import attention
 from alisa_jax.attention import compute, parts
 from alisa_jax.attention.parts import Leaves, Part, Streamed
 from alisa_jax.engine import step
+from alisa_jax.engine.offload import guessing
 from alisa_jax.kv.cache import KVState, Layer, lengths
 from alisa_jax.kv.state import LayerSpec
 from alisa_jax.models.decoder import Decoder
@@ -310,6 +311,8 @@ class PlacedPrograms:
         self.resume = jit(on(resume, placed), donate_argnums=0)
         self.recompute = jit(on(recompute, decoder, placed), static_argnums=0, donate_argnums=2)
         self.dense_layer = jit(on(dense_layer, decoder), static_argnums=0, donate_argnums=3)
+        self.choose = jit(on(guessing.choose, decoder))
+        self.chosen_layer = jit(on(guessing.chosen_layer, decoder), donate_argnums=2)
         self.prefix_layer = jit(on(prefix_layer, decoder))
         self.unrolled = jit(parts.unrolled)
         self.spread = jit(parts.spread, donate_argnums=0)

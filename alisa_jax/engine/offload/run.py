@@ -72,6 +72,7 @@ class PlacedRun:
         # pages on their way to the host, and their device bytes
         self.behind: list[tuple[list, int]] = []
         self.notes: list[str] = []
+        self.recall: dict[int, np.ndarray] = {}  # see `GuessRun`
         self.p1 = self.p2 = setting.new_tokens
         self.decide_s = 0.0
         self.decisions = 0

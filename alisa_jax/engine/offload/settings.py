@@ -13,6 +13,7 @@ from alisa_jax.attention.parts import Part
 from alisa_jax.kv.state import LayerSpec, tree_bytes
 from alisa_jax.models.config import ModelConfig
 from alisa_jax.placement.plan import PAGE_TOKENS, Controller, Layout, Setting, pages
+from alisa_jax.policies.base import Policy
 
 
 def setting_of(
@@ -34,11 +35,13 @@ def setting_of(
     codec = chosen[0].codec
     token_bytes = codec.token_bytes(config.n_kv_heads, config.head_dim)
     selects = chosen[0].policy.selects
+    by_query = chooses(chosen[0])
     sets = [spec for spec in chosen if selects and spec.route == "working_set"]
     evicts = any(spec.policy.evicts for spec in sets)
     longest = max(prompt_tokens)
     context = PAGE_TOKENS * pages(longest + new_tokens - 1)
     slots = max((_slots(spec.policy, context, longest, new_tokens) for spec in sets), default=0)
+    most = max(min(context, spec.policy.capacity(context)) for spec in chosen) if by_query else 0
     fixed = sum(
         _fixed_bytes(config, spec, context, slots, i in placed, evicts)
         for i, spec in enumerate(layers)
@@ -57,6 +60,8 @@ def setting_of(
         refreshes=_refreshes(chosen),
         stays=_stays(chosen),
         gather=gather,
+        chosen=most,
+        heads=config.n_kv_heads if by_query else 1,
     )
 
 
@@ -64,6 +69,13 @@ def placed_layers(layers: tuple[LayerSpec, ...]) -> tuple[int, ...]:
     """The layers whose tokens a controller places: those that select, or all where none does."""
     selecting = tuple(i for i, spec in enumerate(layers) if spec.policy.selects)
     return selecting or tuple(range(len(layers)))
+
+
+def chooses(spec: LayerSpec) -> bool:
+    """Whether the query itself, and nothing that was attended, chooses the tokens of a layer."""
+    policy = spec.policy
+    by_query = policy.needs_query and type(policy).observe is Policy.observe
+    return spec.route == "indexed" and by_query
 
 
 def check(controller: Controller, setting: Setting) -> None:
@@ -82,11 +94,11 @@ def _refreshes(layers: Sequence[LayerSpec]) -> bool:
 def _stays(layers: Sequence[LayerSpec]) -> str:
     """Why no token of these layers can leave the device, in one sentence; "" if they can."""
     for spec in layers:
-        if spec.route != "working_set":
+        if spec.route != "working_set" and not chooses(spec):
             return (
-                "offloading serves the route working_set, and the policy is run by the route "
-                f"{spec.route}: give the controller resident or waves, or a device budget that "
-                "holds everything"
+                "offloading serves the route working_set, and indexed where the query alone "
+                f"chooses; the policy is run by the route {spec.route}: give the controller "
+                "resident or waves, or a device budget that holds everything"
             )
     return ""
 
@@ -116,7 +128,7 @@ def _fixed_bytes(
 ) -> int:
     """Bytes of one sequence in one layer beside the rows of its store."""
     stores = placed and not evicts
-    ring = PAGE_TOKENS if stores and slots else 0
+    ring = PAGE_TOKENS if stores and (slots or chooses(spec)) else 0
     part = Part(0, 1, context, ring, slots if placed else 0)
     empty = lambda: attention.freeze(
         parts.init(spec, part, config.n_heads, config.n_kv_heads, config.head_dim)

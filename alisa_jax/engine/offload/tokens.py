@@ -89,5 +89,5 @@ class Forced:
         """As `Drawn.streamed`."""
         valid = self.valid[:, made + 1]
         shares = [np.ones(len(valid))] * len(clipped) if shares is None else shares
-        self.attended += np.array([share[valid].sum() for share in shares])
+        self.attended += np.array([np.asarray(share)[valid].sum() for share in shares])
         self.clipped += np.array([np.asarray(some)[valid].sum() for some in clipped])

@@ -29,6 +29,7 @@ SYSTEMS = (
     ("alisa", "swa(kv_sparsity=0.6,spare_slots=0)", "int8(axis=token)"),
     ("flexgen(cache_device_frac=0.5)", "swa(kv_sparsity=0.3,local_frac=0.0,dense_layers=1)", "raw"),
     ("alisa(traffic=paper,beta=0.4,p2=2)", "swa(kv_sparsity=0.6,shared_heads=false)", "raw"),
+    ("accelerate", "double_sparsity(kv_sparsity=0.6,channels=1,dense_layers=1)", "int8(axis=token)"),
 )
 
 
