@@ -18,16 +18,6 @@ TWO = ("bundled/dense", "bundled/swa-int8")
 ABBA = [THIS, OTHER, OTHER, THIS]
 
 
-@pytest.fixture
-def other(tmp_path):
-    """A checkout of its own folder, in which all is as here."""
-    folder = tmp_path / "before"
-    folder.mkdir()
-    for name in ("alisa_jax", "pallas_kernels", "configs", "eval"):
-        (folder / name).symlink_to(checkouts.ROOT / name)
-    return folder
-
-
 def made(job: Job, **values) -> list[dict]:
     """The records of a process that made its numbers up."""
     versions = {package: importlib.metadata.version(package) for package in ("jax", "jaxlib")}

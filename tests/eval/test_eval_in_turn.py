@@ -12,16 +12,6 @@ pytestmark = pytest.mark.slow
 SMALL = ("--cells=bundled/swa-int8", "--batch=2", "--context=160", "--steps=4", "--rounds=2")
 
 
-@pytest.fixture
-def other(tmp_path):
-    """A checkout of its own folder, in which all is as here."""
-    folder = tmp_path / "before"
-    folder.mkdir()
-    for name in ("alisa_jax", "pallas_kernels", "configs", "eval"):
-        (folder / name).symlink_to(checkouts.ROOT / name)
-    return folder
-
-
 def test_the_steps_of_both_checkouts_run_in_turn_and_a_finished_cell_is_kept(other, tmp_path, capsys):
     argv = ["in_turn", f"--other={other}", f"--out={tmp_path / 'out.jsonl'}", "--json", *SMALL]
     assert common.run(in_turn.main, argv) == 0
