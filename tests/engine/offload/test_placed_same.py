@@ -18,7 +18,7 @@ LENGTHS, NEW = (40, 23, 40), 24
 SELECTING = ("dense", "swa(kv_sparsity=0.6,spare_slots=0)", "swa(kv_sparsity=0.5,shared_heads=false,dense_layers=1)")
 EVICTING = ("h2o(kv_sparsity=0.6)", "local(kv_sparsity=0.5)", "streaming(kv_sparsity=0.5)")
 CODECS = ("raw", "int8(calibration_tokens=16)", "int8(axis=token)", "int4")
-OFFLOADING = ("accelerate", "flexgen(cache_device_frac=0.4)", "alisa(p1=0)", "alisa(traffic=paper,beta=0.4,p2=2)")
+OFFLOADING = ("accelerate", "flexgen(cache_device_frac=0.4)", "alisa(p1=0)", "alisa(p1=0,traffic=paper,beta=0.4,p2=2)")
 CASES = [
     *itertools.product(SELECTING, CODECS, (*OFFLOADING, "waves")),
     *itertools.product(EVICTING, CODECS, ("waves",)),
