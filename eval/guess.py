@@ -74,7 +74,9 @@ def main(argv: Sequence[str], load: Callable = inputs.load) -> None:
             raise UserError(f"--calibration: {values.calibration!r}: {error.strerror}") from None
         options["calibration"] = values.calibration
     model = inputs.model(inputs.loading(load, values.dtype), values.model)
-    size, count, bos = values.tokens, values.windows, model.bos_id is not None
+    size = values.tokens
+    count = values.windows
+    bos = model.bos_id is not None
     text, plan = windows.sample(source, inputs.tokenizer(model), size, size, count, bos)
     sequences = [windows.sequence(text, window, model.bos_id) for window in plan]
     names = ("policy", "codec", "tokens", "new_tokens", "seed")

@@ -1,7 +1,7 @@
 """The speed of this checkout against another one: the decode steps of both in one process, in turn.
 
     git worktree add ../before COMMIT
-    python -m eval.in_turn --other=../before --out=in_turn.jsonl            6 minutes on 2 CPU cores
+    python -m eval.in_turn --other=../before --out=in_turn.jsonl
 
 `eval.checkouts` compares pairs of processes, whose times differ by what else the machine does and where their arrays lie.
 Here each checkout compiles its step and writes it down with its weights and states; one process reads both back and runs

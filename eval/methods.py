@@ -152,7 +152,8 @@ def report(found: Sequence[dict], tried: Sequence[dict], moved: Sequence[dict]) 
 
 def _grid(title: str, cells: dict[tuple[str, str], str | None], sentences: list[str]) -> str:
     """A table of `cells` by row and column, each None or why not; adds new reasons to `sentences`, which are numbered."""
-    rows, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    rows = list(dict.fromkeys(key[0] for key in cells))
+    columns = list(dict.fromkeys(key[1] for key in cells))
     sentences += [some for some in dict.fromkeys(cells.values()) if some is not None and some not in sentences]
     word = lambda refused: "runs" if refused is None else f"no ({sentences.index(refused) + 1})"
     return common.table((title, *columns), [(row, *(word(cells[row, name]) for name in columns)) for row in rows])

@@ -86,7 +86,9 @@ def test_by_hand():
 
 def test_as_much_as_a_long_run_has_agrees_with_a_search_for_the_farthest_use():
     rng = np.random.default_rng(0)
-    prompt, steps, capacity = 60, 150, 45
+    prompt = 60
+    steps = 150
+    capacity = 45
     wanted = [np.sort(rng.choice(prompt + i, rng.integers(10, 40), replace=False)) for i in range(steps)]
     uses = [[i for i in range(steps) if p in wanted[i]] for p in range(prompt + steps)]
     following = lambda p, i: next((use for use in uses[p] if use > i), math.inf)
